@@ -1,0 +1,85 @@
+"""ResNet-18's training steps, as the benchmarks compare them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fliqs_jax import controller as controller_lib
+from fliqs_jax import cost_models, models, rewards, search_space, steps, train_state
+
+VARIANTS = ('float', 'fixed_int8', 'search')
+NUM_CLASSES = 1000
+
+
+def make_step(
+    variant: str,
+    mesh: jax.sharding.Mesh,
+    image_size: int = 224,
+    dtype=jnp.float32,
+    formats: tuple[str, ...] = ('int4', 'int8', 'bf16'),
+    num_samples: int = 1,
+):
+  """Returns `(step, init)` of one variant.
+
+  Args:
+    variant: one of `VARIANTS`.
+    mesh: from `steps.make_mesh`.
+    image_size: pixels a side.
+    dtype: of the computation.
+    formats: the options of the search.
+    num_samples: samples a step, for the search.
+
+  Returns:
+    step: the jitted step `(state, batch) -> (state, metrics)`.
+    init: `key -> state`.
+  """
+  model = models.create_model(
+      'resnet18', NUM_CLASSES, quantized=variant != 'float', dtype=dtype
+  )
+  inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
+  objective = steps.classification(label_smoothing=0.1)
+  layers = search_space.discover(model, inputs, train=False)
+  controller = None
+  if variant == 'search':
+    space = search_space.build_space(layers, formats)
+    cost_model = cost_models.get_cost_model('bops')
+    target = cost_model.uniform(layers, formats[0])
+    controller = controller_lib.policy_gradient_controller(
+        space.valid,
+        controller_lib.entropy_weight('cosine', 0.1, 0, 1000),
+        baseline='leave_one_out' if num_samples > 1 else 'moving',
+    )
+    problem = steps.SearchProblem(
+        space=space,
+        cost_model=cost_model,
+        target=target,
+        reward=functools.partial(rewards.absolute, target=target, beta=1.0),
+        controller=controller,
+        activation_delay=0,
+        held_out=False,
+    )
+    step = steps.make_search_step(problem, objective, num_samples, mesh)
+  else:
+    space = search_space.uniform_space(layers, 'int8')
+    step = steps.make_train_step(space, objective, 0, mesh)
+  optimizer = optax.chain(
+      optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9)
+  )
+
+  def init(key):
+    return train_state.create_train_state(
+        model, jnp.zeros(inputs.shape, dtype), optimizer, controller, key
+    )
+
+  return step, init
+
+
+def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):
+  """Returns the shapes and dtypes of a batch `[S, B / S, ...]`."""
+  leading = num_samples, batch_size // num_samples
+  return {
+      'image': jax.ShapeDtypeStruct((*leading, image_size, image_size, 3), dtype),
+      'label': jax.ShapeDtypeStruct(leading, jnp.int32),
+  }

@@ -1,0 +1,234 @@
+"""Quantized operators for the hooks of Flax's own layers.
+
+    nn.Conv(..., **conv_hooks())
+    nn.Dense(..., **dense_hooks())
+
+make a layer compute with quantized weights and activations. The layer reads its
+formats from the collection `formats`, bound by `SearchSpace.bind`, and without them
+computes in floating point.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from fliqs_jax import quantizers
+from fliqs_jax.formats import get_format
+from fliqs_jax.quantizers import Quantizer
+
+FORMATS = 'formats'  # the collection in which operators find their formats
+LAYER_FORMATS = 'layer'  # its variables, each a `LayerFormats`
+QUANT_STATS = 'quant_stats'  # the collection of activation statistics
+
+
+class LayerFormats(NamedTuple):
+  """Something of each operand of a layer: its format, in the collection `formats`."""
+
+  weights: Any
+  activations: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def quantized_product(
+    product,
+    scale_shape,
+    x: jax.Array,
+    w: jax.Array,
+    x_quantizer: Quantizer,
+    w_quantizer: Quantizer,
+) -> jax.Array:
+  """Returns `product(q_x, q_w) · s_x · s_w`, the codes unscaled in the matrix unit.
+
+  Codes of up to 8 bits are exact in bfloat16, so with bfloat16 operands and float32
+  accumulation the result is what low-precision hardware computes. The backward pass
+  is the clipped straight-through estimator. It saves `x` and `w`, and recomputes the
+  codes, which would cost as much memory as the activations again.
+
+  Args:
+    product: `(x, w, preferred_element_type) -> y`, bilinear.
+    scale_shape: the shape in which the weights' scales broadcast against `y`.
+    x: activations, whose dtype is the compute dtype and that of the result.
+    w: weights, float32, cast to the compute dtype as codes.
+    x_quantizer: with one scale, shape `()`.
+    w_quantizer: with one scale for each output channel, broadcastable against `w`.
+  """
+  codes = x_quantizer.codes(x).astype(x.dtype), w_quantizer.codes(w).astype(x.dtype)
+  y = product(*codes, preferred_element_type=jnp.float32)
+  scale = x_quantizer.scale * w_quantizer.scale.reshape(scale_shape)
+  return (y * scale).astype(x.dtype)
+
+
+def _quantized_product_forward(product, scale_shape, x, w, x_quantizer, w_quantizer):
+  y = quantized_product(product, scale_shape, x, w, x_quantizer, w_quantizer)
+  return y, (x, w, x_quantizer, w_quantizer)
+
+
+def _quantized_product_backward(product, scale_shape, residuals, y_bar):
+  """`∂L/∂x = 1[|x| ≤ t_x] · Pᵀ(ȳ, q_w s_w)`, `∂L/∂w = 1[|w| ≤ t_w] · s_x · Pᵀ(q_x, ȳ)`.
+
+  The output's scale cancels one operand's own scale against the derivative of its
+  codes, so that no tensor of activations is multiplied by scales.
+  """
+  del scale_shape
+  x, w, x_quantizer, w_quantizer = residuals
+  dtype = x.dtype
+  x_codes = x_quantizer.codes(x).astype(dtype)
+  w_values = (w_quantizer.codes(w) * w_quantizer.scale).astype(dtype)
+  (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), x_codes)(y_bar)
+  (w_bar,) = jax.linear_transpose(lambda b: product(x_codes, b), w_values)(y_bar)
+  x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
+  w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_quantizer.scale, 0)
+  return x_bar, w_bar.astype(w.dtype), None, None
+
+
+quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
+
+
+class QuantizedOperator(nn.Module):
+  """Quantizes the two operands of a product by the formats bound to its layer.
+
+  Keeps moving averages of the input's mean square and absolute maximum in the
+  collection `quant_stats`, updated wherever that collection is mutable. They set the
+  clipping threshold of the *next* steps; until there are any, activations stay as
+  they are.
+
+  Attributes:
+    calibration: one of `quantizers.CALIBRATIONS`.
+    momentum: of the moving averages.
+  """
+
+  calibration: str = 'rms'
+  momentum: float = 0.95
+
+  def compute(self, product, x, w, contracted_axes, scale_shape):
+    """Applies `product` to `x` and `w`, quantized where formats are bound.
+
+    Args:
+      product: `(x, w, preferred_element_type=None) -> y`, bilinear.
+      x: activations.
+      w: weights in the parameters' own dtype.
+      contracted_axes: the axes of `w` that one output channel, and its scale, spans.
+      scale_shape: the shape in which these scales broadcast against `y`.
+    """
+    mean_square = self.variable(QUANT_STATS, 'mean_square', jnp.zeros, ())
+    absmax = self.variable(QUANT_STATS, 'absmax', jnp.zeros, ())
+    if not self.has_variable(FORMATS, LAYER_FORMATS):
+      return product(x, w.astype(x.dtype))
+    formats = self.get_variable(FORMATS, LAYER_FORMATS)
+    y = quantized_product(
+        product,
+        scale_shape,
+        x,
+        w,
+        self._activation_quantizer(formats.activations, mean_square.value, absmax.value),
+        self._weight_quantizer(formats.weights, w, contracted_axes),
+    )
+    if self.is_mutable_collection(QUANT_STATS):
+      new_mean_square, new_absmax = _statistics(x)
+      mean_square.value = self._average(mean_square.value, new_mean_square)
+      absmax.value = self._average(absmax.value, new_absmax)
+    return y
+
+  def _activation_quantizer(self, format, mean_square, absmax):
+    # Nothing is known of a tensor that was not seen yet.
+    format = jax.tree.map(
+        functools.partial(jnp.where, absmax > 0), format, get_format('float32')
+    )
+    return quantizers.calibrate(format, mean_square, absmax, self.calibration)
+
+  def _weight_quantizer(self, format, w, axes):
+    return quantizers.calibrate(format, *_statistics(w, axes), self.calibration)
+
+  def _average(self, old, new):
+    momentum = jnp.where(old > 0, self.momentum, 0.0)
+    return momentum * old + (1 - momentum) * new
+
+
+def _statistics(x, axes=None):
+  """The mean square and the absolute maximum over `axes`, kept where they are given."""
+  magnitude = jnp.abs(lax.stop_gradient(x)).astype(jnp.float32)
+  keepdims = axes is not None
+  return (
+      jnp.mean(jnp.square(magnitude), axes, keepdims=keepdims),
+      jnp.max(magnitude, axes, keepdims=keepdims),
+  )
+
+
+class QuantizedConv(QuantizedOperator):
+  """Quantized `lax.conv_general_dilated`, for `nn.Conv.conv_general_dilated_cls`."""
+
+  kind = 'conv'
+
+  @nn.compact
+  def __call__(self, lhs, rhs, window_strides, padding, **kwargs):
+    """The arguments are those of `lax.conv_general_dilated`."""
+    dimensions = lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None)
+    )
+    product = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        dimension_numbers=dimensions,
+        **kwargs,
+    )
+    out_axis, feature_axis = dimensions.rhs_spec[0], dimensions.out_spec[1]
+    contracted = tuple(a for a in range(rhs.ndim) if a != out_axis)
+    scale_shape = [1] * lhs.ndim
+    scale_shape[feature_axis] = rhs.shape[out_axis]
+    return self.compute(product, lhs, rhs, contracted, tuple(scale_shape))
+
+
+class QuantizedDotGeneral(QuantizedOperator):
+  """Quantized `lax.dot_general`, for `dot_general_cls` of Flax's dense layers."""
+
+  kind = 'dense'
+
+  @nn.compact
+  def __call__(self, lhs, rhs, dimension_numbers, precision=None):
+    """The arguments are those of `lax.dot_general`."""
+    product = functools.partial(
+        lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
+    )
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    # The output's axes are those of the batch, then lhs's own, then rhs's own; this
+    # is also their order in rhs, as Flax lays kernels out.
+    lhs_own = lhs.ndim - len(lhs_contracting) - len(lhs_batch)
+    kept = [a for a in range(rhs.ndim) if a not in rhs_contracting]
+    own = [a for a in kept if a not in rhs_batch]
+    batch_shape = tuple(rhs.shape[a] for a in rhs_batch)
+    scale_shape = batch_shape + (1,) * lhs_own + tuple(rhs.shape[a] for a in own)
+    return self.compute(product, lhs, rhs, tuple(rhs_contracting), scale_shape)
+
+
+def _promote_all_but_kernel(inputs, kernel, bias, *, dtype, inexact=True):
+  """Flax's `promote_dtype`, but the kernel keeps the parameters' precision.
+
+  Cast before the hook sees it, it would be rounded twice.
+  """
+  inputs, bias = promote_dtype(inputs, bias, dtype=dtype, inexact=inexact)
+  return inputs, kernel, bias
+
+
+def conv_hooks(**attributes: Any) -> dict[str, Any]:
+  """Returns the keyword arguments of `nn.Conv` that quantize it.
+
+  Args:
+    **attributes: of `QuantizedOperator`.
+  """
+  operator = functools.partial(QuantizedConv, **attributes)
+  return {
+      'conv_general_dilated_cls': operator,
+      'promote_dtype': _promote_all_but_kernel,
+  }
+
+
+def dense_hooks(**attributes: Any) -> dict[str, Any]:
+  """The same for `nn.Dense` and `nn.DenseGeneral`."""
+  operator = functools.partial(QuantizedDotGeneral, **attributes)
+  return {'dot_general_cls': operator, 'promote_dtype': _promote_all_but_kernel}

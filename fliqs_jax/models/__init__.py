@@ -1,0 +1,51 @@
+"""Networks in plain Flax. They know nothing of quantization: layers are injected."""
+
+import difflib
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from fliqs_jax import layers
+from fliqs_jax.models import resnet
+
+MODELS = {
+    'resnet18': resnet.ResNet18,
+    'resnet34': resnet.ResNet34,
+}
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    quantized: bool = True,
+    operator: dict[str, Any] | None = None,
+    dtype: Any = jnp.float32,
+    **options: Any,
+) -> nn.Module:
+  """Returns the network of that name.
+
+  Args:
+    name: a key of `MODELS`.
+    num_classes: outputs of the classifier.
+    quantized: whether the layers carry quantized operators; without them it is the
+      float network.
+    operator: attributes of `layers.QuantizedOperator`.
+    dtype: of the computation.
+    **options: attributes of the network, such as `width`.
+
+  Raises:
+    ValueError: where there is no such network; the message names the nearest one.
+  """
+  if name not in MODELS:
+    nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
+    raise ValueError(
+        f'unknown model {name!r}: expected one of {", ".join(MODELS)}; the nearest '
+        f'is {nearest[0]!r}'
+    )
+  if quantized:
+    operator = operator or {}
+    options['conv'] = functools.partial(nn.Conv, **layers.conv_hooks(**operator))
+    options['dense'] = functools.partial(nn.Dense, **layers.dense_hooks(**operator))
+  return MODELS[name](num_classes=num_classes, dtype=dtype, **options)

@@ -1,0 +1,348 @@
+"""The decisions of a search: discovered, grouped, pinned; choices ⇄ formats.
+
+A *layer* is a quantized operator of the network. A *decision* picks one format out of
+several options, for one or more operands (weights or activations) of layers. *Choices*
+are one option index for each decision, `int32[N]`.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax import formats as formats_lib
+from fliqs_jax.layers import LAYER_FORMATS, LayerFormats, QuantizedOperator
+
+OPERANDS = ('weights', 'activations')
+UNQUANTIZED = 'float32'
+SEARCHED_OPERANDS = ('tied', 'separate', 'weights')
+
+
+class Layer(NamedTuple):
+  """What the search must know of one quantized layer; sizes are for one example."""
+
+  path: str  # module path, `/`-separated
+  operator: str  # name of the quantized operator within that module
+  kind: str  # 'conv' or 'dense'
+  input_shape: tuple[int, ...]
+  kernel_shape: tuple[int, ...]
+  output_shape: tuple[int, ...]
+  macs: int  # multiply-accumulates
+  params: int  # parameters of the layer, its bias included
+
+
+class Decision(NamedTuple):
+  """A choice of one format out of several."""
+
+  name: str
+  options: tuple[str, ...]  # format names
+
+
+def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer, ...]:
+  """Returns the quantized layers of a network in the order in which they compute.
+
+  Traces `model.init` abstractly: nothing is computed or allocated.
+
+  Args:
+    model: a linen module whose layers carry the hooks of `layers`.
+    inputs: one example in a batch of one, as an array or `jax.ShapeDtypeStruct`.
+    **kwargs: passed to `model.init`.
+  """
+  found = {}
+
+  def record(call, args, kwargs, context):
+    operator = context.module
+    y = call(*args, **kwargs)
+    if isinstance(operator, QuantizedOperator) and context.method_name == 'compute':
+      _, x, w, contracted, _ = args
+      macs = y.size * int(np.prod([w.shape[a] for a in contracted]))
+      *path, name = operator.path
+      layer = Layer(
+          '/'.join(path), name, operator.kind, x.shape, w.shape, y.shape, macs, 0
+      )
+      if layer.path in found:  # a module that is called twice
+        layer = layer._replace(macs=macs + found[layer.path].macs)
+      found[layer.path] = layer
+    return y
+
+  with nn.intercept_methods(record):
+    variables = jax.eval_shape(
+        functools.partial(model.init, **kwargs), jax.random.key(0), inputs
+    )
+  params = traverse_util.flatten_dict(variables['params'], sep='/')
+  return tuple(
+      layer._replace(
+          params=sum(
+              leaf.size for name, leaf in params.items()
+              if name.rpartition('/')[0] == layer.path
+          )
+      )
+      for layer in found.values()
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+  """The formats that every operand of every layer can have.
+
+  Attributes:
+    layers: the L layers, in network order.
+    decisions: the N decisions.
+    weights: for each layer the index of the decision on its weights, or the name of
+      the format that they are fixed to.
+    activations: the same for the activations.
+  """
+
+  layers: tuple[Layer, ...]
+  decisions: tuple[Decision, ...]
+  weights: tuple[int | str, ...]
+  activations: tuple[int | str, ...]
+
+  @functools.cached_property
+  def format_names(self) -> tuple[str, ...]:
+    """The names in `format_table`, which has a row for every format in use."""
+    searched = [name for decision in self.decisions for name in decision.options]
+    fixed = [a for a in self.weights + self.activations if isinstance(a, str)]
+    return tuple(dict.fromkeys([*searched, *fixed, UNQUANTIZED]))
+
+  @functools.cached_property
+  def valid(self) -> np.ndarray:
+    """bool[N, K], which entries of a padded table of options exist."""
+    sizes = np.array([len(d.options) for d in self.decisions], np.int32)
+    return np.arange(max(sizes, default=0)) < sizes[:, None]
+
+  @functools.cached_property
+  def _option_ids(self) -> np.ndarray:
+    """int32[N, K], the row in the format table of each option, 0 where padded."""
+    ids = np.zeros(self.valid.shape, np.int32)
+    for row, decision in zip(ids, self.decisions):
+      row[: len(decision.options)] = list(map(self.format_names.index, decision.options))
+    return ids
+
+  def format_ids(self, choices: jax.Array | np.ndarray) -> LayerFormats:
+    """Returns the row of each operand's format in `format_names`.
+
+    Args:
+      choices: int32[..., N]; numpy in, numpy out.
+
+    Returns:
+      `LayerFormats` of int32[..., L].
+    """
+    numpy = np if isinstance(choices, np.ndarray) else jnp
+    chosen = numpy.asarray(self._option_ids)[np.arange(len(self.decisions)), choices]
+    fixed = numpy.broadcast_to(
+        np.arange(len(self.format_names), dtype=np.int32),
+        (*chosen.shape[:-1], len(self.format_names)),
+    )
+    ids = numpy.concatenate([chosen, fixed], axis=-1)
+    offset = len(self.decisions)
+    return LayerFormats(*(
+        ids[..., [
+            a if isinstance(a, int) else offset + self.format_names.index(a)
+            for a in assigned
+        ]]
+        for assigned in (self.weights, self.activations)
+    ))  # fmt: skip
+
+  def bind(
+      self, choices: jax.Array, quantize_activations: jax.Array | bool = True
+  ) -> dict[str, Any]:
+    """Returns the variable collection `formats` in which the operators find theirs.
+
+    Args:
+      choices: int32[N], may be traced.
+      quantize_activations: a traced scalar; where False, all activations are left
+        unquantized.
+    """
+    table = formats_lib.stack(self.format_names)
+    weights, activations = self.format_ids(choices)
+    activations = jnp.where(
+        quantize_activations, activations, self.format_names.index(UNQUANTIZED)
+    )
+    rows = jax.tree.map(
+        lambda field: LayerFormats(
+            jnp.asarray(field)[weights], jnp.asarray(field)[activations]
+        ),
+        table,
+    )
+    layer_formats = LayerFormats(
+        *(type(table)(*(getattr(field, operand) for field in rows)) for operand in OPERANDS)
+    )
+    return traverse_util.unflatten_dict({
+        (*layer.path.split('/'), layer.operator, LAYER_FORMATS): jax.tree.map(
+            lambda field, i=i: field[i], layer_formats
+        )
+        for i, layer in enumerate(self.layers)
+    })
+
+  def formats_of(self, choices: np.ndarray) -> dict[str, dict[str, str]]:
+    """Returns `{module path: {'weights': name, 'activations': name}}`.
+
+    Args:
+      choices: int32[N].
+    """
+    ids = self.format_ids(np.asarray(choices))
+    return {
+        layer.path: {
+            operand: self.format_names[getattr(ids, operand)[i]] for operand in OPERANDS
+        }
+        for i, layer in enumerate(self.layers)
+    }
+
+  def choices_of(self, formats: Mapping[str, Mapping[str, str]]) -> np.ndarray:
+    """The inverse of `formats_of`: returns int32[N].
+
+    Raises:
+      ValueError: where the formats are for other layers or outside the space.
+    """
+    check_layers(self.layers, formats)
+    choices = np.full(len(self.decisions), -1, np.int32)
+    for operand in OPERANDS:
+      for layer, assigned in zip(self.layers, getattr(self, operand)):
+        name = formats[layer.path][operand]
+        if isinstance(assigned, str):
+          options, previous = (assigned,), -1
+        else:
+          options, previous = self.decisions[assigned].options, choices[assigned]
+        if name not in options:
+          raise ValueError(
+              f'{layer.path}: {operand} in {name} are outside the search space, '
+              f'which has {", ".join(options)}'
+          )
+        if previous not in (-1, options.index(name)):
+          raise ValueError(
+              f'{layer.path}: {operand} in {name}, but the decision '
+              f'{self.decisions[assigned].name!r} already has {options[previous]}'
+          )
+        if not isinstance(assigned, str):
+          choices[assigned] = options.index(name)
+    return choices
+
+
+def check_layers(
+    layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+) -> None:
+  """Raises ValueError where `formats` is not an assignment for exactly these layers."""
+  paths = {layer.path for layer in layers}
+  missing = [layer.path for layer in layers if layer.path not in formats]
+  unknown = [path for path in formats if path not in paths]
+  if missing or unknown:
+    parts = [
+        f'{what} {", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
+        for what, names in (('it lacks', missing), ('the network has no', unknown))
+        if names
+    ]
+    raise ValueError(f'the formats are for another network: {"; ".join(parts)}')
+
+
+def fixed_space(
+    layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+) -> SearchSpace:
+  """Returns the space without decisions in which every layer has the given formats.
+
+  Raises:
+    ValueError: where `formats` is not for these layers.
+  """
+  check_layers(layers, formats)
+  weights, activations = (
+      tuple(formats[layer.path][operand] for layer in layers) for operand in OPERANDS
+  )
+  return SearchSpace(tuple(layers), (), weights, activations)
+
+
+def uniform_space(layers: Sequence[Layer], name: str) -> SearchSpace:
+  """Returns the fixed space in which every layer has one format."""
+  return SearchSpace(tuple(layers), (), (name,) * len(layers), (name,) * len(layers))
+
+
+def build_space(
+    layers: Sequence[Layer],
+    options: Sequence[str],
+    operands: str = 'tied',
+    groups: Sequence[str] = (),
+    pins: Sequence[tuple[str, str]] = (),
+) -> SearchSpace:
+  """Returns the search space over the layers of a network.
+
+  Args:
+    layers: from `discover`.
+    options: the names of the formats to choose from.
+    operands: `tied`: a layer's weights and activations share one decision;
+      `separate`: each has its own; `weights`: activations are not quantized.
+    groups: regexes on whole module paths. Layers that one of them matches share their
+      decisions; if it has capture groups, only those that capture the same text do,
+      so `(stage._block.)/.*` makes one decision for each block.
+    pins: pairs of a regex on whole module paths and the format that the weights and
+      activations of the matching layers are fixed to.
+
+  Raises:
+    ValueError: where a regex is invalid or matches nothing, or two match one layer;
+      one line for each problem.
+  """
+  owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
+  pinned = dict(pins)
+  decisions = {}  # name -> index
+
+  def decision(name):
+    return decisions.setdefault(name, len(decisions))
+
+  weights, activations = [], []
+  for layer in layers:
+    match = owner.get(layer.path)
+    if match and match.re.pattern in pinned:
+      weights.append(pinned[match.re.pattern])
+      activations.append(pinned[match.re.pattern])
+      continue
+    name = layer.path
+    if match:
+      name = '/'.join(filter(None, match.groups())) or match.re.pattern
+    if operands == 'separate':
+      weights.append(decision(f'{name}:weights'))
+      activations.append(decision(f'{name}:activations'))
+    else:
+      weights.append(decision(name))
+      activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
+  return SearchSpace(
+      layers=tuple(layers),
+      decisions=tuple(Decision(name, tuple(options)) for name in decisions),
+      weights=tuple(weights),
+      activations=tuple(activations),
+  )
+
+
+def _match_all(regexes, layers):
+  """Returns `{layer path: match}`; every regex must match, no layer twice."""
+  problems, owner = [], {}
+  for regex in regexes:
+    try:
+      pattern = re.compile(regex)
+    except re.error as error:
+      problems.append(f'{regex!r} is not a regular expression: {error}')
+      continue
+    matches = [m for layer in layers if (m := pattern.fullmatch(layer.path))]
+    if not matches:
+      problems.append(
+          f'{regex!r} matches the whole path of no layer; the layers are '
+          f'{_shorten([layer.path for layer in layers])}'
+      )
+    for match in matches:
+      if match.string in owner:
+        problems.append(
+            f'{match.string} is matched by both {owner[match.string].re.pattern!r} '
+            f'and {regex!r}'
+        )
+      owner[match.string] = match
+  if problems:
+    raise ValueError('\n'.join(problems))
+  return owner
+
+
+def _shorten(names):
+  return ', '.join(names[:6]) + (f' … {names[-1]}' if len(names) > 6 else '')

@@ -1,0 +1,278 @@
+"""The pure steps: search, training with fixed formats, statistics, evaluation.
+
+A batch is a dict of arrays, `image: [S, B, ...]` and `label: [S, B]`, where sample `s`
+of the policy sees slice `s`. Steps run on a mesh `('sample', 'data')`: each device scans
+its samples, and the devices of one sample split its examples.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+import optax
+
+from fliqs_jax.controller import Controller
+from fliqs_jax.cost_models import CostModel
+from fliqs_jax.layers import FORMATS, QUANT_STATS
+from fliqs_jax.search_space import SearchSpace
+from fliqs_jax.train_state import BATCH_STATS, TrainState
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class Objective(NamedTuple):
+  """What training minimises and what the search rewards, of one batch.
+
+  Both are means over examples: `(outputs, batch) -> float32[]`.
+  """
+
+  loss: Callable[[Any, Batch], jax.Array]
+  quality: Callable[[Any, Batch], jax.Array]
+
+
+def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
+  """Returns the fraction of examples whose largest logit is at the label."""
+  return jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Returns the softmax cross entropy of each example, float32[B]."""
+  targets = jax.nn.one_hot(labels, logits.shape[-1])
+  return optax.softmax_cross_entropy(
+      logits, optax.smooth_labels(targets, label_smoothing)
+  )
+
+
+def classification(quality: str = 'accuracy', label_smoothing: float = 0.0) -> Objective:
+  """Returns the objective of a classifier.
+
+  Args:
+    quality: `accuracy`, or `minus_loss`, without label smoothing.
+    label_smoothing: of the training loss.
+  """
+
+  def mean_loss(logits, batch, smoothing):
+    return jnp.mean(cross_entropy(logits, batch['label'], smoothing))
+
+  return Objective(
+      loss=functools.partial(mean_loss, smoothing=label_smoothing),
+      quality=accuracy
+      if quality == 'accuracy'
+      else lambda logits, batch: -mean_loss(logits, batch, 0.0),
+  )
+
+
+class SearchProblem(NamedTuple):
+  """What a search step optimises, besides the weights."""
+
+  space: SearchSpace
+  cost_model: CostModel
+  target: float  # in the cost model's unit
+  reward: Callable[[jax.Array, jax.Array], jax.Array]  # (quality, cost) -> reward
+  controller: Controller
+  activation_delay: int  # first step with quantized activations
+  held_out: bool  # whether the quality is that of `batch['reward']`
+
+
+def make_mesh(num_samples: int, devices: list[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh `('sample', 'data')` over all devices.
+
+  As many devices as divide the samples are on the sample axis; the rest splits the
+  examples of each sample.
+  """
+  devices = np.asarray(jax.devices() if devices is None else devices)
+  samples = math.gcd(num_samples, devices.size)
+  return Mesh(devices.reshape(samples, -1), ('sample', 'data'))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of `[S, B, ...]` batches."""
+  return NamedSharding(mesh, P('sample', 'data'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of the train state."""
+  return NamedSharding(mesh, P())
+
+
+def _forward(state, params, formats, batch, key):
+  """Returns the outputs and the updated statistics of a forward pass in training."""
+  return state.apply_fn(
+      {'params': params, FORMATS: formats, **state.model_stats},
+      batch['image'],
+      train=True,
+      mutable=[BATCH_STATS, QUANT_STATS],
+      rngs={'dropout': key},
+  )
+
+
+def _gradients(state, objective, formats, batch, key):
+  """Returns the gradients, the updated statistics and the metrics of one sample."""
+
+  def loss_fn(params):
+    outputs, stats = _forward(state, params, formats, batch, key)
+    loss = objective.loss(outputs, batch)
+    return loss, (stats, outputs)
+
+  (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params
+  )
+  metrics = {'loss': loss, 'quality': objective.quality(outputs, batch)}
+  return gradients, stats, metrics
+
+
+def _mean_over_samples(function, mesh, *per_sample):
+  """Averages a function's first result over samples; its second stays per sample.
+
+  Args:
+    function: `(*slices) -> (tree to average, tree to stack)`.
+    mesh: its `sample` axis splits the leading axis of `per_sample`.
+    *per_sample: trees of arrays `[S, ...]`.
+  """
+
+  def on_one_device(*local):
+    num_local = jax.tree.leaves(local)[0].shape[0]
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    if num_local == 1:
+      mean, stacked = function(*first(local))
+      stacked = jax.tree.map(lambda a: a[None], stacked)
+    else:
+      # Scanned, not vmapped: a kernel for each sample would turn every convolution
+      # into a grouped one, and memory would grow with the samples.
+      def accumulate(total, slices):
+        new, stacked = function(*slices)
+        return jax.tree.map(jnp.add, total, new), stacked
+
+      shapes, _ = jax.eval_shape(function, *first(local))
+      zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+      total, stacked = lax.scan(accumulate, zeros, local)
+      mean = jax.tree.map(lambda a: a / num_local, total)
+    return lax.pmean(mean, 'sample'), stacked
+
+  # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
+  # batch norm and of the statistics are over all examples of a sample, and networks
+  # need not know of any axis. Unchecked, because a checked gradient with respect to
+  # the replicated weights would be reduced over devices for every sample, not once.
+  return jax.shard_map(
+      on_one_device,
+      mesh=mesh,
+      in_specs=P('sample'),
+      out_specs=(P(), P('sample')),
+      axis_names={'sample'},
+      check_vma=False,
+  )(*per_sample)
+
+
+def _apply(state, gradients, stats):
+  return state.apply_gradients(
+      grads=gradients,
+      batch_stats=stats.get(BATCH_STATS, {}),
+      quant_stats=stats.get(QUANT_STATS, {}),
+  )
+
+
+def make_search_step(
+    problem: SearchProblem, objective: Objective, num_samples: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the jitted step that updates weights and policy together.
+
+  Sample `s` of step `t` depends on (key, t, s) alone, not on the mesh.
+
+  Args:
+    problem: the search.
+    objective: loss and quality.
+    num_samples: S, which the mesh's sample axis divides.
+    mesh: from `make_mesh`.
+
+  Returns:
+    `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
+    averaged over samples, and `choices`, int32[S, N].
+  """
+  space = problem.space
+
+  def one_sample(state, batch, choices, key):
+    formats = space.bind(choices, state.step >= problem.activation_delay)
+    gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+    if problem.held_out:
+      outputs, _ = _forward(state, state.params, formats, batch['reward'], key)
+      metrics['quality'] = objective.quality(outputs, batch['reward'])
+    return (gradients, stats), metrics
+
+  def search_step(state, batch):
+    step_key = jax.random.fold_in(state.key, state.step)
+    sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
+        jnp.arange(num_samples)
+    )
+    policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
+    choices = problem.controller.sample(state.controller, policy_keys)
+    (gradients, stats), metrics = _mean_over_samples(
+        functools.partial(one_sample, state), mesh, batch, choices, model_keys
+    )
+    costs = problem.cost_model(space, choices)
+    rewards = problem.reward(metrics['quality'], costs)
+    controller_state, controller_metrics = problem.controller.update(
+        state.controller, choices, rewards, state.step
+    )
+    new_state = _apply(state, gradients, stats).replace(controller=controller_state)
+    return new_state, {
+        **jax.tree.map(jnp.mean, metrics),
+        **controller_metrics,
+        'cost': jnp.mean(costs),
+        'cost_ratio': jnp.mean(costs) / problem.target,
+        'reward': jnp.mean(rewards),
+        'gradient_norm': optax.global_norm(gradients),
+        'choices': choices,
+    }
+
+  return _jit_step(search_step, mesh)
+
+
+def make_train_step(
+    space: SearchSpace, objective: Objective, activation_delay: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the jitted step that trains the weights under fixed formats.
+
+  Args:
+    space: without decisions, from `fixed_space`.
+    objective: loss and quality.
+    activation_delay: the first step with quantized activations.
+    mesh: from `make_mesh`.
+
+  Returns:
+    `(state, batch) -> (state, metrics)`; the state is donated.
+  """
+
+  def train_step(state, batch):
+    formats = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
+    key = jax.random.fold_in(state.key, state.step)
+    keys = jax.random.split(key, batch['label'].shape[0])
+
+    def one_sample(batch, key):
+      gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+      return (gradients, stats), metrics
+
+    (gradients, stats), metrics = _mean_over_samples(one_sample, mesh, batch, keys)
+    return _apply(state, gradients, stats), {
+        **jax.tree.map(jnp.mean, metrics),
+        'gradient_norm': optax.global_norm(gradients),
+    }
+
+  return _jit_step(train_step, mesh)
+
+
+def _jit_step(step, mesh):
+  return jax.jit(
+      step,
+      in_shardings=(replicated(mesh), batch_sharding(mesh)),
+      out_shardings=replicated(mesh),
+      donate_argnums=0,
+  )
