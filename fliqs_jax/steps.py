@@ -30,11 +30,12 @@ Metrics = dict[str, jax.Array]
 class Objective(NamedTuple):
   """What training minimises and what the search rewards, of one batch.
 
-  Both are means over examples: `(outputs, batch) -> float32[]`.
+  Each is a function `(outputs, batch)` whose values are means over examples.
   """
 
   loss: Callable[[Any, Batch], jax.Array]
   quality: Callable[[Any, Batch], jax.Array]
+  metrics: Callable[[Any, Batch], Metrics]  # what else is logged
 
 
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -68,6 +69,7 @@ def classification(quality: str = 'accuracy', label_smoothing: float = 0.0) -> O
       quality=accuracy
       if quality == 'accuracy'
       else lambda logits, batch: -mean_loss(logits, batch, 0.0),
+      metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
   )
 
 
@@ -99,6 +101,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P('sample', 'data'))
 
 
+def eval_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of `[B, ...]` batches."""
+  return NamedSharding(mesh, P(('sample', 'data')))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of the train state."""
   return NamedSharding(mesh, P())
@@ -126,7 +133,11 @@ def _gradients(state, objective, formats, batch, key):
   (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params
   )
-  metrics = {'loss': loss, 'quality': objective.quality(outputs, batch)}
+  metrics = {
+      'loss': loss,
+      'quality': objective.quality(outputs, batch),
+      **objective.metrics(outputs, batch),
+  }
   return gradients, stats, metrics
 
 
@@ -267,6 +278,75 @@ def make_train_step(
     }
 
   return _jit_step(train_step, mesh)
+
+
+def make_statistics_step(
+    space: SearchSpace, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch], Any]:
+  """Returns the jitted step that measures batch norm's statistics on one batch.
+
+  The moving averages of a search are over many assignments; the final one takes its
+  own, the mean over some batches of what this returns.
+
+  Returns:
+    `(state, choices int32[N], batch) -> batch_stats`, over the batch's S · B examples.
+  """
+
+  def statistics_step(state, choices, batch):
+    images = batch['image'].reshape(-1, *batch['image'].shape[2:])
+    formats = space.bind(choices)
+
+    def updated(old):
+      _, stats = _forward(
+          state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
+          state.params, formats, {'image': images}, state.key,
+      )  # fmt: skip
+      return stats.get(BATCH_STATS, {})
+
+    # An update is `m · old + (1 − m) · batch`. From 0 and from 1 it tells m, whatever
+    # the network's is, and the batch's own statistics; the compiler computes the
+    # network once, since in training it does not depend on the old ones.
+    from_zeros, from_ones = updated(jnp.zeros_like), updated(jnp.ones_like)
+    return jax.tree.map(
+        lambda zero, one: zero / (1 - (one - zero)), from_zeros, from_ones
+    )
+
+  return jax.jit(
+      statistics_step,
+      in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+      out_shardings=replicated(mesh),
+  )
+
+
+def make_eval_step(
+    space: SearchSpace, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
+  """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
+
+  Returns:
+    `(state, choices int32[N], batch) -> sums`: of `accuracy` and `loss` over the
+    examples whose `mask` is True, and `num_examples`.
+  """
+
+  def eval_step(state, choices, batch):
+    variables = {
+        'params': state.params, FORMATS: space.bind(choices), **state.model_stats
+    }  # fmt: skip
+    logits = state.apply_fn(variables, batch['image'], train=False)
+    correct = jnp.argmax(logits, axis=-1) == batch['label']
+    losses = cross_entropy(logits, batch['label'])
+    mask = batch['mask']
+    return {
+        'accuracy': jnp.sum(correct & mask),
+        'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
+        'num_examples': jnp.sum(mask),
+    }
+
+  return jax.jit(
+      eval_step,
+      in_shardings=(replicated(mesh), replicated(mesh), eval_sharding(mesh)),
+      out_shardings=replicated(mesh),
+  )
 
 
 def _jit_step(step, mesh):

@@ -1,0 +1,222 @@
+"""From a config to the objects that it names, or to all that is wrong with it."""
+
+from collections.abc import Mapping
+import functools
+from typing import NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from fliqs_jax import controller as controller_lib
+from fliqs_jax import cost_models, formats, models, rewards, search_space, steps
+from fliqs_jax.budget import cost_range
+from fliqs_jax.config import ConfigError, validate
+
+Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
+
+
+class Setup(NamedTuple):
+  """All that a run needs, but data and devices' state."""
+
+  model: nn.Module
+  inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
+  space: search_space.SearchSpace  # without decisions where formats are fixed
+  cost_model: cost_models.CostModel
+  target: float  # in the cost model's unit; of no effect where formats are fixed
+  objective: steps.Objective
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  problem: steps.SearchProblem | None  # None where formats are fixed
+
+
+def build_model(
+    config: ml_collections.ConfigDict, quantized: bool = True
+) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
+  """Returns the network and the shape of one example.
+
+  Raises:
+    ValueError: where the network is unknown or lacks an option.
+  """
+  options = config.model.to_dict()
+  model = models.create_model(
+      options.pop('name'),
+      config.num_classes,
+      quantized=quantized,
+      operator=config.quantizer.to_dict(),
+      dtype=jnp.dtype(config.dtype),
+      **options,
+  )
+  return model, jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
+
+
+def discover_layers(config: ml_collections.ConfigDict) -> tuple[search_space.Layer, ...]:
+  """Returns the quantized layers of a config's network.
+
+  Raises:
+    ValueError: as `build_model`, or where the network does not fit its input.
+  """
+  model, inputs = build_model(config)
+  try:
+    return search_space.discover(model, inputs, train=False)
+  except (TypeError, ValueError, ZeroDivisionError) as error:
+    raise ValueError(
+        f'model {config.model.name!r} cannot be built for images of '
+        f'{config.input.image_shape} at width {config.model.width}: '
+        f'{str(error).splitlines()[0]}'
+    ) from None
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    num_devices: int,
+    assignment: str | Assignment | None = None,
+) -> Setup:
+  """Returns what a resolved config names.
+
+  Args:
+    config: from `config.resolve`.
+    num_devices: of all processes together.
+    assignment: fixed formats, one name or a name for each layer's operands; None
+      searches them.
+
+  Raises:
+    ConfigError: with everything that is wrong, before anything is computed.
+  """
+  problems = validate(config, num_devices)
+  try:
+    model, inputs = build_model(config)
+    layers = discover_layers(config)
+    space = build_space(config, layers, assignment)
+  except ValueError as error:
+    # What `validate` has named may come up again here.
+    new = [line for line in str(error).splitlines() if line not in problems]
+    raise ConfigError(*problems, *new) from None
+  if problems:
+    raise ConfigError(*problems)
+  cost_model = cost_models.get_cost_model(config.search.cost_model)
+  target = search_target(config, layers)
+  objective = steps.classification(
+      config.reward.quality, config.optimizer.label_smoothing
+  )
+  learning_rate = _learning_rate(config)
+  return Setup(
+      model=model,
+      inputs=inputs,
+      space=space,
+      cost_model=cost_model,
+      target=target,
+      objective=objective,
+      optimizer=_optimizer(config, learning_rate),
+      learning_rate=learning_rate,
+      problem=None
+      if assignment is not None
+      else _problem(config, space, cost_model, target),
+  )
+
+
+def search_target(
+    config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
+) -> float:
+  """Returns the target in the cost model's unit."""
+  search = config.search
+  if search.target is not None:
+    return search.target
+  cost_model = cost_models.get_cost_model(search.cost_model)
+  return search.target_scale * cost_model.uniform(layers, search.target_format)
+
+
+def build_space(
+    config: ml_collections.ConfigDict,
+    layers: tuple[search_space.Layer, ...],
+    assignment: str | Assignment | None = None,
+) -> search_space.SearchSpace:
+  """Returns the space of fixed formats, or the one that `config.search` describes.
+
+  Args:
+    config: the config.
+    layers: from `discover_layers`.
+    assignment: the fixed formats; None searches them.
+
+  Raises:
+    ValueError: as `search_space.build_space` and `fixed_space`, or where nothing is
+      left to search.
+  """
+  if isinstance(assignment, str):
+    return search_space.uniform_space(layers, assignment)
+  if assignment is not None:
+    return search_space.fixed_space(layers, assignment)
+  space = search_space.build_space(
+      layers,
+      formats.parse_names(config.search.formats),
+      config.search.weights_and_activations,
+      config.search.groups,
+      config.search.pins,
+  )
+  if not any(len(decision.options) > 1 for decision in space.decisions):
+    raise ValueError(
+        'nothing to search: every layer is pinned, or search.formats names one format'
+    )
+  return space
+
+
+def _problem(config, space, cost_model, target):
+  low, high = cost_range(space, cost_model)
+  # The sums of a float32 target written in decimals are given a rounding's leeway.
+  if not low * (1 - 1e-6) <= target <= high * (1 + 1e-6):
+    raise ConfigError(
+        f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
+        f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
+        f'{config.search.formats!r}; change search.target_scale, search.target_format, '
+        'search.target or search.formats'
+    )
+  reward = functools.partial(
+      rewards.REWARDS[config.reward.name].function,
+      target=target,
+      beta=config.reward.beta,
+  )
+  controller = config.controller
+  return steps.SearchProblem(
+      space=space,
+      cost_model=cost_model,
+      target=target,
+      reward=reward,
+      controller=controller_lib.policy_gradient_controller(
+          space.valid,
+          controller_lib.entropy_weight(
+              controller.entropy_schedule,
+              controller.entropy_weight,
+              config.search.policy_delay,
+              config.num_steps,
+          ),
+          controller.learning_rate,
+          config.search.policy_delay,
+          controller.baseline,
+          controller.baseline_momentum,
+      ),
+      activation_delay=config.search.activation_delay,
+      held_out=config.reward.split == 'validation',
+  )
+
+
+def _learning_rate(config):
+  optimizer = config.optimizer
+  return optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=optimizer.learning_rate,
+      warmup_steps=min(optimizer.warmup_steps, config.num_steps - 1),
+      decay_steps=config.num_steps,
+  )
+
+
+def _optimizer(config, learning_rate):
+  def is_kernel(params):
+    return traverse_util.path_aware_map(lambda path, _: path[-1] == 'kernel', params)
+
+  return optax.chain(
+      optax.add_decayed_weights(config.optimizer.weight_decay, mask=is_kernel),
+      optax.sgd(learning_rate, momentum=config.optimizer.momentum),
+  )

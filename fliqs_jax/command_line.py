@@ -1,0 +1,82 @@
+"""What the commands share: the config flag, and errors in one line with status 2."""
+
+from collections.abc import Callable, Sequence
+import logging
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from fliqs_jax.config import ConfigError
+
+_USER_ERROR_STATUS = 2
+
+
+def define_config_flag() -> flags.FlagHolder:
+  """Defines --config, a file with `get_config`, whose fields --config.x overrides."""
+  return config_flags.DEFINE_config_file(
+      'config', None, 'Config file, with its variant: configs/resnet18.py:digits'
+  )
+
+
+def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
+  """Runs a command's `main`; a user's mistake ends with a line and status 2.
+
+  Args:
+    main: takes the arguments that are no flags.
+    required: names of the flags that must be given.
+  """
+
+  def guarded(argv):
+    _log_to_stderr()
+    try:
+      main(argv)
+    except ConfigError as error:
+      _fail(error.problems)
+    except FloatingPointError as error:
+      _fail([str(error)], status=1)
+
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+def _log_to_stderr():
+  """Shows this package's own lines, and only warnings of the libraries."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  logger = logging.getLogger('fliqs_jax')
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+
+
+def _parse(argv, required):
+  try:
+    rest = flags.FLAGS(argv)
+    for name in required:
+      if flags.FLAGS[name].value is None:
+        raise ValueError(f'--{name} is missing: expected --{name}={name.upper()}')
+    if 'config' in required:
+      # An error in the config file is kept back until a field is read.
+      _ = flags.FLAGS.config.mode
+    if rest[1:]:
+      raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
+    return rest
+  except Exception as error:  # a config file is code and raises what it likes
+    _fail([_one_line(error)])
+
+
+def _one_line(error):
+  """The last line of a message that may carry a traceback, the first of others."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  if not lines:
+    return type(error).__name__
+  return lines[-1] if 'Traceback' in str(error) else lines[0]
+
+
+def _fail(problems, status=_USER_ERROR_STATUS):
+  for problem in problems:
+    print(f'error: {problem}', file=sys.stderr)
+  sys.exit(status)

@@ -1,0 +1,289 @@
+"""The fields of a config, their defaults, and everything that can be wrong with them."""
+
+import difflib
+import math
+
+import ml_collections
+from ml_collections import config_dict
+
+from fliqs_jax import cost_models, formats, models, quantizers
+from fliqs_jax.controller import BASELINES, ENTROPY_SCHEDULES
+from fliqs_jax.rewards import REWARDS
+from fliqs_jax.search_space import SEARCHED_OPERANDS
+
+MODES = ('search', 'train', 'eval')
+
+
+class ConfigError(ValueError):
+  """What a user asked for cannot be done; one line for each problem."""
+
+  def __init__(self, *problems: str):
+    super().__init__('\n'.join(problems))
+    self.problems = [line for problem in problems for line in problem.splitlines()]
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns the config that the files in `configs/` start from: all fields there are.
+
+  Steps that are None follow from `num_steps`; `resolve` fills them in.
+  """
+  step = lambda: config_dict.placeholder(int)
+  return ml_collections.ConfigDict({
+      'mode': 'search',  # or train (fixed formats), eval (a checkpoint)
+      'seed': 0,
+      'num_steps': 1000,
+      'batch_size': 64,  # examples a step, over all samples and devices
+      'eval_batch_size': 256,
+      'dataset': 'digits',  # a TFDS name
+      'num_classes': 10,
+      'dtype': 'float32',  # of the computation; or bfloat16
+      # For train and eval: a format for all layers, float32 for none, or the path of
+      # a search_result.json. In eval, empty takes the checkpoint's own.
+      'formats': '',
+      'checkpoint': '',  # for eval: another workdir than --workdir
+      'checkpoint_every': 500,
+      'log_every': 50,
+      'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network
+      'input': {
+          'data_dir': '',  # of TFDS; empty for its default
+          'image_shape': (8, 8, 1),
+          'train_split': 'train',
+          'eval_split': 'test',
+          'reward_split': '',  # held-out examples for reward.split='validation'
+          'augmentation': 'none',  # or crop_flip
+          'mean': (0.5,),  # per channel, of pixels in [0, 1]
+          'stddev': (0.5,),
+          'num_threads': 2,
+      },
+      'optimizer': {
+          'learning_rate': 0.1,  # peak of a cosine schedule
+          'warmup_steps': step(),  # default: 5 % of num_steps
+          'momentum': 0.9,
+          'weight_decay': 1e-4,  # on kernels alone
+          'label_smoothing': 0.0,
+      },
+      'quantizer': {
+          'calibration': 'rms',  # or absmax
+          'momentum': 0.95,  # of the activations' statistics
+      },
+      'search': {
+          'formats': 'int_small',  # a space's name or a comma-separated list
+          'weights_and_activations': 'tied',  # or separate, or weights
+          'groups': (),  # regexes on whole module paths that tie layers
+          'pins': (),  # pairs (regex, format)
+          'num_samples': 4,
+          'cost_model': 'bops',
+          'target': config_dict.placeholder(float),  # absolute; wins where given
+          'target_format': 'int4',  # or this multiple of a uniform model's cost
+          'target_scale': 1.0,
+          'activation_delay': step(),  # default: 10 % of num_steps
+          'policy_delay': step(),  # default: 25 % of num_steps
+          'hard_budget': True,  # commit to the likeliest formats within the target
+          'commit_step': step(),  # default: 90 % of num_steps
+          'statistics_batches': 50,  # that re-estimate batch norm at the end
+      },
+      'reward': {
+          'name': 'absolute',
+          'quality': 'accuracy',  # or minus_loss
+          'beta': 1.0,  # negative for the exponential rewards
+          'split': 'train',  # or validation
+      },
+      'controller': {
+          'learning_rate': 5e-2,
+          'baseline': 'leave_one_out',  # or moving
+          'baseline_momentum': 0.95,
+          'entropy_schedule': 'cosine',
+          'entropy_weight': 0.1,  # at the end
+      },
+  }).lock()
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns a copy whose steps are numbers."""
+  config = config.copy_and_resolve_references()
+  for section, field, fraction in (
+      (config.optimizer, 'warmup_steps', 0.05),
+      (config.search, 'activation_delay', 0.1),
+      (config.search, 'policy_delay', 0.25),
+      (config.search, 'commit_step', 0.9),
+  ):
+    if section[field] is None:
+      section[field] = int(fraction * config.num_steps)
+  return config
+
+
+# Fields with a number, and the smallest value that each may have.
+_POSITIVE = (
+    'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
+    'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
+    'search.num_samples', 'search.target', 'search.target_scale',
+    'search.statistics_batches', 'controller.learning_rate',
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    'seed', 'optimizer.warmup_steps', 'optimizer.weight_decay',
+    'search.activation_delay', 'search.policy_delay', 'search.commit_step',
+    'controller.entropy_weight',
+)  # fmt: skip
+_FRACTIONS = (
+    'optimizer.momentum', 'optimizer.label_smoothing', 'quantizer.momentum',
+    'controller.baseline_momentum',
+)  # fmt: skip
+
+# Fields with a name, and the names there are.
+_NAMES = {
+    'mode': MODES,
+    'dtype': ('float32', 'bfloat16'),
+    'model.name': tuple(models.MODELS),
+    'input.augmentation': ('none', 'crop_flip'),
+    'quantizer.calibration': quantizers.CALIBRATIONS,
+    'search.weights_and_activations': SEARCHED_OPERANDS,
+    'search.cost_model': tuple(cost_models.COST_MODELS),
+    'reward.name': tuple(REWARDS),
+    'reward.quality': ('accuracy', 'minus_loss'),
+    'reward.split': ('train', 'validation'),
+    'controller.baseline': BASELINES,
+    'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
+}
+
+
+def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
+  """Returns all that is wrong with the fields of a resolved config, a line for each.
+
+  What depends on the network or on the dataset is checked where those are known.
+
+  Args:
+    config: from `resolve`.
+    num_devices: of all processes together.
+  """
+  problems = _check_names(config) + _check_numbers(config) + _check_batches(config, num_devices)
+  problems += _check_image(config)
+  if config.mode == 'search':
+    problems += _check_delays(config) + _check_formats(config) + _check_reward(config)
+  return problems
+
+
+def _field(config, name):
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def _check_names(config):
+  problems = []
+  for field, names in _NAMES.items():
+    value = _field(config, field)
+    if value not in names:
+      nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
+      problems.append(
+          f'{field}={value!r}: expected one of {", ".join(names)}; the nearest is '
+          f'{nearest[0]!r}'
+      )
+  return problems
+
+
+def _check_numbers(config):
+  problems = []
+  for fields, expected, valid in (
+      (_POSITIVE, 'a number above 0', lambda value: 0 < value < math.inf),
+      (_NOT_NEGATIVE, '0 or more', lambda value: 0 <= value < math.inf),
+      (_FRACTIONS, 'at least 0 and below 1', lambda value: 0 <= value < 1),
+  ):
+    for field in fields:
+      value = _field(config, field)
+      if value is not None and not valid(value):
+        problems.append(f'{field}={value}: expected {expected}')
+  return problems
+
+
+def _check_batches(config, num_devices):
+  num_samples = config.search.num_samples if config.mode == 'search' else 1
+  if min(config.batch_size, config.eval_batch_size, num_samples) < 1:
+    return []  # reported as numbers
+  # Devices beyond the samples split the examples of a sample.
+  parts = math.lcm(num_samples, num_devices)
+  problems = []
+  if config.batch_size % parts:
+    problems.append(
+        f'batch_size={config.batch_size}: expected a multiple of {parts}, for '
+        f'search.num_samples={num_samples} on {num_devices} device(s)'
+    )
+  if config.eval_batch_size % num_devices:
+    problems.append(
+        f'eval_batch_size={config.eval_batch_size}: expected a multiple of the '
+        f'{num_devices} devices'
+    )
+  return problems
+
+
+def _check_image(config):
+  shape, mean, stddev = config.input.image_shape, config.input.mean, config.input.stddev
+  if len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
+    return [f'input.image_shape={shape}: expected (height, width, channels), 1 or 3 channels']
+  if not len(mean) == len(stddev) == shape[2] or min(stddev) <= 0:
+    return [
+        f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
+        'one for each channel, the deviations above 0'
+    ]
+  return []
+
+
+def _check_delays(config):
+  search, problems = config.search, []
+  if search.policy_delay >= config.num_steps:
+    problems.append(
+        f'search.policy_delay={search.policy_delay}: expected fewer than '
+        f'num_steps={config.num_steps}, or the policy never learns'
+    )
+  if search.activation_delay >= config.num_steps:
+    problems.append(
+        f'search.activation_delay={search.activation_delay}: expected fewer than '
+        f'num_steps={config.num_steps}, or activations are never quantized'
+    )
+  if search.hard_budget and not search.policy_delay < search.commit_step < config.num_steps:
+    problems.append(
+        f'search.commit_step={search.commit_step}: expected a step after '
+        f'search.policy_delay={search.policy_delay} and before '
+        f'num_steps={config.num_steps}'
+    )
+  return problems
+
+
+def _check_formats(config):
+  search, problems = config.search, []
+  named = [name for _, name in search.pins]
+  if search.target is None:
+    named.append(search.target_format)
+  for check, argument in (
+      (formats.parse_names, search.formats), *((formats.get_format, name) for name in named)
+  ):
+    try:
+      check(argument)
+    except ValueError as error:
+      problems.append(str(error))
+  return problems
+
+
+def _check_reward(config):
+  problems, reward = [], REWARDS.get(config.reward.name)
+  if reward and config.reward.beta * reward.beta_sign <= 0:
+    sign = 'above' if reward.beta_sign > 0 else 'below'
+    problems.append(
+        f'reward.beta={config.reward.beta}: expected a number {sign} 0 for the reward '
+        f'{config.reward.name!r}, so that a high cost lowers it'
+    )
+  if reward and config.reward.quality == 'minus_loss' and not reward.signed_quality:
+    problems.append(
+        f'reward.quality=minus_loss: expected accuracy for the reward '
+        f'{config.reward.name!r}, which multiplies the quality'
+    )
+  if config.reward.split == 'validation' and not config.input.reward_split:
+    problems.append(
+        'reward.split=validation: expected held-out examples in input.reward_split, '
+        "such as 'train[90%:]'"
+    )
+  if config.controller.baseline == 'leave_one_out' and config.search.num_samples == 1:
+    problems.append(
+        'controller.baseline=leave_one_out: expected search.num_samples of 2 or more, '
+        'or the baseline `moving`'
+    )
+  return problems

@@ -1,0 +1,163 @@
+"""What a run shows on the terminal: progress, and at the end the table."""
+
+from collections.abc import Mapping
+import logging
+import sys
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fliqs_jax import assembly, cost_models, search_space
+
+_logger = logging.getLogger(__name__)
+
+# Numbers of a history line that progress shows, and how.
+_SHOWN = {
+    'loss': ('loss', '{:.3f}'),
+    'accuracy': ('accuracy', '{:.1%}'),
+    'cost_ratio': ('cost/target', '{:.3f}'),
+    'entropy': ('entropy', '{:.3f}'),
+}
+
+
+class Progress:
+  """A progress bar on a terminal, plain log lines elsewhere. A context manager."""
+
+  def __init__(self, start: int, num_steps: int):
+    self._start, self._num_steps = start, num_steps
+    self._console = Console(stderr=True)
+    self._began = time.monotonic()
+    self._bar = progress.Progress(
+        progress.TextColumn('step {task.completed}/{task.total}'),
+        progress.BarColumn(bar_width=20),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn('{task.fields[numbers]}'),
+        console=self._console,
+        disable=not self._console.is_terminal,
+    )
+    self._task = self._bar.add_task(
+        'train', total=num_steps, completed=start, numbers='compiling'
+    )
+
+  def __enter__(self) -> 'Progress':
+    self._bar.__enter__()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._bar.__exit__(*error)
+
+  def update(self, step: int, row: Mapping[str, float]) -> None:
+    """Shows the numbers of a history line."""
+    numbers = '  '.join(
+        f'{label} {form.format(row[key])}'
+        for key, (label, form) in _SHOWN.items()
+        if key in row
+    )
+    if self._console.is_terminal:
+      self._bar.update(self._task, completed=step, numbers=numbers)
+    else:
+      elapsed = time.monotonic() - self._began
+      left = elapsed / (step - self._start) * (self._num_steps - step)
+      _logger.info('step %d/%d  %s  ETA %.0f s', step, self._num_steps, numbers, left)
+
+
+def make_console() -> Console:
+  """Returns the console for tables: as wide as the terminal, or wide enough in a file."""
+  return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def layer_table(
+    layers: tuple[search_space.Layer, ...],
+    formats: Mapping[str, Mapping[str, str]],
+    costs: np.ndarray,
+    confidence: Mapping[str, str],
+) -> Table:
+  """Returns the table with a row for each layer.
+
+  Args:
+    layers: the L layers.
+    formats: of each layer's operands, by path.
+    costs: float[L].
+    confidence: text for each layer path; empty for no such column.
+  """
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('layer', overflow='fold')
+  for name in ('MACs', 'parameters'):
+    table.add_column(name, justify='right', no_wrap=True)
+  for name in ('weights', 'activations'):
+    table.add_column(name, no_wrap=True)
+  if confidence:
+    table.add_column('policy', justify='right', no_wrap=True)
+  table.add_column('cost share', justify='right', no_wrap=True)
+  total = max(float(costs.sum()), np.finfo(float).tiny)
+  for layer, cost in zip(layers, costs):
+    row = [
+        layer.path,
+        f'{layer.macs:,}',
+        f'{layer.params:,}',
+        formats[layer.path]['weights'],
+        formats[layer.path]['activations'],
+        *([confidence[layer.path]] if confidence else []),
+        f'{cost / total:.1%}',
+    ]
+    table.add_row(*map(Text, row))
+  return table
+
+
+def print_result(result: Mapping[str, Any], workdir: str) -> None:
+  """Prints what a run found, from its result alone."""
+  config = ml_collections.ConfigDict(result['config'])
+  layers = assembly.discover_layers(config)
+  space = search_space.fixed_space(layers, result['formats'])
+  costs = cost_models.get_cost_model(result['cost_model']).per_layer(
+      space, np.zeros(0, np.int32)
+  )
+  console = make_console()
+  confidence = _confidence(config, layers, result)
+  console.print(layer_table(layers, result['formats'], costs, confidence))
+  for line in summary_lines(result):
+    console.print(line, markup=False)
+  console.print(f'Files: {workdir}', markup=False)
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+  """Returns the lines on cost and accuracy below the table."""
+  unit, cost, evaluation = result['cost_unit'], result['cost'], result['eval']
+  lines = [f'Cost: {cost:.6g} {unit} ({result["cost_model"]})']
+  if result['target'] is not None:
+    lines[0] += f', {cost / result["target"]:.4f} of the target {result["target"]:.6g}'
+  if result['uniform_costs']:
+    uniform = ', '.join(
+        f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
+    )
+    lines.append(f'Uniform models: {uniform} {unit}')
+  kind = 'One-shot accuracy' if result['policy'] else 'Accuracy'
+  lines.append(
+      f'{kind}: {evaluation["accuracy"]:.2%} of {evaluation["num_examples"]} examples '
+      f'(loss {evaluation["loss"]:.4f})'
+  )
+  return lines
+
+
+def _confidence(config, layers, result):
+  """The policy's probability of each layer's formats, weights' / activations'."""
+  if not result['policy']:
+    return {}
+  space = assembly.build_space(config, layers)
+  texts = {}
+  for i, layer in enumerate(layers):
+    operands = {}  # decision name -> format name
+    for operand in search_space.OPERANDS:
+      assigned = getattr(space, operand)[i]
+      if not isinstance(assigned, str):
+        operands[space.decisions[assigned].name] = result['formats'][layer.path][operand]
+    texts[layer.path] = ' / '.join(
+        f'{result["policy"][decision][name]:.2f}' for decision, name in operands.items()
+    ) or 'pinned'  # fmt: skip
+  return texts

@@ -1,0 +1,133 @@
+"""What a run found, as the file `search_result.json` that is enough to reuse it."""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+import numpy as np
+
+from fliqs_jax import formats as formats_lib
+from fliqs_jax.assembly import Assignment, Setup
+from fliqs_jax.search_space import OPERANDS
+
+RESULT_FILE = 'search_result.json'
+EVAL_FILE = 'eval_result.json'
+
+_PACKAGES = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def make_result(
+    config: ml_collections.ConfigDict,
+    setup: Setup,
+    choices: np.ndarray,
+    policy: np.ndarray | None,
+    evaluation: Mapping[str, float],
+) -> dict[str, Any]:
+  """Returns the result of a finished run, ready for JSON.
+
+  Args:
+    config: resolved.
+    setup: of the run.
+    choices: int32[N], the final ones.
+    policy: float[N, K], the probabilities when the choices were made; None where
+      formats were fixed.
+    evaluation: `accuracy`, `loss` and `num_examples`.
+  """
+  space, cost_model = setup.space, setup.cost_model
+  searched = policy is not None
+  compared = formats_lib.parse_names(config.search.formats) if searched else ()
+  return {
+      'model': config.model.name,
+      'dataset': config.dataset,
+      'cost_model': cost_model.name,
+      'cost_unit': cost_model.unit,
+      'target': float(setup.target) if searched else None,
+      'cost': float(cost_model(space, choices)),
+      'seed': config.seed,
+      'steps': config.num_steps,
+      'formats': space.formats_of(choices),
+      'architecture': {},
+      'eval': dict(evaluation),
+      'uniform_costs': {
+          name: cost_model.uniform(space.layers, name) for name in compared
+      },
+      'policy': policy_by_name(space, policy) if searched else {},
+      'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
+      | {'platform': jax.default_backend()},
+      'config': config_to_json(config),
+  }
+
+
+def policy_by_name(space, policy: np.ndarray) -> dict[str, dict[str, float]]:
+  """Returns `{decision: {format: probability}}` of a policy float[N, K]."""
+  return {
+      decision.name: {
+          name: float(p) for name, p in zip(decision.options, probabilities)
+      }
+      for decision, probabilities in zip(space.decisions, policy)
+  }
+
+
+def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a config as JSON has them, tuples as lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes a JSON file that is there whole or not at all."""
+  temporary = path.parent / f'.{path.name}.tmp'
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def read_result(path: os.PathLike | str) -> dict[str, Any]:
+  """Returns the content of a result file.
+
+  Raises:
+    ValueError: where it is missing, damaged, or not a result; one line.
+  """
+  path = epath.Path(path)
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'not a text file'
+    raise ValueError(f'cannot read formats from {str(path)!r}: {reason}') from None
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(
+        f'{str(path)!r} is not JSON, or cut off ({error}): expected a '
+        f'{RESULT_FILE}'
+    ) from None
+  if not isinstance(content, dict) or not isinstance(content.get('formats'), dict):
+    raise ValueError(
+        f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}'
+    )
+  for layer, assigned in content['formats'].items():
+    if not isinstance(assigned, dict) or sorted(assigned) != sorted(OPERANDS):
+      raise ValueError(
+          f'{str(path)!r}: expected {{"weights": …, "activations": …}} for layer '
+          f'{layer!r}, found {json.dumps(assigned)[:80]}'
+      )
+    for name in assigned.values():
+      try:
+        formats_lib.get_format(name)
+      except (TypeError, ValueError) as error:
+        raise ValueError(f'{str(path)!r}: layer {layer!r}: {error}') from None
+  return content
+
+
+def read_assignment(spec: str) -> str | Assignment:
+  """Returns what `config.formats` names: a format for all layers, or a file's.
+
+  Raises:
+    ValueError: where it is neither.
+  """
+  if spec in formats_lib.NAMES:
+    return spec
+  if not epath.Path(spec).exists() and os.sep not in spec and '.' not in spec:
+    formats_lib.get_format(spec)  # names the nearest format
+  return read_result(spec)['formats']

@@ -1,0 +1,314 @@
+"""The one loop, for search and for fixed formats, and what comes before and after."""
+
+from collections.abc import Callable
+import logging
+from typing import Any
+
+from etils import epath
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from fliqs_jax import assembly, budget, display, input_pipeline, results, steps, workdirs
+from fliqs_jax.checkpoints import Checkpoints
+from fliqs_jax.config import ConfigError, resolve
+from fliqs_jax.controller import policy_probabilities
+from fliqs_jax.train_state import TrainState, create_train_state
+
+_logger = logging.getLogger(__name__)
+
+def run(
+    config: ml_collections.ConfigDict, workdir: str, allow_config_change: bool = False
+) -> dict[str, Any]:
+  """Runs what `config.mode` says, prints the result and returns it.
+
+  A workdir that holds an unfinished run is resumed; one that holds a finished run only
+  shows its result.
+
+  Args:
+    config: unresolved.
+    workdir: folder for all files, made if it is not there.
+    allow_config_change: resume although the workdir's config differs.
+
+  Raises:
+    ConfigError: for whatever the user can mend; nothing was written then.
+  """
+  config = resolve(config)
+  workdir = epath.Path(workdir)
+  if config.mode == 'eval':
+    result = _evaluate_checkpoint(config, workdir)
+  else:
+    setup, builder = _prepare(config, workdir, allow_config_change)
+    if (workdir / results.RESULT_FILE).exists():
+      _logger.info('The run in %s is finished.', workdir)
+      result = results.read_result(workdir / results.RESULT_FILE)
+    else:
+      result = _train(config, workdir, setup, builder)
+  display.print_result(result, str(workdir))
+  return result
+
+
+def _prepare(config, workdir, allow_config_change):
+  """Returns the setup and the dataset, and makes the workdir; reports all problems."""
+  attempt = _Attempts()
+  fixed = attempt(_read_fixed_formats, config) if config.mode == 'train' else None
+  if not attempt.problems:
+    setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  builder = attempt(input_pipeline.find_builder, config)
+  attempt(workdirs.check, config, workdir, allow_config_change)
+  attempt.raise_problems()
+  attempt(input_pipeline.prepare, config, builder)
+  attempt.raise_problems()
+  if jax.process_index() == 0:
+    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
+  return setup, builder
+
+
+def _read_fixed_formats(config):
+  if not config.formats:
+    raise ValueError(
+        'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
+        'the path of a search_result.json'
+    )
+  return results.read_assignment(config.formats)
+
+
+def _train(config, workdir, setup, builder):
+  """Trains from the newest checkpoint, or from the start, to the result."""
+  num_samples = config.search.num_samples if setup.problem else 1
+  mesh = steps.make_mesh(num_samples)
+  state = _initial_state(config, setup, mesh)
+  batches = input_pipeline.train_batches(config, builder, config.seed)
+  with Checkpoints(workdir) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state, batches)
+      _logger.info('Resuming at step %d.', int(state.step))
+    if int(state.step) < config.num_steps:
+      step_fn = _make_step(config, setup, mesh)
+      state = _loop(config, workdir, setup, mesh, state, batches, step_fn, checkpoints)
+      choices, _ = _final_choices(config, setup, state)
+      _logger.info('Re-estimating batch norm and evaluating.')
+      state = _reestimate(config, setup, mesh, builder, state, choices)
+      checkpoints.save(state, batches)
+  choices, policy = _final_choices(config, setup, state)
+  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  result = results.make_result(config, setup, choices, policy, evaluation)
+  if jax.process_index() == 0:
+    results.write_json(workdir / results.RESULT_FILE, result)
+  return result
+
+
+def _initial_state(config, setup, mesh):
+  def init(key):
+    return create_train_state(
+        setup.model,
+        jnp.zeros(setup.inputs.shape, setup.inputs.dtype),
+        setup.optimizer,
+        setup.problem and setup.problem.controller,
+        key,
+    )
+
+  init = jax.jit(init, out_shardings=steps.replicated(mesh))
+  return init(jax.random.key(config.seed))
+
+
+def _make_step(config, setup, mesh):
+  if setup.problem:
+    return steps.make_search_step(
+        setup.problem, setup.objective, config.search.num_samples, mesh
+    )
+  return steps.make_train_step(
+      setup.space, setup.objective, config.search.activation_delay, mesh
+  )
+
+
+def _loop(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    setup: assembly.Setup,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    step_fn: Callable,
+    checkpoints: Checkpoints,
+) -> TrainState:
+  """Takes the steps from `state.step` to the last one; returns the state after it."""
+  start = int(state.step)
+  sharding = steps.batch_sharding(mesh)
+  commits = setup.problem is not None and config.search.hard_budget
+  with (
+      workdirs.History(workdir, start) as history,
+      display.Progress(start, config.num_steps) as progress,
+  ):
+    pending = []
+    for step in range(start, config.num_steps):
+      if commits and step == config.search.commit_step:
+        state = _commit(setup, state, mesh)
+      batch = jax.make_array_from_process_local_data(sharding, next(batches))
+      with jax.transfer_guard('disallow'):
+        state, metrics = step_fn(state, batch)
+      pending.append(metrics)
+      done = step + 1
+      save = done % config.checkpoint_every == 0 and done < config.num_steps
+      # A line before every checkpoint, so that a resumed run writes the same lines.
+      if save or done % config.log_every == 0 or done == config.num_steps:
+        row = _average(pending, done)
+        row['learning_rate'] = float(setup.learning_rate(step))
+        history.write(done, row, _policy(setup, state))
+        progress.update(done, row)
+        pending = []
+      if save:
+        checkpoints.save(state, batches)
+  return state
+
+
+def _average(pending, step):
+  """Returns the mean scalars of the steps up to `step`.
+
+  Raises:
+    FloatingPointError: where a loss is not finite; it names the step.
+  """
+  rows = jax.device_get([
+      {name: value for name, value in metrics.items() if value.ndim == 0}
+      for metrics in pending
+  ])
+  for index, row in enumerate(rows):
+    for name in ('loss', 'gradient_norm'):
+      if not np.isfinite(row[name]):
+        raise FloatingPointError(
+            f'{name} is {row[name]} at step {step - len(rows) + index + 1}: lower '
+            'optimizer.learning_rate, or lengthen search.activation_delay'
+        )
+  return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _policy(setup, state):
+  if not setup.problem:
+    return {}
+  probabilities = policy_probabilities(
+      jax.device_get(state.controller.logits), setup.space.valid
+  )
+  return results.policy_by_name(setup.space, np.asarray(probabilities))
+
+
+def _commit(setup, state, mesh):
+  """Fixes the likeliest choices within the target for the rest of the run."""
+  choices = _likeliest_within_target(setup, state)
+  commitment = jax.device_put(choices, steps.replicated(mesh))
+  return state.replace(controller=state.controller._replace(commitment=commitment))
+
+
+def _likeliest_within_target(setup, state):
+  logits = jax.device_get(state.controller.logits)
+  policy = np.asarray(policy_probabilities(logits, setup.space.valid), np.float64)
+  with np.errstate(divide='ignore'):
+    log_policy = np.log(policy)
+  return budget.most_likely_within(
+      setup.space, setup.cost_model, log_policy, setup.target
+  )
+
+
+def _final_choices(config, setup, state):
+  """Returns the final choices int32[N] and the policy that they are taken from."""
+  if not setup.problem:
+    return np.zeros(0, np.int32), None
+  controller = jax.device_get(state.controller)
+  policy = np.asarray(policy_probabilities(controller.logits, setup.space.valid))
+  if config.search.hard_budget:
+    return controller.commitment, policy
+  return np.argmax(policy, axis=1).astype(np.int32), policy
+
+
+def _reestimate(config, setup, mesh, builder, state, choices):
+  """Returns the state with batch norm's statistics under the final formats."""
+  if not state.batch_stats:
+    return state
+  statistics_step = steps.make_statistics_step(setup.space, mesh)
+  # An order of its own, so that doing it again after an interruption changes nothing.
+  batches = input_pipeline.train_batches(config, builder, config.seed + 1)
+  choices = jax.device_put(choices, steps.replicated(mesh))
+  total = jax.tree.map(jnp.zeros_like, state.batch_stats)
+  for _ in range(config.search.statistics_batches):
+    batch = jax.make_array_from_process_local_data(
+        steps.batch_sharding(mesh), next(batches)
+    )
+    total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
+  mean = jax.tree.map(lambda a: a / config.search.statistics_batches, total)
+  return state.replace(batch_stats=mean)
+
+
+def _evaluate(config, setup, mesh, builder, state, choices):
+  """Returns accuracy, loss and the number of examples of the evaluation split."""
+  eval_step = steps.make_eval_step(setup.space, mesh)
+  choices = jax.device_put(choices, steps.replicated(mesh))
+  sums = []
+  for batch in input_pipeline.eval_batches(config, builder):
+    batch = jax.make_array_from_process_local_data(steps.eval_sharding(mesh), batch)
+    sums.append(eval_step(state, choices, batch))
+  totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
+  num_examples = int(totals.pop('num_examples'))
+  return {
+      **{name: total / num_examples for name, total in totals.items()},
+      'num_examples': num_examples,
+  }
+
+
+def _evaluate_checkpoint(config, workdir):
+  """Evaluates a checkpoint under its own formats or given ones."""
+  source = epath.Path(config.checkpoint) if config.checkpoint else workdir
+  attempt = _Attempts()
+  assignment = attempt(_evaluated_formats, config, source)
+  setup = attempt(assembly.build, config, jax.device_count(), assignment or 'float32')
+  builder = attempt(input_pipeline.find_builder, config)
+  attempt.raise_problems()
+  attempt(input_pipeline.prepare, config, builder)
+  attempt.raise_problems()
+  mesh = steps.make_mesh(1)
+  state = _initial_state(config, setup, mesh)
+  with Checkpoints(source) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise ConfigError(f'{str(source)!r} holds no checkpoint to evaluate')
+    state = checkpoints.restore_variables(state)
+  choices = np.zeros(0, np.int32)
+  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  result = results.make_result(config, setup, choices, None, evaluation)
+  if jax.process_index() == 0:
+    workdirs.write(workdir, results.EVAL_FILE, result)
+  return result
+
+
+def _evaluated_formats(config, source):
+  """Returns the given formats, or those of the run in `source`."""
+  trained = workdirs.read_config(source)
+  if trained.model.to_dict() != results.config_to_json(config)['model']:
+    raise ValueError(
+        f'{str(source)!r} holds a checkpoint of model {trained.model.to_dict()}, but the '
+        f'config has {config.model.to_dict()}'
+    )
+  if config.formats:
+    return results.read_assignment(config.formats)
+  if not (source / results.RESULT_FILE).exists():
+    raise ValueError(
+        f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '
+        'finished: give the formats to evaluate with --config.formats'
+    )
+  return results.read_result(source / results.RESULT_FILE)['formats']
+
+
+class _Attempts:
+  """Calls functions and gathers their problems, to report all of them together."""
+
+  def __init__(self):
+    self.problems = []
+
+  def __call__(self, function, *args):
+    try:
+      return function(*args)
+    except ValueError as error:
+      self.problems += str(error).splitlines()
+
+  def raise_problems(self):
+    if self.problems:
+      raise ConfigError(*self.problems)
