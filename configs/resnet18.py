@@ -60,7 +60,7 @@ def _imagenet(config):
 
 def _digits(config):
   """A search over 2 to 8 bits at the cost of INT3, in about a minute on two cores."""
-  config.num_steps = 2_000
+  config.num_steps = 1_500
   config.batch_size = 64
   config.model.update(width=0.125, small_images=True)
   config.search.update(formats='int2,int3,int4,int8', target_format='int3')
