@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import pathlib
 import statistics
 import tempfile
@@ -62,8 +61,7 @@ def main():
     folder = pathlib.Path(folder)
     # Every seed runs the same programs.
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
-    with open(os.devnull, 'w') as silent, contextlib.redirect_stdout(silent):
-      rows = [run_seed(folder, seed) for seed in range(args.seeds)]
+    rows = [run_seed(folder, seed) for seed in range(args.seeds)]
   mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
   if args.json:
     print(json.dumps({'seeds': rows, 'mean': mean}))
