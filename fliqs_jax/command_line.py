@@ -83,9 +83,10 @@ def _missing_file(argv):
 def _unknown_field(argv):
   """Names the first field given that the config lacks, and the nearest one it has."""
   loaded = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=loaded)
+  alone = argv[:1] + [a for a in argv if a.startswith('--config=')]
+  config_flags.DEFINE_config_file('config', flag_values=loaded, sys_argv=alone)
   try:
-    loaded(argv[:1] + [a for a in argv if a.startswith('--config=')])
+    loaded(alone)
     fields = list(_fields(loaded.config))
   except Exception:  # the file itself is at fault, which is reported otherwise
     return None
