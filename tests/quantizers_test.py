@@ -39,13 +39,16 @@ def _critical_values(name):
   special = np.array(
       [np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal], np.float32
   )
-  beyond = np.float32([1.0001, 1.25, 1.5, 1.75, 1.9999]) * exact[len(codes) - 1] / 2
+  # From half of the largest code to past it, where float32 has such values.
+  factors = np.float32([0.50005, 0.625, 0.75, 0.875, 0.99995])
+  beyond = factors * exact[len(codes) - 1]
+  if name != 'bf16':
+    beyond = np.concatenate([beyond, 2 * beyond])
   positive = np.concatenate([
       exact,
       np.nextafter(exact, np.float32(np.inf)),
       np.nextafter(exact, np.float32(-np.inf)),
       beyond,
-      beyond * np.float32(2) if name != 'bf16' else beyond,
       special,
   ])
   return np.concatenate([positive, -positive])
@@ -321,8 +324,8 @@ def test_extreme_tensors_stay_finite_and_in_range(name, calibration, exponent):
   values = np.asarray(_dequantize(quantizer, x))
   assert np.isfinite(values).all() and np.isfinite(quantizer.scale)
   assert quantizer.scale > 0
-  # Half a step may be added to the largest, and no step is wider than a factor of 2.
-  assert (np.abs(values) <= 2 * np.abs(x).max()).all() or exponent < -120
+  if exponent > -120:  # else the scale is the smallest normal number
+    assert (np.abs(values) <= np.abs(x).max() * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)
@@ -331,7 +334,7 @@ def test_absmax_calibration_passes_every_gradient(name):
   for seed in range(200):
     x = np.random.default_rng(seed).normal(size=9).astype(np.float32)
     quantizer = quantizers.calibrate(get_format(name), *_statistics(x), 'absmax')
-    assert np.asarray(quantizer.inside(x)).all(), f'seed {seed}'
+    assert np.asarray(quantizer.inside(x)).all(), f'seed {seed}: {x}'
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)

@@ -27,7 +27,8 @@ def positive_codes(name: str) -> np.ndarray:
     dtype = ML_DTYPES[name]
     bits = ml_dtypes.finfo(dtype).bits
     codes = np.arange(2 ** (bits - 1), dtype=np.uint16 if bits == 16 else np.uint8)
-    values = codes.view(dtype).astype(np.float64)
+    with np.errstate(invalid='ignore'):  # signalling NaNs
+      values = codes.view(dtype).astype(np.float64)
     return values[np.isfinite(values)]
   # No type of that name: all codes are finite, as in the OCP Microscaling formats.
   exponent_bits, mantissa_bits = map(int, re.fullmatch(r'e(\d)m(\d)', name).groups())
@@ -48,7 +49,8 @@ def nearest_code(x: np.ndarray, name: str) -> np.ndarray:
   choose; there IEEE 754-2019 (4.3.1) takes the larger magnitude, but zero is even.
   """
   codes = positive_codes(name)
-  x = np.asarray(x, np.float64)
+  with np.errstate(invalid='ignore'):
+    x = np.asarray(x, np.float64)
   magnitude = np.minimum(np.abs(x), codes[-1])
   above = np.clip(np.searchsorted(codes, magnitude), 1, len(codes) - 1)
   below = above - 1
@@ -67,7 +69,8 @@ def cast(x: np.ndarray, name: str) -> np.ndarray:
     return x
   if name in formats.INTEGER_NAMES:
     largest = 2.0 ** (int(name[3:]) - 1) - 1
-    return np.clip(np.rint(x), -largest, largest)
+    with np.errstate(invalid='ignore'):
+      return np.clip(np.rint(x), -largest, largest)
   if name not in ML_DTYPES:
     return nearest_code(x, name).astype(np.float32)
   largest = np.float32(ml_dtypes.finfo(ML_DTYPES[name]).max)
