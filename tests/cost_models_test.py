@@ -40,7 +40,7 @@ TOY = (
     ('width', 'digits', 'published'), [(0.5, 2, 31.13), (1.0, 1, 116.9), (2.0, 1, 452.5)]
 )
 def test_published_costs_of_resnet18(width, digits, published):
-  # FLIQS, Table 2 and the table of DESIGN: BOPs in E4M3, so 64 · MACs.
+  # As FLIQS prints them: GBOPs in E4M3, so 64 · MACs.
   layers = _resnet18_layers(width=width, project_first_block=True)
   bops = get_cost_model('bops')
   cost = bops.uniform(layers, 'e4m3')
