@@ -153,14 +153,14 @@ def test_bound_formats_reach_every_layer(various):
   # Each layer alone in int2 changes the output of the network; all in float32 do not.
   x = np.random.default_rng(0).normal(size=(2, 10, 4)).astype(np.float32)
   model = _Various()
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
   space = build_space(various, ('float32', 'int2'), 'weights')
 
   @jax.jit
   def forward(choices):
     return model.apply({**variables, layers_lib.FORMATS: space.bind(choices)}, x)
 
-  plain = _Various(hooked=False).apply({'params': variables['params']}, x)
+  plain = jax.jit(_Various(hooked=False).apply)({'params': variables['params']}, x)
   none = np.zeros(len(space.decisions), np.int32)
   np.testing.assert_allclose(forward(none), plain, rtol=1e-5, atol=1e-6)
   for i in range(len(none)):
