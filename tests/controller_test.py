@@ -112,8 +112,9 @@ def test_logits_follow_adam():
   learning_rate, weight, rng = 0.03, 0.2, np.random.default_rng(0)
   controller = policy_gradient_controller(VALID, _constant(weight), learning_rate)
   adam = optax.adam(learning_rate)
-  state = controller.init()
-  logits = np.zeros(VALID.shape)
+  # Not at the uniform policy, where gradients may vanish and Adam scales up roundings.
+  logits = rng.normal(size=VALID.shape)
+  state = _with_logits(controller, logits)
   adam_state = adam.init(jnp.asarray(logits, jnp.float32))
   update = jax.jit(controller.update)
   for step in range(5):
