@@ -20,18 +20,18 @@ def _space(seed, operands='tied', num_layers=5, round_macs=False):
     macs = 1000 * int(rng.integers(1, 9)) if round_macs else int(rng.integers(1, 10**6))
     shape = tuple(map(int, rng.integers(1, 9, 2)))
     layers.append(
-        search_space.Layer(f'layer{i}', 'op', 'dense', (1, 1), shape, (1, 1), macs, 0)
+      search_space.Layer(f'layer{i}', 'op', 'dense', (1, 1), shape, (1, 1), macs, 0)
     )
   space = search_space.build_space(layers, OPTIONS, operands)
   decisions = tuple(
-      decision._replace(
-          options=tuple(
-              rng.permutation(OPTIONS)[: rng.integers(1, len(OPTIONS))].tolist()
-          )
-      )
-      for decision in space.decisions
+    decision._replace(
+      options=tuple(rng.permutation(OPTIONS)[: rng.integers(1, len(OPTIONS))].tolist())
+    )
+    for decision in space.decisions
   )
-  return search_space.SearchSpace(space.layers, decisions, space.weights, space.activations)
+  return search_space.SearchSpace(
+    space.layers, decisions, space.weights, space.activations
+  )
 
 
 def _all_choices(space):
@@ -72,19 +72,19 @@ def test_which_costs_are_sums_over_decisions():
   bops, size = get_cost_model('bops'), get_cost_model('model_size')
   layers = _space(0).layers
   additive = {
-      (model.name, operands): marginals(
-          search_space.build_space(layers, OPTIONS, operands), model
-      ).additive
-      for model in (bops, size)
-      for operands in search_space.SEARCHED_OPERANDS
+    (model.name, operands): marginals(
+      search_space.build_space(layers, OPTIONS, operands), model
+    ).additive
+    for model in (bops, size)
+    for operands in search_space.SEARCHED_OPERANDS
   }
   assert additive == {
-      ('bops', 'tied'): True,
-      ('bops', 'separate'): False,  # bits times bits
-      ('bops', 'weights'): True,
-      ('model_size', 'tied'): True,
-      ('model_size', 'separate'): True,
-      ('model_size', 'weights'): True,
+    ('bops', 'tied'): True,
+    ('bops', 'separate'): False,  # bits times bits
+    ('bops', 'weights'): True,
+    ('model_size', 'tied'): True,
+    ('model_size', 'separate'): True,
+    ('model_size', 'weights'): True,
   }
 
 
@@ -130,10 +130,10 @@ def test_the_likeliest_within_a_target_is_exact(cost_name, operands, round_macs)
   for seed in range(12):
     space = _space(seed, operands, round_macs=round_macs)
     _check_against_brute_force(
-        space,
-        get_cost_model(cost_name),
-        _log_policy(space, seed),
-        np.random.default_rng(seed),
+      space,
+      get_cost_model(cost_name),
+      _log_policy(space, seed),
+      np.random.default_rng(seed),
     )
 
 
@@ -141,10 +141,10 @@ def test_a_cost_that_separates_is_solved_exactly_too():
   for seed in range(12):
     space = _space(seed, 'separate', num_layers=2)
     _check_against_brute_force(
-        space,
-        get_cost_model('model_size'),
-        _log_policy(space, seed),
-        np.random.default_rng(seed),
+      space,
+      get_cost_model('model_size'),
+      _log_policy(space, seed),
+      np.random.default_rng(seed),
     )
 
 
@@ -152,13 +152,13 @@ def test_layers_tied_in_groups():
   for seed in range(12):
     layers = _space(seed, num_layers=7).layers
     space = search_space.build_space(
-        layers, OPTIONS, groups=['layer[02]', 'layer[135]'], pins=[('layer6', 'int8')]
+      layers, OPTIONS, groups=['layer[02]', 'layer[135]'], pins=[('layer6', 'int8')]
     )
     _check_against_brute_force(
-        space,
-        get_cost_model('bops'),
-        _log_policy(space, seed),
-        np.random.default_rng(seed),
+      space,
+      get_cost_model('bops'),
+      _log_policy(space, seed),
+      np.random.default_rng(seed),
     )
 
 
@@ -174,7 +174,7 @@ def test_a_cost_that_is_no_sum_stays_within_the_target():
       _check_choices(space, choices)
       assert bops(space, choices) <= target
       # Greedy, but no single change is left that would be likelier and fit.
-      for i, k in zip(*np.nonzero(space.valid)):
+      for i, k in zip(*np.nonzero(space.valid), strict=True):
         changed = choices.copy()
         changed[i] = k
         if bops(space, changed) <= target:
@@ -207,7 +207,7 @@ def test_without_a_conflict_it_is_the_argmax():
       # Exactly what the argmax costs is within the budget.
       target = float(bops(space, argmax.astype(np.int32)))
       np.testing.assert_array_equal(
-          most_likely_within(space, bops, log_policy, target), argmax
+        most_likely_within(space, bops, log_policy, target), argmax
       )
 
 
@@ -236,16 +236,16 @@ def test_a_large_space_at_a_uniform_cost():
     choices = most_likely_within(space, bops, log_policy, target)
     assert bops(space, choices) <= target
     costs = np.stack(
-        [
-            bops.per_layer(space, np.full(len(layers), k, np.int32))
-            for k in range(len(OPTIONS))
-        ],
-        axis=1,
+      [
+        bops.per_layer(space, np.full(len(layers), k, np.int32))
+        for k in range(len(OPTIONS))
+      ],
+      axis=1,
     )
     # Lagrangian duality: an upper bound on the likelihood within the target.
     bound = min(
-        (log_policy - price * costs).max(axis=1).sum() + price * target
-        for price in np.concatenate([[0], np.geomspace(1e-3, 1e6, 2000)])
+      (log_policy - price * costs).max(axis=1).sum() + price * target
+      for price in np.concatenate([[0], np.geomspace(1e-3, 1e6, 2000)])
     )
     value = _likelihood(log_policy, choices)
     assert value <= bound + 1e-9

@@ -11,11 +11,11 @@ from scipy import stats
 
 from fliqs_jax import controller as controller_lib
 from fliqs_jax.controller import (
-    ENTROPY_SCHEDULES,
-    entropy_weight,
-    policy_entropy,
-    policy_gradient_controller,
-    policy_probabilities,
+  ENTROPY_SCHEDULES,
+  entropy_weight,
+  policy_entropy,
+  policy_gradient_controller,
+  policy_probabilities,
 )
 
 # Decisions with 4, 2, 1 and 3 options.
@@ -48,7 +48,7 @@ def _loss(logits, valid, choices, advantages, weight):
   """`L(θ)` as the paper writes it."""
   log_policy = _log_policy(logits, valid)
   likelihood = [
-      np.mean([log_policy[i, k] for i, k in enumerate(sample)]) for sample in choices
+    np.mean([log_policy[i, k] for i, k in enumerate(sample)]) for sample in choices
   ]
   finite = np.where(valid, log_policy, 0.0)
   entropy = -(np.exp(log_policy) * finite).sum(axis=1)
@@ -81,31 +81,34 @@ def _advantages(baseline, rewards, moving):
 def test_the_gradient_is_that_of_the_papers_loss(valid, baseline, weight):
   momentum, samples = 0.95, 5
   controller = policy_gradient_controller(
-      valid, _constant(weight), baseline=baseline, baseline_momentum=momentum
+    valid, _constant(weight), baseline=baseline, baseline_momentum=momentum
   )
   update = jax.jit(controller.update)
   for seed in range(20):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, valid.shape).astype(np.float32)
-    choices = rng.integers(valid.sum(axis=1), size=(samples, len(valid))).astype(np.int32)
+    choices = rng.integers(valid.sum(axis=1), size=(samples, len(valid))).astype(
+      np.int32
+    )
     rewards = rng.normal(0.5, 1, samples).astype(np.float32)
     old = rng.normal()
     state = _with_logits(controller, logits)._replace(
-        baseline=jnp.float32(old), num_rewards=jnp.int32(3)
+      baseline=jnp.float32(old), num_rewards=jnp.int32(3)
     )
     new_state, _ = update(state, choices, rewards, 0)
     moving = momentum * old + (1 - momentum) * rewards.mean()
     advantages = _advantages(baseline, rewards.astype(np.float64), moving)
     expected = _finite_difference(
-        lambda x: _loss(x, valid, choices, advantages, weight), logits.astype(np.float64)
+      functools.partial(
+        _loss, valid=valid, choices=choices, advantages=advantages, weight=weight
+      ),
+      logits.astype(np.float64),
     )
     actual = _gradient_of(new_state)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6)
     # Decisions without an alternative, and options that do not exist, do not move.
     still = ~valid | (valid.sum(axis=1, keepdims=True) == 1)
-    np.testing.assert_array_equal(
-        np.asarray(new_state.logits)[still], logits[still]
-    )
+    np.testing.assert_array_equal(np.asarray(new_state.logits)[still], logits[still])
 
 
 def test_logits_follow_adam():
@@ -122,7 +125,10 @@ def test_logits_follow_adam():
     rewards = rng.normal(size=3).astype(np.float32)
     advantages = _advantages('leave_one_out', rewards.astype(np.float64), None)
     gradient = _finite_difference(
-        lambda x: _loss(x, VALID, choices, advantages, weight), logits
+      functools.partial(
+        _loss, valid=VALID, choices=choices, advantages=advantages, weight=weight
+      ),
+      logits,
     )
     # Rounding noise of a difference would be a step of Adam's, of whatever size.
     gradient[np.abs(gradient) < 1e-8] = 0
@@ -135,9 +141,7 @@ def test_logits_follow_adam():
 def test_better_choices_become_likelier():
   controller = policy_gradient_controller(ALL_VALID, _constant(0.0))
   choices = np.array([[0, 1, 2], [3, 3, 3]], np.int32)
-  state, _ = controller.update(
-      controller.init(), choices, np.float32([1.0, 0.0]), 0
-  )
+  state, _ = controller.update(controller.init(), choices, np.float32([1.0, 0.0]), 0)
   policy = np.asarray(policy_probabilities(state.logits, ALL_VALID))
   assert (policy[[0, 1, 2], [0, 1, 2]] > 0.25).all() and (policy[:, 3] < 0.25).all()
 
@@ -159,12 +163,12 @@ def test_the_penalty_lowers_entropy():
 
 def test_moving_baseline_by_hand():
   controller = policy_gradient_controller(
-      ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.9
+    ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.9
   )
   state, choices = controller.init(), np.zeros((2, 3), np.int32)
   # The first rewards themselves; 0.9 · 2 + 0.1 · 4; 0.9 · 2.2 + 0.1 · (-1).
   for step, (rewards, expected) in enumerate(
-      [([1, 3], 2.0), ([4, 4], 2.2), ([-2, 0], 1.88)]
+    [([1, 3], 2.0), ([4, 4], 2.2), ([-2, 0], 1.88)]
   ):
     state, metrics = controller.update(state, choices, np.float32(rewards), step)
     assert float(state.baseline) == pytest.approx(expected, rel=1e-6)
@@ -174,7 +178,7 @@ def test_moving_baseline_by_hand():
 
 def test_moving_baseline_with_one_sample():
   controller = policy_gradient_controller(
-      ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.5
+    ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.5
   )
   choices = np.array([[1, 2, 3]], np.int32)
   state, _ = controller.update(controller.init(), choices, np.float32([0.7]), 0)
@@ -191,7 +195,7 @@ def test_leave_one_out_by_hand():
   controller = policy_gradient_controller(ALL_VALID[:1], _constant(0.0))
   choices = np.array([[0], [1], [2]], np.int32)
   state, _ = controller.update(
-      controller.init(), choices, np.float32([1.0, 2.0, 6.0]), 0
+    controller.init(), choices, np.float32([1.0, 2.0, 6.0]), 0
   )
   # 1 − 4, 2 − 3.5, 6 − 1.5, which sum to 0; hence −A_k / 3 for each option chosen.
   expected = -np.array([[-3.0, -1.5, 4.5, 0.0]]) / 3
@@ -202,21 +206,21 @@ def test_leave_one_out_by_hand():
 
 
 @pytest.mark.parametrize(
-    ('schedule', 'fractions'),
-    [
-        # Before the policy starts, at its start, a quarter, half, at and past the end.
-        ('cosine', [0, 0, 0.5 * (1 - np.sqrt(0.5)), 0.5, 1, 1]),
-        ('linear', [0, 0, 0.25, 0.5, 1, 1]),
-        ('constant', [1, 1, 1, 1, 1, 1]),
-        ('step', [0, 0, 0, 1, 1, 1]),
-    ],
+  ('schedule', 'fractions'),
+  [
+    # Before the policy starts, at its start, a quarter, half, at and past the end.
+    ('cosine', [0, 0, 0.5 * (1 - np.sqrt(0.5)), 0.5, 1, 1]),
+    ('linear', [0, 0, 0.25, 0.5, 1, 1]),
+    ('constant', [1, 1, 1, 1, 1, 1]),
+    ('step', [0, 0, 0, 1, 1, 1]),
+  ],
 )
 def test_entropy_schedules_by_hand(schedule, fractions):
   weight = entropy_weight(schedule, 0.3, policy_delay=200, num_steps=1000)
-  for step, fraction in zip([0, 200, 400, 600, 1000, 1500], fractions):
+  for step, fraction in zip([0, 200, 400, 600, 1000, 1500], fractions, strict=True):
     assert float(weight(step)) == pytest.approx(0.3 * fraction, rel=1e-5, abs=1e-7)
     assert float(jax.jit(weight)(jnp.int32(step))) == pytest.approx(
-        0.3 * fraction, rel=1e-5, abs=1e-7
+      0.3 * fraction, rel=1e-5, abs=1e-7
     )
 
 
@@ -246,7 +250,7 @@ def test_the_update_takes_the_weight_of_its_step():
     new_state, metrics = controller.update(state, choices, rewards, step)
     assert float(metrics['entropy_weight']) == pytest.approx(step / 10)
     np.testing.assert_allclose(
-        _gradient_of(new_state), step / 10 * full, rtol=1e-5, atol=1e-8
+      _gradient_of(new_state), step / 10 * full, rtol=1e-5, atol=1e-8
     )
 
 
@@ -258,11 +262,12 @@ def test_only_the_baseline_moves_before_the_policy_starts():
     choices = rng.integers(VALID.sum(axis=1), size=(2, len(VALID))).astype(np.int32)
     new_state, _ = update(state, choices, rng.normal(size=2).astype(np.float32), step)
     same = [
-        np.array_equal(a, b)
-        for a, b in zip(
-            jax.tree.leaves((state.logits, state.opt_state)),
-            jax.tree.leaves((new_state.logits, new_state.opt_state)),
-        )
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves((state.logits, state.opt_state)),
+        jax.tree.leaves((new_state.logits, new_state.opt_state)),
+        strict=True,
+      )
     ]
     assert all(same) if step < 3 else not any(same)
     assert new_state.baseline != state.baseline
@@ -281,8 +286,9 @@ def test_commitment_overrides_the_policy_and_stops_it():
   rewards = np.random.default_rng(1).normal(size=50).astype(np.float32)
   new_state, _ = jax.jit(controller.update)(state, choices, rewards, 10)
   for a, b in zip(
-      jax.tree.leaves((state.logits, state.opt_state, state.commitment)),
-      jax.tree.leaves((new_state.logits, new_state.opt_state, new_state.commitment)),
+    jax.tree.leaves((state.logits, state.opt_state, state.commitment)),
+    jax.tree.leaves((new_state.logits, new_state.opt_state, new_state.commitment)),
+    strict=True,
   ):
     np.testing.assert_array_equal(a, b)
   assert float(new_state.baseline) == pytest.approx(float(rewards.mean()), rel=1e-5)
@@ -296,7 +302,7 @@ def test_the_initial_policy_is_uniform_over_what_exists():
   state = controller.init()
   policy = np.asarray(policy_probabilities(state.logits, VALID))
   np.testing.assert_allclose(
-      policy, VALID / VALID.sum(axis=1, keepdims=True), rtol=1e-6
+    policy, VALID / VALID.sum(axis=1, keepdims=True), rtol=1e-6
   )
   np.testing.assert_array_equal(state.commitment, [-1] * 4)
 
@@ -311,7 +317,7 @@ def test_samples_follow_the_policy(seed):
   assert choices.shape == (count, 4) and choices.dtype == np.int32
   policy = np.exp(_log_policy(logits, VALID))
   np.testing.assert_allclose(
-      policy_probabilities(state.logits, VALID), policy, rtol=1e-5
+    policy_probabilities(state.logits, VALID), policy, rtol=1e-5
   )
   for i in range(4):
     exists = VALID[i]
@@ -376,15 +382,16 @@ def test_jit_equals_eager_and_steps_do_not_retrace():
       eager_state = eager_state._replace(commitment=commitment)
       jitted_state = jitted_state._replace(commitment=commitment)
     (jitted_state, jitted_metrics), jitted_choices = jitted(
-        jitted_state, keys, jnp.int32(step)
+      jitted_state, keys, jnp.int32(step)
     )
     (eager_state, eager_metrics), eager_choices = step_function(
-        eager_state, keys, jnp.int32(step)
+      eager_state, keys, jnp.int32(step)
     )
     np.testing.assert_array_equal(jitted_choices, eager_choices)
     for a, b in zip(
-        jax.tree.leaves((jitted_state, jitted_metrics)),
-        jax.tree.leaves((eager_state, eager_metrics)),
+      jax.tree.leaves((jitted_state, jitted_metrics)),
+      jax.tree.leaves((eager_state, eager_metrics)),
+      strict=True,
     ):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   assert traces == 1 + 8
@@ -400,16 +407,16 @@ def _final_policies(baseline, num_samples, num_seeds=100, num_steps=1500):
   valid = np.ones((num_decisions, num_options), bool)
   delay = num_steps // 4
   controller = policy_gradient_controller(
-      valid,
-      entropy_weight('cosine', 0.1, delay, num_steps),
-      policy_delay=delay,
-      baseline=baseline,
+    valid,
+    entropy_weight('cosine', 0.1, delay, num_steps),
+    policy_delay=delay,
+    baseline=baseline,
   )
 
   def search(key):
     quality_key, run_key = jax.random.split(key)
     qualities = jax.vmap(
-        lambda k: jax.random.permutation(k, jnp.linspace(0, 1, num_options))
+      lambda k: jax.random.permutation(k, jnp.linspace(0, 1, num_options))
     )(jax.random.split(quality_key, num_decisions))
 
     def one_step(state, step):
@@ -426,7 +433,9 @@ def _final_policies(baseline, num_samples, num_seeds=100, num_steps=1500):
   return np.asarray(policies), np.asarray(qualities)
 
 
-@pytest.mark.parametrize(('baseline', 'num_samples'), [('leave_one_out', 4), ('moving', 4)])
+@pytest.mark.parametrize(
+  ('baseline', 'num_samples'), [('leave_one_out', 4), ('moving', 4)]
+)
 def test_every_seed_finds_the_optimum(baseline, num_samples):
   policies, qualities = _final_policies(baseline, num_samples)
   found = (policies.argmax(axis=-1) == qualities.argmax(axis=-1)).all(axis=1)

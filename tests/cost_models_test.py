@@ -25,19 +25,26 @@ def resnet18():
 
 def _layer(name, macs, kernel_shape, kind='dense'):
   return search_space.Layer(
-      name, f'{kind}_0', kind, (1, 1), kernel_shape, (1, 1), macs, int(np.prod(kernel_shape))
+    name,
+    f'{kind}_0',
+    kind,
+    (1, 1),
+    kernel_shape,
+    (1, 1),
+    macs,
+    int(np.prod(kernel_shape)),
   )
 
 
 TOY = (
-    _layer('a', 1000, (10, 10)),
-    _layer('b', 27_000, (3, 3, 4, 8), 'conv'),
-    _layer('c', 64, (8, 8)),
+  _layer('a', 1000, (10, 10)),
+  _layer('b', 27_000, (3, 3, 4, 8), 'conv'),
+  _layer('c', 64, (8, 8)),
 )
 
 
 @pytest.mark.parametrize(
-    ('width', 'digits', 'published'), [(0.5, 2, 31.13), (1.0, 1, 116.9), (2.0, 1, 452.5)]
+  ('width', 'digits', 'published'), [(0.5, 2, 31.13), (1.0, 1, 116.9), (2.0, 1, 452.5)]
 )
 def test_published_costs_of_resnet18(width, digits, published):
   # As FLIQS prints them: GBOPs in E4M3, so 64 · MACs.
@@ -47,17 +54,17 @@ def test_published_costs_of_resnet18(width, digits, published):
   assert round(cost, digits) == published
   assert bops.uniform(layers, 'e2m1') == pytest.approx(cost / 4, rel=1e-12)
   assert bops.uniform(layers, 'bf16') == pytest.approx(cost * 4, rel=1e-12)
-  assert cost == pytest.approx(64e-9 * sum(l.macs for l in layers), rel=1e-12)
+  assert cost == pytest.approx(64e-9 * sum(layer.macs for layer in layers), rel=1e-12)
 
 
 def test_bops_by_hand():
   space = search_space.fixed_space(
-      TOY,
-      {
-          'a': {'weights': 'int4', 'activations': 'int8'},
-          'b': {'weights': 'e2m1', 'activations': 'bf16'},
-          'c': {'weights': 'float32', 'activations': 'int2'},
-      },
+    TOY,
+    {
+      'a': {'weights': 'int4', 'activations': 'int8'},
+      'b': {'weights': 'e2m1', 'activations': 'bf16'},
+      'c': {'weights': 'float32', 'activations': 'int2'},
+    },
   )
   bops = get_cost_model('bops')
   # A layer that is not quantized counts 16 bits.
@@ -69,12 +76,12 @@ def test_bops_by_hand():
 
 def test_model_size_by_hand():
   space = search_space.fixed_space(
-      TOY,
-      {
-          'a': {'weights': 'int4', 'activations': 'int8'},
-          'b': {'weights': 'e2m5', 'activations': 'int2'},
-          'c': {'weights': 'float32', 'activations': 'int2'},
-      },
+    TOY,
+    {
+      'a': {'weights': 'int4', 'activations': 'int8'},
+      'b': {'weights': 'e2m5', 'activations': 'int2'},
+      'c': {'weights': 'float32', 'activations': 'int2'},
+    },
   )
   size = get_cost_model('model_size')
   expected = [100 * 4 / 8, 3 * 3 * 4 * 8 * 8 / 8, 64 * 16 / 8]
@@ -115,7 +122,6 @@ def test_a_registered_model_is_found(monkeypatch):
 
 @pytest.mark.parametrize('name', COST_MODELS)
 class TestEveryCostModel:
-
   def test_costs_are_not_negative(self, name, resnet18):
     model = get_cost_model(name)
     for format_name in formats.NAMES:
@@ -145,16 +151,18 @@ class TestEveryCostModel:
     model = get_cost_model(name)
     rng = np.random.default_rng(1)
     assignment = {
-        layer.path: dict(zip(search_space.OPERANDS, rng.choice(SEARCHED, 2).tolist()))
-        for layer in resnet18
+      layer.path: dict(
+        zip(search_space.OPERANDS, rng.choice(SEARCHED, 2).tolist(), strict=True)
+      )
+      for layer in resnet18
     }
     space = search_space.fixed_space(resnet18, assignment)
     alone = [
-        model(
-            search_space.fixed_space([layer], {layer.path: assignment[layer.path]}),
-            NO_CHOICES,
-        )
-        for layer in resnet18
+      model(
+        search_space.fixed_space([layer], {layer.path: assignment[layer.path]}),
+        NO_CHOICES,
+      )
+      for layer in resnet18
     ]
     np.testing.assert_allclose(model.per_layer(space, NO_CHOICES), alone, rtol=1e-12)
     assert model(space, NO_CHOICES) == pytest.approx(sum(alone), rel=1e-12)
@@ -164,7 +172,9 @@ class TestEveryCostModel:
     model = get_cost_model(name)
     space = search_space.build_space(resnet18, SEARCHED, operands)
     shape = (50, len(space.decisions))
-    choices = np.random.default_rng(2).integers(len(SEARCHED), size=shape, dtype=np.int32)
+    choices = np.random.default_rng(2).integers(
+      len(SEARCHED), size=shape, dtype=np.int32
+    )
     exact = model(space, choices)
     assert exact.dtype == np.float64 and exact.shape == (50,)
     traced = jax.jit(lambda c: model(space, c))(choices)
@@ -188,5 +198,5 @@ class TestEveryCostModel:
     for option, format_name in enumerate(SEARCHED):
       choices = np.full(len(space.decisions), option, np.int32)
       assert model.uniform(resnet18, format_name) == pytest.approx(
-          float(model(space, choices)), rel=1e-12
+        float(model(space, choices)), rel=1e-12
       )

@@ -7,9 +7,9 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+import references
 
 from fliqs_jax import formats
-import references
 
 
 def _load_benchmark(name):
@@ -28,10 +28,10 @@ def thresholds():
 def test_names_are_integers_floats_of_four_to_eight_bits_and_two_wide_ones():
   integers = [f'int{bits}' for bits in range(2, 9)]
   floats = [
-      f'e{exponent}m{mantissa}'
-      for exponent in range(1, 8)
-      for mantissa in range(8)
-      if 4 <= 1 + exponent + mantissa <= 8
+    f'e{exponent}m{mantissa}'
+    for exponent in range(1, 8)
+    for mantissa in range(8)
+    if 4 <= 1 + exponent + mantissa <= 8
   ]
   assert len(floats) == 25
   assert set(formats.NAMES) == {*integers, *floats, 'bf16', 'float32'}
@@ -85,19 +85,19 @@ def test_wide_formats_have_no_threshold(name):
 def test_fields_have_the_documented_dtypes():
   dtypes = (np.int32, np.int32, np.int32, np.float32, np.int32, np.float32)
   for name in formats.NAMES:
-    for field, dtype in zip(formats.get_format(name), dtypes):
+    for field, dtype in zip(formats.get_format(name), dtypes, strict=True):
       assert (field.dtype, field.shape) == (dtype, ())
 
 
 @pytest.mark.parametrize(
-    ('name', 'nearest'),
-    [
-        ('int88', 'int8'),
-        ('e4m3fn', 'e4m3'),
-        ('E5M2', 'e5m2'),
-        ('float', 'float32'),
-        ('int16', 'int6'),  # int6 plus a letter; integers end at 8 bits
-    ],
+  ('name', 'nearest'),
+  [
+    ('int88', 'int8'),
+    ('e4m3fn', 'e4m3'),
+    ('E5M2', 'e5m2'),
+    ('float', 'float32'),
+    ('int16', 'int6'),  # int6 plus a letter; integers end at 8 bits
+  ],
 )
 def test_unknown_name_names_the_nearest(name, nearest):
   with pytest.raises(ValueError, match=f'{name!r}.*nearest is {nearest!r}'):
@@ -127,13 +127,13 @@ def test_search_spaces_are_the_papers():
 
 
 @pytest.mark.parametrize(
-    ('spec', 'names'),
-    [
-        ('int4', ('int4',)),
-        ('int4,int8', ('int4', 'int8')),
-        (' int4 ,  e2m1 ', ('int4', 'e2m1')),
-        ('int8,int4', ('int8', 'int4')),  # the order is the user's
-    ],
+  ('spec', 'names'),
+  [
+    ('int4', ('int4',)),
+    ('int4,int8', ('int4', 'int8')),
+    (' int4 ,  e2m1 ', ('int4', 'e2m1')),
+    ('int8,int4', ('int8', 'int4')),  # the order is the user's
+  ],
 )
 def test_a_list_is_parsed_in_order(spec, names):
   assert formats.parse_names(spec) == names

@@ -2,26 +2,28 @@
 
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
+from flax import linen as nn
 
 from fliqs_jax import formats, layers
 from fliqs_jax.formats import get_format
 from fliqs_jax.layers import FORMATS, LAYER_FORMATS, QUANT_STATS, LayerFormats
-import references
 
 # Constructor, input shape, the axes of the kernel that one output channel spans.
 # Inputs are tiny: compilation is what takes time.
 LAYERS = {
     'conv': (functools.partial(nn.Conv, 5, (3, 3)), (2, 6, 6, 3), (0, 1, 2)),
     'strides': (
-        functools.partial(nn.Conv, 4, (3, 3), strides=2, padding=1), (2, 7, 6, 3), (0, 1, 2)
+        functools.partial(nn.Conv, 4, (3, 3), strides=2, padding=1),
+        (2, 7, 6, 3), (0, 1, 2),
     ),
     'dilation': (
-        functools.partial(nn.Conv, 4, (3, 3), kernel_dilation=2), (1, 7, 7, 2), (0, 1, 2)
+        functools.partial(nn.Conv, 4, (3, 3), kernel_dilation=2),
+        (1, 7, 7, 2), (0, 1, 2),
     ),
     'input_dilation': (
         functools.partial(nn.Conv, 3, (3, 3), input_dilation=2, padding=1),
@@ -49,12 +51,12 @@ LAYERS = {
     ),
 }  # fmt: skip
 PAIRS = [  # of weights and activations
-    ('int4', 'int4'),
-    ('int2', 'int8'),
-    ('e4m3', 'e5m2'),
-    ('e2m1', 'int3'),
-    ('bf16', 'e3m2'),
-    ('int5', 'float32'),
+  ('int4', 'int4'),
+  ('int2', 'int8'),
+  ('e4m3', 'e5m2'),
+  ('e2m1', 'int3'),
+  ('bf16', 'e3m2'),
+  ('int5', 'float32'),
 ]
 
 
@@ -74,21 +76,21 @@ class _Case:
     self.x = rng.normal(0.1, 0.7, shape).astype(np.float32)
     variables = self.layer.init(jax.random.key(seed), self.x)
     self.params = jax.tree.map(
-        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), variables['params']
+      lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), variables['params']
     )
     self.zero_stats = variables[QUANT_STATS]
     # Not those of x itself: clipping must be by the moving averages.
     self.mean_square, self.absmax = np.float32(0.4), np.float32(1.7)
     self.stats = {
-        self.operator: {'mean_square': self.mean_square, 'absmax': self.absmax}
+      self.operator: {'mean_square': self.mean_square, 'absmax': self.absmax}
     }
 
   def variables(self, weights, activations, params=None, stats=None):
     bound = LayerFormats(get_format(weights), get_format(activations))
     return {
-        'params': self.params if params is None else params,
-        QUANT_STATS: self.stats if stats is None else stats,
-        FORMATS: {self.operator: {LAYER_FORMATS: bound}},
+      'params': self.params if params is None else params,
+      QUANT_STATS: self.stats if stats is None else stats,
+      FORMATS: {self.operator: {LAYER_FORMATS: bound}},
     }
 
   def fake_weights(self, name):
@@ -144,7 +146,10 @@ def _assert_close(actual, expected):
   """Equal up to the roundings of float32 sums of some tens of terms."""
   expected = np.asarray(expected, np.float64)
   np.testing.assert_allclose(
-      np.asarray(actual, np.float64), expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max()
+    np.asarray(actual, np.float64),
+    expected,
+    rtol=1e-5,
+    atol=2e-6 * np.abs(expected).max(),
   )
 
 
@@ -154,7 +159,7 @@ def test_forward_equals_fake_quantization_in_float64(name):
   for weights, activations in PAIRS:
     actual = case.apply(case.variables(weights, activations), case.x)
     expected = case.exact_forward(
-        case.fake_activations(activations)[0], case.fake_weights(weights)[0]
+      case.fake_activations(activations)[0], case.fake_weights(weights)[0]
     )
     assert actual.dtype == np.float32
     _assert_close(actual, expected)
@@ -194,7 +199,7 @@ def test_calibration_of_the_operator(calibration):
   absmax = np.abs(kernel).max(axis=(0, 1, 2), keepdims=True)
   w, _ = references.fake_quantize(kernel, 'int3', mean_square, absmax, calibration)
   x, _ = references.fake_quantize(
-      case.x, 'int3', case.mean_square, case.absmax, calibration
+    case.x, 'int3', case.mean_square, case.absmax, calibration
   )
   _assert_close(actual, case.exact_forward(x, w))
 
@@ -228,7 +233,7 @@ def test_without_formats_equals_the_plain_layer(name, dtype):
   expected = case.plain.apply({'params': case.params}, case.x)
   assert actual.dtype == expected.dtype
   np.testing.assert_array_equal(
-      np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    np.asarray(actual, np.float32), np.asarray(expected, np.float32)
   )
 
 
@@ -242,7 +247,8 @@ def test_bfloat16_products_equal_float32_products_of_the_same_codes(name):
 
 
 @pytest.mark.parametrize(
-    'name', [*formats.INTEGER_NAMES, 'e1m6', 'e2m1', 'e2m3', 'e2m5', 'e3m0', 'e3m2', 'e3m3']
+  'name',
+  [*formats.INTEGER_NAMES, 'e1m6', 'e2m1', 'e2m3', 'e2m5', 'e3m0', 'e3m2', 'e3m3'],
 )
 def test_bfloat16_sums_equal_float32_sums_of_the_same_codes(name):
   # Codes in these formats are at most 9 bits of fixed point: float32 sums 8 exactly.
@@ -256,8 +262,8 @@ def test_bfloat16_sums_equal_float32_sums_of_the_same_codes(name):
 def _dense_applies():
   hooks = layers.dense_hooks()
   return [
-      jax.jit(nn.Dense(5, use_bias=False, dtype=dtype, **hooks).apply)
-      for dtype in (jnp.bfloat16, jnp.float32)
+    jax.jit(nn.Dense(5, use_bias=False, dtype=dtype, **hooks).apply)
+    for dtype in (jnp.bfloat16, jnp.float32)
   ]
 
 
@@ -269,15 +275,15 @@ def _assert_bfloat16_equals_float32(name, features):
   stats = {'mean_square': np.float32(1), 'absmax': np.float32(3)}
   bound = LayerFormats(get_format(name), get_format(name))
   variables = {
-      'params': params,
-      QUANT_STATS: {'QuantizedDotGeneral_0': stats},
-      FORMATS: {'QuantizedDotGeneral_0': {LAYER_FORMATS: bound}},
+    'params': params,
+    QUANT_STATS: {'QuantizedDotGeneral_0': stats},
+    FORMATS: {'QuantizedDotGeneral_0': {LAYER_FORMATS: bound}},
   }
   low, high = (apply(variables, x) for apply in _dense_applies())
   assert low.dtype == jnp.bfloat16 and high.dtype == jnp.float32
   assert np.count_nonzero(np.asarray(high)) > high.size / 4
   np.testing.assert_array_equal(
-      np.asarray(low, np.float32), np.asarray(high.astype(jnp.bfloat16), np.float32)
+    np.asarray(low, np.float32), np.asarray(high.astype(jnp.bfloat16), np.float32)
   )
 
 
@@ -291,7 +297,7 @@ def test_weights_are_quantized_from_float32_in_bfloat16_compute(kind):
     x, kernel_shape = np.eye(8, dtype=np.float32), (8, channels)
   else:
     layer = nn.Conv(
-        channels, (1, 1), use_bias=False, dtype=jnp.bfloat16, **layers.conv_hooks()
+      channels, (1, 1), use_bias=False, dtype=jnp.bfloat16, **layers.conv_hooks()
     )
     x, kernel_shape = np.eye(8, dtype=np.float32)[:, None, None], (1, 1, 8, channels)
   params = layer.init(jax.random.key(0), x)['params']
@@ -301,12 +307,12 @@ def test_weights_are_quantized_from_float32_in_bfloat16_compute(kind):
   operator = 'QuantizedDotGeneral_0' if kind == 'dense' else 'QuantizedConv_0'
   bound = LayerFormats(get_format('int8'), get_format('float32'))
   y = jax.jit(layer.apply)(
-      {
-          'params': {'kernel': kernel},
-          QUANT_STATS: {operator: {'mean_square': 1.0, 'absmax': 1.0}},
-          FORMATS: {operator: {LAYER_FORMATS: bound}},
-      },
-      x,
+    {
+      'params': {'kernel': kernel},
+      QUANT_STATS: {operator: {'mean_square': 1.0, 'absmax': 1.0}},
+      FORMATS: {operator: {LAYER_FORMATS: bound}},
+    },
+    x,
   )
   assert y.dtype == jnp.bfloat16
 
@@ -356,7 +362,7 @@ def test_the_widest_exponents_stay_finite(dtype):
     stats = {case.operator: {'mean_square': np.mean(x**2), 'absmax': np.abs(x).max()}}
     params = {**case.params, 'kernel': scale * case.params['kernel']}
     (_, y), gradients = forward_and_backward(
-        case.variables('e7m0', 'e7m0', params, stats), x
+      case.variables('e7m0', 'e7m0', params, stats), x
     )
     for array in jax.tree.leaves((y, gradients)):
       assert np.isfinite(np.asarray(array, np.float32)).all()
@@ -367,7 +373,7 @@ def test_the_widest_exponents_are_scaled_as_others_are():
   case = _case('dense')
   actual = case.apply(case.variables('e7m0', 'e7m0'), case.x)
   expected = case.exact_forward(
-      case.fake_activations('e7m0')[0], case.fake_weights('e7m0')[0]
+    case.fake_activations('e7m0')[0], case.fake_weights('e7m0')[0]
   )
   _assert_close(actual, expected)
 
@@ -383,9 +389,9 @@ def test_the_largest_weight_of_a_channel_receives_its_gradient():
   def gradient(kernel, bound):
     def loss(kernel):
       variables = {
-          'params': {'kernel': kernel},
-          QUANT_STATS: {operator: {'mean_square': 1.0, 'absmax': 1.0}},
-          FORMATS: {operator: {LAYER_FORMATS: bound}},
+        'params': {'kernel': kernel},
+        QUANT_STATS: {operator: {'mean_square': 1.0, 'absmax': 1.0}},
+        FORMATS: {operator: {LAYER_FORMATS: bound}},
       }
       return jnp.sum(layer.apply(variables, jnp.ones((1, 9))))
 
@@ -412,22 +418,24 @@ def test_statistics_start_at_the_first_batch_and_then_average():
     _, updated = case.apply(variables, x, mutable=(QUANT_STATS,))
     stats = updated[QUANT_STATS]
     batch = np.array([np.mean(np.float64(x) ** 2), np.abs(x).max()])
-    expected = batch if expected is None else momentum * expected + (1 - momentum) * batch
+    expected = (
+      batch if expected is None else momentum * expected + (1 - momentum) * batch
+    )
     actual = stats[case.operator]
     np.testing.assert_allclose(
-        [actual['mean_square'], actual['absmax']], expected, rtol=1e-6
+      [actual['mean_square'], actual['absmax']], expected, rtol=1e-6
     )
 
 
 def test_the_default_momentum_is_as_documented():
   case = _case('dense')
   _, updated = case.apply(
-      case.variables('int4', 'int4'), case.x, mutable=(QUANT_STATS,)
+    case.variables('int4', 'int4'), case.x, mutable=(QUANT_STATS,)
   )
   np.testing.assert_allclose(
-      updated[QUANT_STATS][case.operator]['absmax'],
-      0.95 * case.absmax + 0.05 * np.abs(case.x).max(),
-      rtol=1e-6,
+    updated[QUANT_STATS][case.operator]['absmax'],
+    0.95 * case.absmax + 0.05 * np.abs(case.x).max(),
+    rtol=1e-6,
   )
 
 

@@ -1,16 +1,16 @@
 """Quantizers: rounding bit by bit against ml_dtypes and numpy; thresholds, scales."""
 
 import hypothesis
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
+from hypothesis import strategies as st
 
 from fliqs_jax import formats, quantizers
 from fliqs_jax.formats import get_format
 from fliqs_jax.quantizers import round_to_format
-import references
 
 NARROW = tuple(n for n in formats.NAMES if n != 'float32')
 NUM_HYPOTHESIS = 16  # numbers in one example, so that one shape is compiled
@@ -25,7 +25,7 @@ def _assert_same_bits(actual, expected):
   np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
   number = ~np.isnan(expected)
   np.testing.assert_array_equal(
-      actual[number].view(np.uint32), expected[number].view(np.uint32)
+    actual[number].view(np.uint32), expected[number].view(np.uint32)
   )
 
 
@@ -37,20 +37,22 @@ def _critical_values(name):
   np.testing.assert_array_equal(exact, np.concatenate([codes, middle]))
   info = np.finfo(np.float32)
   special = np.array(
-      [np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal], np.float32
+    [np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal], np.float32
   )
   # From half of the largest code to past it, where float32 has such values.
   factors = np.float32([0.50005, 0.625, 0.75, 0.875, 0.99995])
   beyond = factors * exact[len(codes) - 1]
   if name != 'bf16':
     beyond = np.concatenate([beyond, 2 * beyond])
-  positive = np.concatenate([
+  positive = np.concatenate(
+    [
       exact,
       np.nextafter(exact, np.float32(np.inf)),
       np.nextafter(exact, np.float32(-np.inf)),
       beyond,
       special,
-  ])
+    ]
+  )
   return np.concatenate([positive, -positive])
 
 
@@ -82,7 +84,7 @@ def test_reference_by_enumeration_equals_ml_dtypes(name):
   # So that it can be trusted for the formats of which ml_dtypes has no type.
   x = np.concatenate([_critical_values(name), _random_values(name, 10_000)])
   _assert_same_bits(
-      references.nearest_code(x, name).astype(np.float32), references.cast(x, name)
+    references.nearest_code(x, name).astype(np.float32), references.cast(x, name)
   )
 
 
@@ -132,8 +134,10 @@ def test_jit_equals_eager(name):
 
 def test_stacked_formats_through_vmap():
   x = np.random.default_rng(0).normal(0, 4, 1000).astype(np.float32)
-  rounded = jax.jit(jax.vmap(round_to_format, (None, 0)))(x, formats.stack(formats.NAMES))
-  for row, name in zip(rounded, formats.NAMES):
+  rounded = jax.jit(jax.vmap(round_to_format, (None, 0)))(
+    x, formats.stack(formats.NAMES)
+  )
+  for row, name in zip(rounded, formats.NAMES, strict=True):
     _assert_same_bits(row, references.cast(x, name))
 
 
@@ -153,7 +157,7 @@ def test_shorter_dtypes_are_kept(name, dtype):
   assert rounded.dtype == dtype and rounded.shape == x.shape
   reference = references.cast(np.asarray(x, np.float32), name)
   np.testing.assert_array_equal(
-      np.asarray(rounded, np.float32), np.asarray(reference.astype(dtype), np.float32)
+    np.asarray(rounded, np.float32), np.asarray(reference.astype(dtype), np.float32)
   )
 
 
@@ -236,10 +240,12 @@ def test_scale_maps_the_threshold_to_the_largest_code(name, calibration):
     limit = references.threshold(name, mean_square, absmax, calibration)
     quantizer = quantizers.calibrate(f, mean_square, absmax, calibration)
     np.testing.assert_allclose(
-        quantizers.clipping_threshold(f, mean_square, absmax, calibration), limit, 1e-6
+      quantizers.clipping_threshold(f, mean_square, absmax, calibration), limit, 1e-6
     )
     np.testing.assert_allclose(quantizer.scale * quantizer.format.max, limit, 1e-6)
-    np.testing.assert_allclose(_dequantize(quantizer, np.float32(2 * limit)), limit, 1e-6)
+    np.testing.assert_allclose(
+      _dequantize(quantizer, np.float32(2 * limit)), limit, 1e-6
+    )
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)
@@ -260,7 +266,7 @@ def test_dequantized_values_are_the_nearest_ones(name):
     np.testing.assert_allclose(actual[clear], expected[clear], rtol=1e-6, atol=0)
     at_threshold = np.abs(np.abs(x) - limit) < 1e-6 * limit
     np.testing.assert_array_equal(
-        np.asarray(quantizer.inside(x))[~at_threshold], inside[~at_threshold]
+      np.asarray(quantizer.inside(x))[~at_threshold], inside[~at_threshold]
     )
 
 
@@ -277,7 +283,7 @@ def test_codes_are_those_of_the_format_up_to_a_power_of_two(name):
   # Values that fall below float32's normals in units of codes are flushed.
   x = x[(np.abs(x) / shift >= np.finfo(np.float32).tiny) | (x == 0)]
   np.testing.assert_array_equal(
-      np.asarray(quantizer.codes(x)) * shift, references.cast(x, name)
+    np.asarray(quantizer.codes(x)) * shift, references.cast(x, name)
   )
 
 
@@ -319,7 +325,7 @@ def test_extreme_tensors_stay_finite_and_in_range(name, calibration, exponent):
   with np.errstate(over='ignore'):
     mean_square = np.mean(np.square(x))  # in float32: it may overflow or underflow
   quantizer = quantizers.calibrate(
-      get_format(name), mean_square, np.abs(x).max(), calibration
+    get_format(name), mean_square, np.abs(x).max(), calibration
   )
   values = np.asarray(_dequantize(quantizer, x))
   assert np.isfinite(values).all() and np.isfinite(quantizer.scale)
@@ -347,6 +353,6 @@ def test_scales_per_channel(name):
   assert quantizer.scale.shape == (1, 4)
   for channel in range(4):
     alone = quantizers.calibrate(
-        get_format(name), mean_square[0, channel], absmax[0, channel]
+      get_format(name), mean_square[0, channel], absmax[0, channel]
     )
     _assert_same_bits(quantizer.codes(x)[:, channel], alone.codes(x[:, channel]))

@@ -8,13 +8,13 @@ import numpy as np
 from fliqs_jax import formats
 
 ML_DTYPES = {
-    'e4m3': ml_dtypes.float8_e4m3fn,
-    'e5m2': ml_dtypes.float8_e5m2,
-    'e3m4': ml_dtypes.float8_e3m4,
-    'e2m3': ml_dtypes.float6_e2m3fn,
-    'e3m2': ml_dtypes.float6_e3m2fn,
-    'e2m1': ml_dtypes.float4_e2m1fn,
-    'bf16': ml_dtypes.bfloat16,
+  'e4m3': ml_dtypes.float8_e4m3fn,
+  'e5m2': ml_dtypes.float8_e5m2,
+  'e3m4': ml_dtypes.float8_e3m4,
+  'e2m3': ml_dtypes.float6_e2m3fn,
+  'e3m2': ml_dtypes.float6_e3m2fn,
+  'e2m1': ml_dtypes.float4_e2m1fn,
+  'bf16': ml_dtypes.bfloat16,
 }
 LOW_PRECISION = formats.INTEGER_NAMES + formats.FLOAT_NAMES  # all that are scaled
 
@@ -34,11 +34,13 @@ def positive_codes(name: str) -> np.ndarray:
   exponent_bits, mantissa_bits = map(int, re.fullmatch(r'e(\d)m(\d)', name).groups())
   bias = 2 ** (exponent_bits - 1) - 1
   exponent, mantissa = np.divmod(
-      np.arange(2 ** (exponent_bits + mantissa_bits)), 2**mantissa_bits
+    np.arange(2 ** (exponent_bits + mantissa_bits)), 2**mantissa_bits
   )
   fraction = mantissa / 2.0**mantissa_bits
   return np.where(
-      exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias)
+    exponent == 0,
+    fraction * 2.0 ** (1 - bias),
+    (1 + fraction) * 2.0 ** (exponent - bias),
   )
 
 
@@ -58,7 +60,9 @@ def nearest_code(x: np.ndarray, name: str) -> np.ndarray:
   even = np.where(above % 2 == 0, above, below)
   if name.endswith('m0'):
     even = np.where(below == 0, below, above)
-  index = np.where(to_above < to_below, above, np.where(to_above > to_below, below, even))
+  index = np.where(
+    to_above < to_below, above, np.where(to_above > to_below, below, even)
+  )
   return np.where(np.isnan(x), np.nan, np.copysign(codes[index], x))
 
 

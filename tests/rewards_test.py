@@ -9,22 +9,22 @@ from fliqs_jax.rewards import REWARDS
 
 
 @pytest.mark.parametrize(
-    ('name', 'quality', 'cost', 'target', 'beta', 'expected'),
-    [
-        ('absolute', 0.9, 15.0, 10.0, 1.0, 0.4),  # 0.9 - |1.5 - 1|
-        ('absolute', 0.9, 5.0, 10.0, 1.0, 0.4),  # the same from below
-        ('absolute', 0.9, 5.0, 10.0, 0.5, 0.65),
-        ('absolute', -2.0, 12.0, 10.0, 2.0, -2.4),  # minus a loss as the quality
-        ('one_sided_absolute', 0.9, 15.0, 10.0, 1.0, 0.4),
-        ('one_sided_absolute', 0.9, 5.0, 10.0, 1.0, 0.9),
-        ('one_sided_absolute', -2.0, 30.0, 10.0, 0.5, -3.0),
-        ('soft_exponential', 0.8, 20.0, 10.0, -1.0, 0.4),  # 0.8 · 2^-1
-        ('soft_exponential', 0.8, 5.0, 10.0, -1.0, 1.6),  # below the target it gains
-        ('soft_exponential', 0.9, 40.0, 10.0, -0.5, 0.45),  # 0.9 / sqrt(4)
-        ('hard_exponential', 0.8, 20.0, 10.0, -1.0, 0.4),
-        ('hard_exponential', 0.8, 5.0, 10.0, -1.0, 0.8),
-        ('hard_exponential', 0.9, 40.0, 10.0, -0.5, 0.45),
-    ],
+  ('name', 'quality', 'cost', 'target', 'beta', 'expected'),
+  [
+    ('absolute', 0.9, 15.0, 10.0, 1.0, 0.4),  # 0.9 - |1.5 - 1|
+    ('absolute', 0.9, 5.0, 10.0, 1.0, 0.4),  # the same from below
+    ('absolute', 0.9, 5.0, 10.0, 0.5, 0.65),
+    ('absolute', -2.0, 12.0, 10.0, 2.0, -2.4),  # minus a loss as the quality
+    ('one_sided_absolute', 0.9, 15.0, 10.0, 1.0, 0.4),
+    ('one_sided_absolute', 0.9, 5.0, 10.0, 1.0, 0.9),
+    ('one_sided_absolute', -2.0, 30.0, 10.0, 0.5, -3.0),
+    ('soft_exponential', 0.8, 20.0, 10.0, -1.0, 0.4),  # 0.8 · 2^-1
+    ('soft_exponential', 0.8, 5.0, 10.0, -1.0, 1.6),  # below the target it gains
+    ('soft_exponential', 0.9, 40.0, 10.0, -0.5, 0.45),  # 0.9 / sqrt(4)
+    ('hard_exponential', 0.8, 20.0, 10.0, -1.0, 0.4),
+    ('hard_exponential', 0.8, 5.0, 10.0, -1.0, 0.8),
+    ('hard_exponential', 0.9, 40.0, 10.0, -0.5, 0.45),
+  ],
 )
 def test_values_by_hand(name, quality, cost, target, beta, expected):
   actual = REWARDS[name].function(quality, cost, target, beta)
@@ -34,10 +34,10 @@ def test_values_by_hand(name, quality, cost, target, beta, expected):
 def test_rewards_are_those_of_the_paper_and_its_alternatives():
   signs = {name: (r.beta_sign, r.signed_quality) for name, r in REWARDS.items()}
   assert signs == {
-      'absolute': (1, True),
-      'one_sided_absolute': (1, True),
-      'soft_exponential': (-1, False),
-      'hard_exponential': (-1, False),
+    'absolute': (1, True),
+    'one_sided_absolute': (1, True),
+    'soft_exponential': (-1, False),
+    'hard_exponential': (-1, False),
   }
 
 
@@ -48,7 +48,6 @@ def _qualities(reward):
 @pytest.mark.parametrize('name', REWARDS)
 @pytest.mark.parametrize('magnitude', [0.07, 1.0, 3.0])
 class TestEveryReward:
-
   def test_at_the_target_the_reward_is_the_quality(self, name, magnitude):
     reward = REWARDS[name]
     for quality in _qualities(reward):
@@ -61,7 +60,7 @@ class TestEveryReward:
     costs = jnp.asarray(target * np.geomspace(1, 16, 50), jnp.float32)
     for quality in _qualities(reward):
       values = np.asarray(
-          reward.function(quality, costs, target, reward.beta_sign * magnitude)
+        reward.function(quality, costs, target, reward.beta_sign * magnitude)
       )
       assert (np.diff(values) <= 0).all()
       if quality > 0:

@@ -3,14 +3,14 @@
 import functools
 import re
 
-from flax import linen as nn
-from flax import traverse_util
 import hypothesis
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import traverse_util
+from hypothesis import strategies as st
 
 from fliqs_jax import layers as layers_lib
 from fliqs_jax import models, search_space
@@ -74,7 +74,7 @@ def test_layers_of_resnet18_are_in_network_order(project):
     ],
 )  # fmt: skip
 def test_layers_of_resnet18_by_hand(
-    resnet18, path, macs, params, kernel_shape, output_shape
+  resnet18, path, macs, params, kernel_shape, output_shape
 ):
   (layer,) = [layer for layer in resnet18 if layer.path == path]
   assert layer.macs == macs and layer.params == params
@@ -83,11 +83,11 @@ def test_layers_of_resnet18_by_hand(
 
 def test_resnet18_has_the_published_number_of_parameters(resnet18):
   variables = jax.eval_shape(
-      lambda x: _resnet18().init(jax.random.key(0), x, train=False), IMAGE
+    lambda x: _resnet18().init(jax.random.key(0), x, train=False), IMAGE
   )
   sizes = {
-      name: leaf.size
-      for name, leaf in traverse_util.flatten_dict(variables['params'], sep='/').items()
+    name: leaf.size
+    for name, leaf in traverse_util.flatten_dict(variables['params'], sep='/').items()
   }
   assert sum(sizes.values()) == 11_689_512
   norms = sum(size for name, size in sizes.items() if re.search(r'(^|/)bn', name))
@@ -97,7 +97,7 @@ def test_resnet18_has_the_published_number_of_parameters(resnet18):
 def test_the_projection_is_one_more_layer(resnet18):
   projected = discover(_resnet18(project_first_block=True), IMAGE, train=False)
   (layer,) = {layer.path: layer for layer in projected}.keys() - {
-      layer.path for layer in resnet18
+    layer.path for layer in resnet18
   }
   assert layer == 'stage1_block1/conv_shortcut'
   extra = {layer.path: layer for layer in projected}[layer]
@@ -116,7 +116,7 @@ class _Various(nn.Module):
   @nn.compact
   def __call__(self, x):
     conv, dense = (
-        (layers_lib.conv_hooks(), layers_lib.dense_hooks()) if self.hooked else ({}, {})
+      (layers_lib.conv_hooks(), layers_lib.dense_hooks()) if self.hooked else ({}, {})
     )
     x = nn.Conv(8, (3,), feature_group_count=2, name='grouped', **conv)(x)
     x = nn.Conv(8, (3,), strides=2, feature_group_count=8, name='depthwise', **conv)(x)
@@ -134,11 +134,11 @@ def various():
 def test_macs_of_various_layers_by_hand(various):
   macs = {layer.path: layer.macs for layer in various}
   assert macs == {
-      'grouped': 10 * 8 * 3 * 2,  # each output sees 2 of the 4 inputs
-      'depthwise': 5 * 8 * 3,
-      'shared': 2 * 5 * 8 * 8,  # computed twice
-      'heads': 5 * 8 * 6,
-      'merge': 5 * 6 * 5,
+    'grouped': 10 * 8 * 3 * 2,  # each output sees 2 of the 4 inputs
+    'depthwise': 5 * 8 * 3,
+    'shared': 2 * 5 * 8 * 8,  # computed twice
+    'heads': 5 * 8 * 6,
+    'merge': 5 * 6 * 5,
   }
 
 
@@ -176,8 +176,8 @@ def test_a_network_that_is_a_single_layer():
   space = build_space(discover(layer, x), ('float32', 'int2'), 'weights')
   variables = layer.init(jax.random.key(0), x)
   outputs = [
-      layer.apply({**variables, layers_lib.FORMATS: space.bind(np.array([option]))}, x)
-      for option in (0, 1)
+    layer.apply({**variables, layers_lib.FORMATS: space.bind(np.array([option]))}, x)
+    for option in (0, 1)
   ]
   assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
@@ -197,7 +197,7 @@ def test_separate_operands_have_decisions_of_their_own(resnet18):
   space = build_space(resnet18, OPTIONS, 'separate')
   assert len(space.decisions) == 42
   assert sorted(space.weights + space.activations) == list(range(42))
-  for layer, w, a in zip(resnet18, space.weights, space.activations):
+  for layer, w, a in zip(resnet18, space.weights, space.activations, strict=True):
     assert space.decisions[w].name == f'{layer.path}:weights'
     assert space.decisions[a].name == f'{layer.path}:activations'
 
@@ -221,7 +221,7 @@ def test_a_capture_makes_one_decision_for_each_block(resnet18):
   space = build_space(resnet18, OPTIONS, groups=[r'(stage._block.)/.*'])
   blocks = [f'stage{s}_block{b}' for s in (1, 2, 3, 4) for b in (1, 2)]
   assert [d.name for d in space.decisions] == ['conv_init', *blocks, 'classifier']
-  for layer, w, a in zip(resnet18, space.weights, space.activations):
+  for layer, w, a in zip(resnet18, space.weights, space.activations, strict=True):
     assert w == a
     assert space.decisions[w].name == layer.path.split('/')[0]
 
@@ -229,7 +229,9 @@ def test_a_capture_makes_one_decision_for_each_block(resnet18):
 def test_a_group_without_captures_is_one_decision(resnet18):
   space = build_space(resnet18, OPTIONS, groups=['.*/conv_shortcut'])
   shortcuts = {
-      w for layer, w in zip(resnet18, space.weights) if layer.path.endswith('shortcut')
+    w
+    for layer, w in zip(resnet18, space.weights, strict=True)
+    if layer.path.endswith('shortcut')
   }
   assert len(shortcuts) == 1 and len(space.decisions) == 21 - 2
 
@@ -244,10 +246,10 @@ def test_groups_with_separate_operands(resnet18):
 def test_groups_that_capture_the_same_text_stay_apart(resnet18):
   # "Layers that one of them matches share their decisions": not those of two.
   space = build_space(
-      resnet18, OPTIONS, groups=['(stage.)_block./conv1', '(stage.)_block./conv2']
+    resnet18, OPTIONS, groups=['(stage.)_block./conv1', '(stage.)_block./conv2']
   )
   owners = {}
-  for layer, w in zip(resnet18, space.weights):
+  for layer, w in zip(resnet18, space.weights, strict=True):
     stage, _, rest = layer.path.partition('_')
     if rest.endswith(('conv1', 'conv2')):
       owners.setdefault((stage, rest[-5:]), set()).add(w)
@@ -259,7 +261,7 @@ def test_pinned_layers_have_no_decision(resnet18):
   pins = [('conv_init|classifier', 'int8'), ('.*/conv_shortcut', 'float32')]
   space = build_space(resnet18, OPTIONS, 'separate', pins=pins)
   expected = {'conv_init': 'int8', 'classifier': 'int8'}
-  for layer, w, a in zip(resnet18, space.weights, space.activations):
+  for layer, w, a in zip(resnet18, space.weights, space.activations, strict=True):
     pinned = 'float32' if layer.path.endswith('shortcut') else expected.get(layer.path)
     if pinned:
       assert (w, a) == (pinned, pinned)
@@ -273,7 +275,7 @@ def test_pinned_layers_have_no_decision(resnet18):
 
 def test_pins_and_groups_together(resnet18):
   space = build_space(
-      resnet18, OPTIONS, groups=['stage.*'], pins=[('classifier', 'bf16')]
+    resnet18, OPTIONS, groups=['stage.*'], pins=[('classifier', 'bf16')]
   )
   assert [d.name for d in space.decisions] == ['conv_init', 'stage.*']
   assert space.weights[-1] == 'bf16'
@@ -281,18 +283,18 @@ def test_pins_and_groups_together(resnet18):
 
 @pytest.mark.parametrize('argument', ['groups', 'pins'])
 @pytest.mark.parametrize(
-    ('regexes', 'messages'),
-    [
-        (['nothing'], ["'nothing' matches the whole path of no layer.*conv_init"]),
-        # Whole paths: a part of one is no match.
-        (['stage1'], ["'stage1' matches the whole path of no layer"]),
-        (['(stage'], [r"'\(stage' is not a regular expression"]),
-        (
-            ['conv.*', '.*init'],
-            [r"conv_init is matched by both 'conv\.\*' and '\.\*init'"],
-        ),
-        (['zzz', '[', 'yyy'], ["'zzz' matches", r"'\[' is not", "'yyy' matches"]),
-    ],
+  ('regexes', 'messages'),
+  [
+    (['nothing'], ["'nothing' matches the whole path of no layer.*conv_init"]),
+    # Whole paths: a part of one is no match.
+    (['stage1'], ["'stage1' matches the whole path of no layer"]),
+    (['(stage'], [r"'\(stage' is not a regular expression"]),
+    (
+      ['conv.*', '.*init'],
+      [r"conv_init is matched by both 'conv\.\*' and '\.\*init'"],
+    ),
+    (['zzz', '[', 'yyy'], ["'zzz' matches", r"'\[' is not", "'yyy' matches"]),
+  ],
 )
 def test_wrong_regexes_are_all_named(resnet18, argument, regexes, messages):
   value = regexes if argument == 'groups' else [(regex, 'int8') for regex in regexes]
@@ -300,7 +302,7 @@ def test_wrong_regexes_are_all_named(resnet18, argument, regexes, messages):
     build_space(resnet18, OPTIONS, **{argument: value})
   lines = str(error.value).splitlines()
   assert len(lines) == len(messages)
-  for line, message in zip(lines, messages):
+  for line, message in zip(lines, messages, strict=True):
     assert re.search(message, line)
 
 
@@ -317,12 +319,12 @@ def test_operands_must_be_known(resnet18):
 # Choices and formats
 
 SPACES = {
-    'tied': {},
-    'separate': {'operands': 'separate'},
-    'weights': {'operands': 'weights'},
-    'blocks': {'groups': [r'(stage._block.)/.*']},
-    'whole': {'groups': ['.*']},
-    'pinned': {'operands': 'separate', 'pins': [('classifier', 'e4m3')]},
+  'tied': {},
+  'separate': {'operands': 'separate'},
+  'weights': {'operands': 'weights'},
+  'blocks': {'groups': [r'(stage._block.)/.*']},
+  'whole': {'groups': ['.*']},
+  'pinned': {'operands': 'separate', 'pins': [('classifier', 'e4m3')]},
 }
 
 
@@ -332,8 +334,8 @@ def _space(name):
   if name == 'ragged':
     # Decisions with different numbers of options, and one operand fixed.
     decisions = tuple(
-        search_space.Decision(layer.path, OPTIONS[: 1 + i % len(OPTIONS)])
-        for i, layer in enumerate(layers)
+      search_space.Decision(layer.path, OPTIONS[: 1 + i % len(OPTIONS)])
+      for i, layer in enumerate(layers)
     )
     ids = tuple(range(len(layers)))
     return search_space.SearchSpace(layers, decisions, ids, ('e5m2', *ids[1:]))
@@ -362,9 +364,9 @@ def test_choices_and_formats_are_inverse(case):
     for operand in search_space.OPERANDS:
       owner = getattr(space, operand)[i]
       expected = (
-          owner
-          if isinstance(owner, str)
-          else space.decisions[owner].options[choices[owner]]
+        owner
+        if isinstance(owner, str)
+        else space.decisions[owner].options[choices[owner]]
       )
       assert assigned[layer.path][operand] == expected
   back = space.choices_of(assigned)
@@ -377,19 +379,23 @@ def test_choices_and_formats_are_inverse(case):
 def _bound_names(space, collection):
   """`formats_of` by what the operators read."""
   flat = traverse_util.flatten_dict(
-      collection, is_leaf=lambda _, node: isinstance(node, layers_lib.LayerFormats)
+    collection, is_leaf=lambda _, node: isinstance(node, layers_lib.LayerFormats)
   )
   names = {}
   for (*path, operator, variable), bound in flat.items():
     assert variable == layers_lib.LAYER_FORMATS
-    names['/'.join(path)] = operator, {
+    names['/'.join(path)] = (
+      operator,
+      {
         operand: next(
-            name for name in space.format_names
-            if [np.asarray(f) for f in get_format(name)]
-            == [np.asarray(f) for f in getattr(bound, operand)]
+          name
+          for name in space.format_names
+          if [np.asarray(f) for f in get_format(name)]
+          == [np.asarray(f) for f in getattr(bound, operand)]
         )
         for operand in search_space.OPERANDS
-    }
+      },
+    )
   return names
 
 
@@ -430,21 +436,19 @@ def test_batches_of_choices():
       assert rows.shape == (3, 5, len(space.layers))
       assigned = space.formats_of(choices[1, 2])
       assert [space.format_names[i] for i in np.asarray(rows[1, 2])] == [
-          formats[operand] for formats in assigned.values()
+        formats[operand] for formats in assigned.values()
       ]
 
 
 def test_padding_is_invalid():
   space = _space('ragged')
   assert space.valid.shape == (21, 4)
-  for row, decision in zip(space.valid, space.decisions):
+  for row, decision in zip(space.valid, space.decisions, strict=True):
     assert row.sum() == len(decision.options) and row[: row.sum()].all()
 
 
 def _uniform(space, name):
-  return {
-      layer.path: {'weights': name, 'activations': name} for layer in space.layers
-  }
+  return {layer.path: {'weights': name, 'activations': name} for layer in space.layers}
 
 
 def test_formats_of_another_network_are_an_error():
