@@ -157,7 +157,7 @@ def parse_names(spec: str) -> tuple[str, ...]:
   Raises:
     ValueError: where a name is unknown, repeated, or none is given.
   """
-  names = SPACES.get(spec) or tuple(filter(None, map(str.strip, spec.split(','))))
+  names = SPACES.get(spec.strip()) or tuple(filter(None, map(str.strip, spec.split(','))))
   if not names:
     raise ValueError(
         f'no format in {spec!r}: expected one of {", ".join(SPACES)} or a '

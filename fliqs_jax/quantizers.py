@@ -28,7 +28,7 @@ def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   The same operations serve every format, so `format` can be traced: a compiled
   function works for all of them. Equal to the saturating cast of `ml_dtypes` bit by
   bit, for subnormals (also where the device flushes them), infinities and zeros too;
-  NaN stays NaN.
+  NaN stays NaN. Without mantissa bits a tie goes up, as IEEE 754 has it.
 
   Args:
     x: any shape, a floating dtype; computed in float32.
@@ -122,7 +122,10 @@ class Quantizer(NamedTuple):
 
   def inside(self, x: jax.Array) -> jax.Array:
     """Where the clipped straight-through estimator passes the gradient. bool."""
-    return jnp.abs(self._in_code_units(x)) <= self.format.max
+    # Three roundings stand between a threshold and the largest code; what lies at the
+    # threshold, as the largest value of a tensor often does, is inside.
+    largest = self.format.max * (1 + 2.0**-22)
+    return jnp.abs(self._in_code_units(x)) <= largest
 
   def _in_code_units(self, x):
     return x.astype(jnp.float32) * (1.0 / self.scale)
@@ -149,12 +152,13 @@ def calibrate(
 
 
 def _to_code_range(format):
-  """Shifts a format's exponents so that the largest is 0; integers stay as they are.
+  """Shifts a format's exponents so that the largest is 1; integers stay as they are.
 
   Codes are scaled anyway, so the exponent bias is free, and products of two codes
   must stay in float32's range, which those of e7m0 as it is would leave.
   """
-  shift = jnp.where(is_scaled(format), format.exponent_max, 0)
+  is_float = is_scaled(format) & (jnp.asarray(format.exponent_max) > 0)
+  shift = jnp.where(is_float, format.exponent_max - 1, 0)
   return format._replace(
       exponent_min=format.exponent_min - shift,
       exponent_max=format.exponent_max - shift,

@@ -176,7 +176,7 @@ class SearchSpace:
         *(type(table)(*(getattr(field, operand) for field in rows)) for operand in OPERANDS)
     )
     return traverse_util.unflatten_dict({
-        (*layer.path.split('/'), layer.operator, LAYER_FORMATS): jax.tree.map(
+        (*filter(None, layer.path.split('/')), layer.operator, LAYER_FORMATS): jax.tree.map(
             lambda field, i=i: field[i], layer_formats
         )
         for i, layer in enumerate(self.layers)
@@ -286,12 +286,20 @@ def build_space(
     ValueError: where a regex is invalid or matches nothing, or two match one layer;
       one line for each problem.
   """
+  if operands not in SEARCHED_OPERANDS:
+    raise ValueError(
+        f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
+    )
   owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
   pinned = dict(pins)
-  decisions = {}  # name -> index
+  decisions = {}  # what a decision is for -> its name
 
-  def decision(name):
-    return decisions.setdefault(name, len(decisions))
+  def decision(key, name, suffix=''):
+    if (key, suffix) not in decisions:
+      taken = decisions.values()
+      unique = name + suffix if name + suffix not in taken else f'{key}{suffix}'
+      decisions[key, suffix] = unique
+    return list(decisions).index((key, suffix))
 
   weights, activations = [], []
   for layer in layers:
@@ -300,18 +308,19 @@ def build_space(
       weights.append(pinned[match.re.pattern])
       activations.append(pinned[match.re.pattern])
       continue
-    name = layer.path
+    key, name = layer.path, layer.path
     if match:
+      key = match.re.pattern, *match.groups()
       name = '/'.join(filter(None, match.groups())) or match.re.pattern
     if operands == 'separate':
-      weights.append(decision(f'{name}:weights'))
-      activations.append(decision(f'{name}:activations'))
+      weights.append(decision(key, name, ':weights'))
+      activations.append(decision(key, name, ':activations'))
     else:
-      weights.append(decision(name))
+      weights.append(decision(key, name))
       activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
   return SearchSpace(
       layers=tuple(layers),
-      decisions=tuple(Decision(name, tuple(options)) for name in decisions),
+      decisions=tuple(Decision(name, tuple(options)) for name in decisions.values()),
       weights=tuple(weights),
       activations=tuple(activations),
   )
