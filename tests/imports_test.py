@@ -1,0 +1,19 @@
+"""The core can be embedded elsewhere: it imports no data or logging library."""
+
+import subprocess
+import sys
+
+CORE = (
+    'formats', 'quantizers', 'layers', 'search_space', 'cost_models', 'rewards',
+    'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+)  # fmt: skip
+FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
+
+
+def test_core_imports():
+  modules = ', '.join(f'fliqs_jax.{name}' for name in CORE)
+  script = f'import sys, {modules}\nprint([m for m in {FORBIDDEN} if m in sys.modules])'
+  result = subprocess.run(
+      [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
+  assert result.stdout.strip() == '[]'
