@@ -3,7 +3,8 @@
     python -m fliqs_jax.main --config=configs/inception_v3.py --workdir=gs://…
     python -m fliqs_jax.main --config=configs/inception_v3.py:digits --workdir=runs/inception
 
-The network's own resolution is 299; --config.input.image_shape=224,224,3 is FLIQS's.
+The resolution is the network's own, 299; --config.input.image_shape=224,224,3 halves the
+cost.
 """
 
 import ml_collections

@@ -99,8 +99,8 @@ class DeiT(nn.Module):
     hidden = round(self.hidden_size * self.width)
     if hidden == 0 or hidden % self.num_heads:
       raise ValueError(
-          f'a hidden size of {hidden}, {self.hidden_size} at width {self.width}: '
-          f'expected a multiple of the {self.num_heads} heads'
+          f'hidden size {hidden} ({self.hidden_size} at width {self.width}): expected '
+          f'a multiple of the {self.num_heads} heads'
       )
     if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
       raise ValueError(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from fliqs_jax.models.common import ModuleDef
 
+_SMALLEST_IMAGE = 75  # on a side: 1 after the last reduction
+
 
 class ConvNorm(nn.Module):
   """A convolution, batch normalisation and a rectifier."""
@@ -210,7 +212,16 @@ class InceptionV3(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`."""
+    """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`.
+
+    Raises:
+      ValueError: where the images are so small that nothing would be left of them.
+    """
+    if min(x.shape[1:3]) < _SMALLEST_IMAGE and not self.small_images:
+      raise ValueError(
+          f'images of {x.shape[1]}×{x.shape[2]}: expected {_SMALLEST_IMAGE} or more on '
+          'a side, or small_images=True'
+      )
     norm = functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-3,
         dtype=self.dtype,
