@@ -157,9 +157,8 @@ def test_float_network_has_the_same_parameters(name):
 
 
 @all_networks
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_output(name, dtype):
-  model, images = small_model(name, dtype=dtype), image(8, 1, batch=2)
+def test_output(name):
+  model, images = small_model(name, dtype=jnp.bfloat16), image(8, 1, batch=2)
   variables = init_shapes(model, images)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   evaluate = functools.partial(model.apply, train=False)
@@ -209,34 +208,15 @@ def test_small_images_keep_some_extent(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['resnet50', 'mobilenet_v2', 'inception_v3', 'efficientnet_b0', 'deit_tiny']
+    'name', ['mobilenet_v2', 'inception_v3', 'efficientnet_b0', 'deit_tiny']
 )
-def test_gradients_of_small_images(name):
-  options = {} if name == 'deit_tiny' else {'width': 0.125}
-  model = small_model(name, **options)
+def test_small_images_are_told_apart(name):
+  model = small_model(name, quantized=False)
+  variables = random_variables(model, image(8, 1))
   images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-  layers = search_space.discover(model, images[:1], train=False)
-  formats = search_space.uniform_space(layers, 'int8').bind(jnp.zeros(0, jnp.int32))
-
-  @jax.jit
-  def step(key):
-    variables = model.init(key, images, train=False)
-    stats = {'batch_stats': variables.pop('batch_stats', {})}
-    stats['quant_stats'] = variables.pop('quant_stats')
-
-    def loss(params):
-      logits, _ = model.apply(
-          {'params': params, 'formats': formats, **stats}, images, train=True,
-          mutable=list(stats), rngs={'dropout': key},
-      )  # fmt: skip
-      return jnp.mean(jnp.square(logits - 1)), logits
-
-    return jax.grad(loss, has_aux=True)(variables['params'])
-
-  gradients, logits = step(jax.random.key(0))
-  assert np.ptp(logits) > 0
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-  assert np.any(gradients['classifier']['kernel'])
+  logits = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+  assert np.isfinite(logits).all()
+  assert np.ptp(logits, axis=0).min() > 0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +224,7 @@ def test_gradients_of_small_images(name):
     [(1, 8), (8, 8), (11.9, 16), (12, 16), (19, 24), (36, 40), (44.8, 48), (1792, 1792)],
 )
 def test_make_divisible(channels, expected):
-  # 11 would become 8, and 19 16, each more than a tenth less.
+  # 11.9 would become 8, and 19 16, each more than a tenth less.
   assert make_divisible(channels) == expected
 
 
