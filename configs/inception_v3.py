@@ -1,10 +1,10 @@
 """Inception-v3 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
     python -m fliqs_jax.main --config=configs/inception_v3.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/inception_v3.py:digits --workdir=runs/inception
+    python -m fliqs_jax.main --config=configs/inception_v3.py:digits --workdir=DIR
 
-The resolution is the network's own, 299; --config.input.image_shape=224,224,3 halves the
-cost.
+The resolution is the network's own, 299; at half the cost, there is
+--config.input.image_shape=224,224,3.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """MobileNetV2 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
     python -m fliqs_jax.main --config=configs/mobilenet_v2.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/mobilenet_v2.py:digits --workdir=runs/mobilenet
+    python -m fliqs_jax.main --config=configs/mobilenet_v2.py:digits --workdir=DIR
 """
 
 import ml_collections

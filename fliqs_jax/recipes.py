@@ -74,7 +74,9 @@ def imagenet(
   )
 
 
-def digits(config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: Any) -> None:
+def digits(
+    config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: Any
+) -> None:
   """A search over 2 to 8 bits at the cost of INT3, for minutes on two cores.
 
   Args:
@@ -88,9 +90,7 @@ def digits(config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: A
   config.search.update(formats='int2,int3,int4,int8', target_format='int3')
 
 
-def efficientnet(
-    variant: str, name: str, image_size: int
-) -> ml_collections.ConfigDict:
+def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.ConfigDict:
   """Returns the config of an EfficientNet (Tan and Le, 2019, arXiv 1905.11946).
 
   The paper's RMSprop for 350 epochs, but on a cosine, and without AutoAugment and

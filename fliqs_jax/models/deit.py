@@ -1,4 +1,4 @@
-"""DeiT, a vision transformer (Touvron et al., 2021, arXiv 2012.12877), not distilled."""
+"""DeiT (Touvron et al., 2021, arXiv 2012.12877), the one that is not distilled."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""EfficientNet (Tan and Le, 2019, arXiv 1905.11946), as its authors' TensorFlow code."""
+"""EfficientNet (Tan and Le, 2019, arXiv 1905.11946), as in its authors' code."""
 
 import functools
 import math
