@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
@@ -20,6 +21,7 @@ def make_step(
     dtype=jnp.float32,
     formats: tuple[str, ...] = ('int4', 'int8', 'bf16'),
     num_samples: int = 1,
+    wrap=None,
 ):
   """Returns `(step, init)` of one variant.
 
@@ -30,6 +32,7 @@ def make_step(
     dtype: of the computation.
     formats: the options of the search.
     num_samples: samples a step, for the search.
+    wrap: `model -> model`, applied to the network.
 
   Returns:
     step: the jitted step `(state, batch) -> (state, metrics)`.
@@ -38,6 +41,8 @@ def make_step(
   model = models.create_model(
       'resnet18', NUM_CLASSES, quantized=variant != 'float', dtype=dtype
   )
+  if wrap:
+    model = wrap(model)
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
   objective = steps.classification(label_smoothing=0.1)
   layers = search_space.discover(model, inputs, train=False)
@@ -82,4 +87,14 @@ def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):
   return {
       'image': jax.ShapeDtypeStruct((*leading, image_size, image_size, 3), dtype),
       'label': jax.ShapeDtypeStruct(leading, jnp.int32),
+  }
+
+
+def random_batch(batch_size: int, image_size: int, dtype):
+  """Returns a batch `[1, batch_size, ...]` of noise."""
+  rng = np.random.default_rng(0)
+  shapes = batch_shapes(batch_size, image_size, dtype)
+  return {
+      'image': jnp.asarray(rng.normal(size=shapes['image'].shape), dtype),
+      'label': jnp.asarray(rng.integers(NUM_CLASSES, size=shapes['label'].shape)),
   }

@@ -17,5 +17,5 @@ def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   if variant == 'imagenet':
     recipes.imagenet(config)
   else:
-    recipes.digits(config, num_steps=2_000, width=0.125, small_images=True)
+    recipes.digits(config, num_steps=1_500, width=0.125, small_images=True)
   return config

@@ -1,12 +1,15 @@
 """What the commands share: the config flag, and errors in one line with status 2."""
 
 from collections.abc import Callable, Sequence
+import difflib
 import logging
+import os
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging as absl_logging
+import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.config import ConfigError
@@ -42,8 +45,11 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
 
 
 def _log_to_stderr():
-  """Shows this package's own lines, and only warnings of the libraries."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  """Shows this package's own lines, and only errors of the libraries."""
+  # Before TensorFlow is imported.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  absl_logging.set_verbosity(absl_logging.ERROR)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   logger = logging.getLogger('fliqs_jax')
@@ -58,14 +64,46 @@ def _parse(argv, required):
     for name in required:
       if flags.FLAGS[name].value is None:
         raise ValueError(f'--{name} is missing: expected --{name}={name.upper()}')
-    if 'config' in required:
-      # An error in the config file is kept back until a field is read.
-      _ = flags.FLAGS.config.mode
+    # An error in the config file is kept back until a field is read.
+    _ = flags.FLAGS.config.mode
     if rest[1:]:
       raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
     return rest
   except Exception as error:  # a config file is code and raises what it likes
-    _fail([_one_line(error)])
+    _fail([_missing_file(argv) or _unknown_field(argv) or _one_line(error)])
+
+
+def _missing_file(argv):
+  for argument in argv:
+    path = argument.removeprefix('--config=').partition(':')[0]
+    if argument.startswith('--config=') and not os.path.isfile(path):
+      return f'config file {path!r} does not exist'
+
+
+def _unknown_field(argv):
+  """Names the first field given that the config lacks, and the nearest one it has."""
+  loaded = flags.FlagValues()
+  alone = argv[:1] + [a for a in argv if a.startswith('--config=')]
+  config_flags.DEFINE_config_file('config', flag_values=loaded, sys_argv=alone)
+  try:
+    loaded(alone)
+    fields = list(_fields(loaded.config))
+  except Exception:  # the file itself is at fault, which is reported otherwise
+    return None
+  for argument in argv:
+    name = argument.removeprefix('--config.').partition('=')[0]
+    if argument.startswith('--config.') and name not in fields:
+      nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+      return f'unknown config field {name!r}: the nearest is {nearest[0]!r}'
+
+
+def _fields(config, prefix=''):
+  for key in config:
+    value = config.get_ref(key).get()
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _fields(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key
 
 
 def _one_line(error):

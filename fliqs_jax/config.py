@@ -6,7 +6,7 @@ import math
 import ml_collections
 from ml_collections import config_dict
 
-from fliqs_jax import cost_models, formats, models, quantizers
+from fliqs_jax import cost_models, formats, quantizers
 from fliqs_jax.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.rewards import REWARDS
 from fliqs_jax.search_space import SEARCHED_OPERANDS
@@ -137,7 +137,6 @@ _FRACTIONS = (
 _NAMES = {
     'mode': MODES,
     'dtype': ('float32', 'bfloat16'),
-    'model.name': tuple(models.MODELS),
     'input.augmentation': ('none', 'crop_flip'),
     'optimizer.name': OPTIMIZERS,
     'quantizer.calibration': quantizers.CALIBRATIONS,
@@ -160,8 +159,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
     config: from `resolve`.
     num_devices: of all processes together.
   """
-  problems = _check_names(config) + _check_numbers(config) + _check_batches(config, num_devices)
-  problems += _check_image(config)
+  problems = _check_names(config) + _check_numbers(config)
+  problems += _check_batches(config, num_devices) + _check_image(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_reward(config)
   return problems
@@ -223,7 +222,10 @@ def _check_batches(config, num_devices):
 def _check_image(config):
   shape, mean, stddev = config.input.image_shape, config.input.mean, config.input.stddev
   if len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
-    return [f'input.image_shape={shape}: expected (height, width, channels), 1 or 3 channels']
+    return [
+        f'input.image_shape={shape}: expected (height, width, channels), with 1 or 3 '
+        'channels'
+    ]
   if not len(mean) == len(stddev) == shape[2] or min(stddev) <= 0:
     return [
         f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
@@ -234,6 +236,8 @@ def _check_image(config):
 
 def _check_delays(config):
   search, problems = config.search, []
+  if config.num_steps < 1:
+    return []  # reported as a number
   if search.policy_delay >= config.num_steps:
     problems.append(
         f'search.policy_delay={search.policy_delay}: expected fewer than '

@@ -7,6 +7,7 @@ In optax's form: `policy_gradient_controller(...)` returns pure functions `init`
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +117,8 @@ def policy_gradient_controller(
       step: int32[], the training step; before `policy_delay` and once the policy is
         committed only the baseline moves.
     """
+    chex.assert_shape(choices, (None, valid.shape[0]))
+    chex.assert_shape(rewards, choices.shape[:1])
     momentum = jnp.where(state.num_rewards == 0, 0.0, baseline_momentum)
     moving = momentum * state.baseline + (1 - momentum) * jnp.mean(rewards)
     if baseline == 'moving':

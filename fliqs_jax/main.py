@@ -8,7 +8,7 @@ workdir resumes by itself. Bad input ends with one line for each problem and sta
 
 from absl import flags
 
-from fliqs_jax import command_line
+from fliqs_jax import command_line, display
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all files of the run.')
@@ -21,7 +21,8 @@ def main(argv):
   del argv
   from fliqs_jax import train  # after the flags, whose errors need no TensorFlow
 
-  train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
+  result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
+  display.print_result(result, _WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -240,7 +240,7 @@ def make_search_step(
         'cost': jnp.mean(costs),
         'cost_ratio': jnp.mean(costs) / problem.target,
         'reward': jnp.mean(rewards),
-        'gradient_norm': optax.global_norm(gradients),
+        'gradient_norm': optax.tree.norm(gradients),
         'choices': choices,
     }
 
@@ -274,7 +274,7 @@ def make_train_step(
     (gradients, stats), metrics = _mean_over_samples(one_sample, mesh, batch, keys)
     return _apply(state, gradients, stats), {
         **jax.tree.map(jnp.mean, metrics),
-        'gradient_norm': optax.global_norm(gradients),
+        'gradient_norm': optax.tree.norm(gradients),
     }
 
   return _jit_step(train_step, mesh)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, budget, display, input_pipeline, results, steps, workdirs
+from fliqs_jax import (
+    assembly, budget, display, input_pipeline, results, steps, workdirs
+)  # fmt: skip
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -22,10 +24,10 @@ _logger = logging.getLogger(__name__)
 def run(
     config: ml_collections.ConfigDict, workdir: str, allow_config_change: bool = False
 ) -> dict[str, Any]:
-  """Runs what `config.mode` says, prints the result and returns it.
+  """Runs what `config.mode` says and returns the result.
 
-  A workdir that holds an unfinished run is resumed; one that holds a finished run only
-  shows its result.
+  A workdir that holds an unfinished run is resumed; that of a finished run is left as
+  it is, and its result returned.
 
   Args:
     config: unresolved.
@@ -38,24 +40,21 @@ def run(
   config = resolve(config)
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
-    result = _evaluate_checkpoint(config, workdir)
-  else:
-    setup, builder = _prepare(config, workdir, allow_config_change)
-    if (workdir / results.RESULT_FILE).exists():
-      _logger.info('The run in %s is finished.', workdir)
-      result = results.read_result(workdir / results.RESULT_FILE)
-    else:
-      result = _train(config, workdir, setup, builder)
-  display.print_result(result, str(workdir))
-  return result
+    return _evaluate_checkpoint(config, workdir)
+  setup, builder = _prepare(config, workdir, allow_config_change)
+  if (workdir / results.RESULT_FILE).exists():
+    _logger.info('The run in %s is finished.', workdir)
+    return results.read_result(workdir / results.RESULT_FILE)
+  return _train(config, workdir, setup, builder)
 
 
 def _prepare(config, workdir, allow_config_change):
   """Returns the setup and the dataset, and makes the workdir; reports all problems."""
   attempt = _Attempts()
-  fixed = attempt(_read_fixed_formats, config) if config.mode == 'train' else None
-  if not attempt.problems:
-    setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  fixed = None
+  if config.mode == 'train':
+    fixed = attempt(_read_fixed_formats, config) or 'float32'
+  setup = attempt(assembly.build, config, jax.device_count(), fixed)
   builder = attempt(input_pipeline.find_builder, config)
   attempt(workdirs.check, config, workdir, allow_config_change)
   attempt.raise_problems()

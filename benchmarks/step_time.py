@@ -1,0 +1,80 @@
+"""Seconds of ResNet-18's steps: float, fixed int8, search, and Qwix's int8 and fp8.
+
+    pip install -e '.[benchmark]'
+    python benchmarks/step_time.py [--json]
+
+All variants are compiled first and then timed in turns within one run, so that what
+else the machine does falls on all of them alike; the figures are medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import qwix
+import resnet_steps
+
+from fliqs_jax import steps
+
+QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
+
+
+def prepare(variant, mesh, args, batch):
+  """Returns `state -> state`, one step of a variant, and its first state."""
+  qtype = QWIX_TYPES.get(variant)
+  step, init = resnet_steps.make_step(
+      'float' if qtype else variant,
+      mesh,
+      args.image_size,
+      jnp.dtype(args.dtype),
+      wrap=(lambda model: quantize_by_qwix(model, qtype)) if qtype else None,
+  )
+  state = jax.jit(init)(jax.random.key(0))
+  return lambda state: step(state, batch)[0], state
+
+
+def quantize_by_qwix(model, qtype):
+  """Returns the model with all layers in one format, as Qwix trains it."""
+  rule = qwix.QtRule(module_path='.*', weight_qtype=qtype, act_qtype=qtype)
+  return qwix.quantize_model(model, qwix.QtProvider([rule]))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--image_size', type=int, default=224)
+  parser.add_argument('--batch_size', type=int, default=8)
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--json', action='store_true', help='print one JSON object')
+  args = parser.parse_args()
+
+  mesh = steps.make_mesh(1)
+  batch = resnet_steps.random_batch(args.batch_size, args.image_size, args.dtype)
+  variants = (*resnet_steps.VARIANTS, *QWIX_TYPES)
+  runs = {variant: prepare(variant, mesh, args, batch) for variant in variants}
+  seconds = {variant: [] for variant in variants}
+  for round_number in range(args.rounds + 2):  # two to compile and to warm up
+    for variant, (step, state) in runs.items():
+      began = time.perf_counter()
+      state = jax.block_until_ready(step(state))
+      if round_number >= 2:
+        seconds[variant].append(time.perf_counter() - began)
+      runs[variant] = step, state
+  medians = {variant: statistics.median(times) for variant, times in seconds.items()}
+  shape = [args.batch_size, args.image_size, args.image_size, 3]
+  if args.json:
+    print(json.dumps({
+        'platform': jax.default_backend(), 'shape': shape, 'seconds': medians
+    }))  # fmt: skip
+    return
+  print(f'ResNet-18, {shape}, {args.dtype}, {jax.default_backend()}, medians of '
+        f'{args.rounds} steps taken in turns')  # fmt: skip
+  for variant, median in medians.items():
+    print(f'{variant:12} {median:8.4f} s   {median / medians["float"]:.3f}×')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,90 @@
+"""Commands as a user types them: exit status, one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+import pytest
+
+CONFIG = '--config=configs/resnet18.py:digits'
+
+
+def command(module, *arguments, **environment):
+  return subprocess.run(
+      [sys.executable, '-m', f'fliqs_jax.{module}', *arguments],
+      cwd=ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+      capture_output=True,
+      text=True,
+  )
+
+
+@pytest.mark.parametrize(
+    'arguments, expected',
+    [
+        ([CONFIG], '--workdir is missing'),
+        (['--config=configs/nope.py', '--workdir={}'], "'configs/nope.py' does not exist"),
+        (['--config=configs/resnet18.py:digit', '--workdir={}'], "variant 'digit'"),
+        ([CONFIG, '--workdir={}', '--config.serach.formats=int4'], "'search.formats'"),
+        ([CONFIG, '--workdir={}', '--config.num_steps=many'], "'many'"),
+        ([CONFIG, '--workdir={}', '--config.search.num_samples=0'], 'num_samples=0'),
+        ([CONFIG, '--workdir={}', 'more'], "unexpected argument 'more'"),
+        ([CONFIG, '--wordkir={}'], 'Did you mean: workdir'),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
+  workdir = tmp_path / 'run'
+  result = command('main', *(a.format(workdir) for a in arguments))
+  assert result.returncode == 2
+  lines = result.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('error: ') and expected in lines[0]
+  assert not workdir.exists()
+
+
+def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
+  result = command(
+      'main', '--config=configs/resnet18.py', f'--workdir={tmp_path / "run"}',
+      f'--config.input.data_dir={tmp_path}',
+  )  # fmt: skip
+  assert result.returncode == 2
+  (line,) = result.stderr.strip().splitlines()
+  assert 'tfds build imagenet2012 --file_format=array_record' in line
+  assert ':digits' in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_search_from_the_command_line(tmp_path, data_dir):
+  result = command(
+      'main', CONFIG, f'--workdir={tmp_path / "run"}',
+      f'--config.input.data_dir={data_dir}', '--config.num_steps=8',
+      '--config.model.width=0.0625', '--config.search.statistics_batches=2',
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  for text in ('conv_init', 'classifier', 'of the target', 'One-shot accuracy', 'Files:'):
+    assert text in result.stdout
+  assert 'step 8/8' in result.stderr
+  assert (tmp_path / 'run' / 'search_result.json').exists()
+
+
+def test_overview_reproduces_a_published_cost():
+  result = command(
+      'overview', '--config=configs/resnet18.py', '--format=e4m3', '--json',
+      '--config.model.project_first_block=True', '--config.model.width=0.5',
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  content = json.loads(result.stdout)
+  assert set(content) == {
+      'model', 'cost_model', 'cost_unit', 'format', 'total', 'params', 'macs', 'layers'
+  }  # fmt: skip
+  assert f'{content["total"]:.2f}' == '31.13'  # ResNet-18 in E4M3 at width 0.5, as FLIQS publishes it
+  assert content['total'] == pytest.approx(64e-9 * content['macs'])
+  assert content['macs'] == sum(layer['macs'] for layer in content['layers'])
+  assert set(content['layers'][0]) == {'name', 'kind', 'macs', 'params', 'cost'}
+
+
+def test_overview_of_an_unknown_format():
+  result = command('overview', CONFIG, '--format=int9')
+  assert result.returncode == 2
+  assert "the nearest is 'int8'" in result.stderr

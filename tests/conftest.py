@@ -1,0 +1,67 @@
+"""Several CPU devices, a prepared dataset, and configs that run in seconds."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from fliqs_jax import models
+from fliqs_jax.models import resnet
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 2)
+
+# A network of seven layers, because what takes time here is compiling.
+TINY_LAYERS = 7
+models.MODELS['tiny'] = functools.partial(
+    resnet.ResNet, stage_sizes=(1, 1), block=resnet.BasicBlock
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Runs of one program, which many tests need, share its compilation."""
+  folder = tmp_path_factory.mktemp('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  """A TFDS folder with the digits in it."""
+  from fliqs_jax import input_pipeline
+
+  folder = tmp_path_factory.mktemp('tfds')
+  config = load_config('resnet18', 'digits')
+  config.input.data_dir = str(folder)
+  input_pipeline.prepare(config, input_pipeline.find_builder(config))
+  return folder
+
+
+def load_config(name, variant):
+  """Returns the config that `--config=configs/name.py:variant` names."""
+  path = ROOT / 'configs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(f'config_{name}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant)
+
+
+@pytest.fixture(scope='session')
+def tiny_config(data_dir):
+  """A search on the digits that takes seconds: 12 steps of a tiny residual network."""
+  config = load_config('resnet18', 'digits')
+  config.input.data_dir = str(data_dir)
+  config.model.update(name='tiny', width=0.0625)
+  config.num_steps = 12
+  config.batch_size = 32
+  config.eval_batch_size = 128
+  config.checkpoint_every = 4
+  config.log_every = 3
+  config.search.num_samples = 2
+  config.search.statistics_batches = 2
+  return config

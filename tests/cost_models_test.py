@@ -1,0 +1,202 @@
+"""Cost models: published costs, hand computation, and what every model must do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fliqs_jax import cost_models, formats, models, search_space
+from fliqs_jax.cost_models import COST_MODELS, get_cost_model
+
+NO_CHOICES = np.zeros(0, np.int32)
+SEARCHED = ('int2', 'int4', 'e2m1', 'e4m3', 'int8', 'bf16', 'float32')
+
+
+def _resnet18_layers(**options):
+  model = models.create_model('resnet18', 1000, **options)
+  image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  return search_space.discover(model, image, train=False)
+
+
+@pytest.fixture(scope='module')
+def resnet18():
+  return _resnet18_layers()
+
+
+def _layer(name, macs, kernel_shape, kind='dense'):
+  return search_space.Layer(
+    name,
+    f'{kind}_0',
+    kind,
+    (1, 1),
+    kernel_shape,
+    (1, 1),
+    macs,
+    int(np.prod(kernel_shape)),
+  )
+
+
+TOY = (
+  _layer('a', 1000, (10, 10)),
+  _layer('b', 27_000, (3, 3, 4, 8), 'conv'),
+  _layer('c', 64, (8, 8)),
+)
+
+
+@pytest.mark.parametrize(
+  ('width', 'digits', 'published'), [(0.5, 2, 31.13), (1.0, 1, 116.9), (2.0, 1, 452.5)]
+)
+def test_published_costs_of_resnet18(width, digits, published):
+  # As FLIQS prints them: GBOPs in E4M3, so 64 · MACs.
+  layers = _resnet18_layers(width=width, project_first_block=True)
+  bops = get_cost_model('bops')
+  cost = bops.uniform(layers, 'e4m3')
+  assert round(cost, digits) == published
+  assert bops.uniform(layers, 'e2m1') == pytest.approx(cost / 4, rel=1e-12)
+  assert bops.uniform(layers, 'bf16') == pytest.approx(cost * 4, rel=1e-12)
+  assert cost == pytest.approx(64e-9 * sum(layer.macs for layer in layers), rel=1e-12)
+
+
+def test_bops_by_hand():
+  space = search_space.fixed_space(
+    TOY,
+    {
+      'a': {'weights': 'int4', 'activations': 'int8'},
+      'b': {'weights': 'e2m1', 'activations': 'bf16'},
+      'c': {'weights': 'float32', 'activations': 'int2'},
+    },
+  )
+  bops = get_cost_model('bops')
+  # A layer that is not quantized counts 16 bits.
+  expected = np.array([1000 * 4 * 8, 27_000 * 4 * 16, 64 * 16 * 2]) / 1e9
+  np.testing.assert_allclose(bops.per_layer(space, NO_CHOICES), expected, rtol=1e-12)
+  assert bops(space, NO_CHOICES) == pytest.approx(expected.sum(), rel=1e-12)
+  assert bops.unit == 'GBOPs'
+
+
+def test_model_size_by_hand():
+  space = search_space.fixed_space(
+    TOY,
+    {
+      'a': {'weights': 'int4', 'activations': 'int8'},
+      'b': {'weights': 'e2m5', 'activations': 'int2'},
+      'c': {'weights': 'float32', 'activations': 'int2'},
+    },
+  )
+  size = get_cost_model('model_size')
+  expected = [100 * 4 / 8, 3 * 3 * 4 * 8 * 8 / 8, 64 * 16 / 8]
+  np.testing.assert_allclose(size.per_layer(space, NO_CHOICES), expected, rtol=1e-12)
+  assert size.unit == 'bytes'
+
+
+def test_model_size_of_resnet18_in_int8_is_its_kernels(resnet18):
+  # All parameters but those of batch norm (two for each of 4,800 channels) and the
+  # classifier's biases.
+  kernels = 11_689_512 - 2 * 4800 - 1000
+  assert get_cost_model('model_size').uniform(resnet18, 'int8') == kernels
+  assert get_cost_model('model_size').uniform(resnet18, 'int4') == kernels / 2
+
+
+def test_float32_counts_as_bfloat16():
+  for model in COST_MODELS.values():
+    assert model.uniform(TOY, 'float32') == model.uniform(TOY, 'bf16')
+
+
+def test_an_unknown_model_names_the_nearest():
+  with pytest.raises(ValueError, match="'bop'.*nearest is 'bops'"):
+    get_cost_model('bop')
+
+
+def test_a_registered_model_is_found(monkeypatch):
+  monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
+
+  @cost_models.register('linear_compute', unit='Gbit·MACs')
+  def linear_compute(layers):
+    return layers.macs * np.maximum(layers.weight_bits, layers.activation_bits) / 1e9
+
+  model = get_cost_model('linear_compute')
+  assert (model.name, model.unit) == ('linear_compute', 'Gbit·MACs')
+  assert model.uniform(TOY, 'int4') == pytest.approx(28_064 * 4 / 1e9, rel=1e-12)
+  assert linear_compute is model.layer_costs
+
+
+@pytest.mark.parametrize('name', COST_MODELS)
+class TestEveryCostModel:
+  def test_costs_are_not_negative(self, name, resnet18):
+    model = get_cost_model(name)
+    for format_name in formats.NAMES:
+      space = search_space.uniform_space(resnet18, format_name)
+      assert (model.per_layer(space, NO_CHOICES) >= 0).all()
+      assert model(space, NO_CHOICES) > 0
+
+  @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
+  def test_more_bits_in_one_decision_never_cost_less(self, name, operands, resnet18):
+    model = get_cost_model(name)
+    space = search_space.build_space(resnet18, SEARCHED, operands)
+    bits = np.minimum(formats.stack(SEARCHED).bits, 16)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+      choices = rng.integers(len(SEARCHED), size=len(space.decisions)).astype(np.int32)
+      decision = rng.integers(len(choices))
+      costs = []
+      for option in range(len(SEARCHED)):
+        choices[decision] = option
+        costs.append(model(space, choices))
+      for a in range(len(SEARCHED)):
+        for b in range(len(SEARCHED)):
+          if bits[a] <= bits[b]:
+            assert costs[a] <= costs[b]
+
+  def test_costs_add_up_over_layers(self, name, resnet18):
+    model = get_cost_model(name)
+    rng = np.random.default_rng(1)
+    assignment = {
+      layer.path: dict(
+        zip(search_space.OPERANDS, rng.choice(SEARCHED, 2).tolist(), strict=True)
+      )
+      for layer in resnet18
+    }
+    space = search_space.fixed_space(resnet18, assignment)
+    alone = [
+      model(
+        search_space.fixed_space([layer], {layer.path: assignment[layer.path]}),
+        NO_CHOICES,
+      )
+      for layer in resnet18
+    ]
+    np.testing.assert_allclose(model.per_layer(space, NO_CHOICES), alone, rtol=1e-12)
+    assert model(space, NO_CHOICES) == pytest.approx(sum(alone), rel=1e-12)
+
+  @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
+  def test_numpy_in_float64_and_traced_in_float32_agree(self, name, operands, resnet18):
+    model = get_cost_model(name)
+    space = search_space.build_space(resnet18, SEARCHED, operands)
+    shape = (50, len(space.decisions))
+    choices = np.random.default_rng(2).integers(
+      len(SEARCHED), size=shape, dtype=np.int32
+    )
+    exact = model(space, choices)
+    assert exact.dtype == np.float64 and exact.shape == (50,)
+    traced = jax.jit(lambda c: model(space, c))(choices)
+    assert traced.dtype == np.float32
+    np.testing.assert_allclose(traced, exact, rtol=1e-6)
+    for row in range(5):
+      assert model(space, choices[row]) == pytest.approx(exact[row], rel=1e-12)
+
+  def test_choices_cost_what_their_formats_cost(self, name, resnet18):
+    model = get_cost_model(name)
+    space = search_space.build_space(resnet18, SEARCHED, 'separate')
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+      choices = rng.integers(len(SEARCHED), size=len(space.decisions), dtype=np.int32)
+      fixed = search_space.fixed_space(resnet18, space.formats_of(choices))
+      assert model(space, choices) == pytest.approx(model(fixed, NO_CHOICES), rel=1e-12)
+
+  def test_uniform_is_the_cost_of_a_uniform_space(self, name, resnet18):
+    model = get_cost_model(name)
+    space = search_space.build_space(resnet18, SEARCHED)
+    for option, format_name in enumerate(SEARCHED):
+      choices = np.full(len(space.decisions), option, np.int32)
+      assert model.uniform(resnet18, format_name) == pytest.approx(
+        float(model(space, choices)), rel=1e-12
+      )
