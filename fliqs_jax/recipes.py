@@ -113,6 +113,7 @@ def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.Con
     )
   else:
     digits(config, width=0.25, small_images=True)
+    config.optimizer.update(name='adamw', learning_rate=3e-3)
   return config
 
 

@@ -104,7 +104,8 @@ class EfficientNet(nn.Module):
     num_classes: outputs of the classifier.
     width: multiplies every channel count once more; counts are rounded to multiples
       of 8.
-    small_images: halves the image three times instead of five.
+    small_images: no stride in the stem and after the third stage, so that the image is
+      halved twice instead of five times.
     drop_path_rate: of the last block; that of the others rises linearly from 0.
     dtype: of the computation; parameters and batch statistics are float32.
     conv: the convolutions' class, `nn.Conv` or a partial of it.
@@ -138,7 +139,7 @@ class EfficientNet(nn.Module):
     x = nn.swish(norm(name='bn_init')(x))
     depths = [math.ceil(self.depth_coefficient * stage.blocks) for stage in STAGES]
     for index, (stage, depth) in enumerate(zip(STAGES, depths)):
-      strides = 1 if self.small_images and index < 2 else stage.strides
+      strides = 1 if self.small_images and index > 2 else stage.strides
       for block in range(depth):
         position = (sum(depths[:index]) + block) / sum(depths)
         x = MBConv(

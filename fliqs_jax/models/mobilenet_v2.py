@@ -65,7 +65,8 @@ class MobileNetV2(nn.Module):
     num_classes: outputs of the classifier.
     width: multiplies every channel count, rounded to a multiple of 8; the last
       convolution has no fewer than 1280.
-    small_images: halves the image three times instead of five.
+    small_images: no stride in the stem and after the third stage, so that the image is
+      halved twice instead of five times.
     dropout_rate: before the classifier.
     dtype: of the computation; parameters and batch statistics are float32.
     conv: the convolutions' class, `nn.Conv` or a partial of it.
@@ -96,7 +97,7 @@ class MobileNetV2(nn.Module):
     )(x)  # fmt: skip
     x = nn.relu6(norm(name='bn_init')(x))
     for index, stage in enumerate(STAGES):
-      strides = 1 if self.small_images and index < 2 else stage.strides
+      strides = 1 if self.small_images and index > 2 else stage.strides
       for block in range(stage.blocks):
         x = InvertedResidual(
             filters=make_divisible(stage.filters * self.width),
