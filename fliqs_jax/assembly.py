@@ -216,7 +216,26 @@ def _optimizer(config, learning_rate):
   def is_kernel(params):
     return traverse_util.path_aware_map(lambda path, _: path[-1] == 'kernel', params)
 
+  settings = config.optimizer
+  if settings.name == 'adamw':
+    return optax.adamw(
+        learning_rate,
+        b1=settings.momentum,
+        b2=settings.square_decay,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        mask=is_kernel,
+    )
+  if settings.name == 'rmsprop':
+    rule = optax.rmsprop(
+        learning_rate,
+        decay=settings.square_decay,
+        eps=settings.epsilon,
+        initial_scale=1.0,  # as in TensorFlow, for which the recipes are tuned
+        momentum=settings.momentum,
+    )
+  else:
+    rule = optax.sgd(learning_rate, momentum=settings.momentum)
   return optax.chain(
-      optax.add_decayed_weights(config.optimizer.weight_decay, mask=is_kernel),
-      optax.sgd(learning_rate, momentum=config.optimizer.momentum),
+      optax.add_decayed_weights(settings.weight_decay, mask=is_kernel), rule
   )

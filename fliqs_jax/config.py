@@ -12,6 +12,7 @@ from fliqs_jax.rewards import REWARDS
 from fliqs_jax.search_space import SEARCHED_OPERANDS
 
 MODES = ('search', 'train', 'eval')
+OPTIMIZERS = ('sgd', 'adamw', 'rmsprop')
 
 
 class ConfigError(ValueError):
@@ -56,9 +57,12 @@ def default_config() -> ml_collections.ConfigDict:
           'num_threads': 2,
       },
       'optimizer': {
+          'name': 'sgd',  # or adamw, rmsprop
           'learning_rate': 0.1,  # peak of a cosine schedule
           'warmup_steps': step(),  # default: 5 % of num_steps
           'momentum': 0.9,
+          'square_decay': 0.999,  # adamw's and rmsprop's average of squared gradients
+          'epsilon': 1e-8,  # of adamw and rmsprop
           'weight_decay': 1e-4,  # on kernels alone
           'label_smoothing': 0.0,
       },
@@ -116,7 +120,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 _POSITIVE = (
     'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
-    'search.num_samples', 'search.target', 'search.target_scale',
+    'optimizer.epsilon', 'search.num_samples', 'search.target', 'search.target_scale',
     'search.statistics_batches', 'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -125,8 +129,8 @@ _NOT_NEGATIVE = (
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
-    'optimizer.momentum', 'optimizer.label_smoothing', 'quantizer.momentum',
-    'controller.baseline_momentum',
+    'optimizer.momentum', 'optimizer.square_decay', 'optimizer.label_smoothing',
+    'quantizer.momentum', 'controller.baseline_momentum',
 )  # fmt: skip
 
 # Fields with a name, and the names there are.
@@ -134,6 +138,7 @@ _NAMES = {
     'mode': MODES,
     'dtype': ('float32', 'bfloat16'),
     'input.augmentation': ('none', 'crop_flip'),
+    'optimizer.name': OPTIMIZERS,
     'quantizer.calibration': quantizers.CALIBRATIONS,
     'search.weights_and_activations': SEARCHED_OPERANDS,
     'search.cost_model': tuple(cost_models.COST_MODELS),

@@ -8,11 +8,23 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from fliqs_jax import layers
-from fliqs_jax.models import resnet
+from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
 
 MODELS = {
     'resnet18': resnet.ResNet18,
     'resnet34': resnet.ResNet34,
+    'resnet50': resnet.ResNet50,
+    'resnet101': resnet.ResNet101,
+    'mobilenet_v2': mobilenet_v2.MobileNetV2,
+    'inception_v3': inception_v3.InceptionV3,
+    'efficientnet_b0': efficientnet.EfficientNetB0,
+    'efficientnet_b1': efficientnet.EfficientNetB1,
+    'efficientnet_b2': efficientnet.EfficientNetB2,
+    'efficientnet_b3': efficientnet.EfficientNetB3,
+    'efficientnet_b4': efficientnet.EfficientNetB4,
+    'deit_tiny': deit.DeiTTiny,
+    'deit_small': deit.DeiTSmall,
+    'deit_base': deit.DeiTBase,
 }
 
 

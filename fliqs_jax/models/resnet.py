@@ -8,9 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-ModuleDef = Any  # a module class or a partial of one
-
-_fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+from fliqs_jax.models.common import ModuleDef, fan_out_normal
 
 
 class BasicBlock(nn.Module):
@@ -32,6 +30,31 @@ class BasicBlock(nn.Module):
     y = self.norm(name='bn2', scale_init=nn.initializers.zeros)(y)
     if self.project or x.shape != y.shape:
       x = self.conv(self.filters, (1, 1), self.strides, name='conv_shortcut')(x)
+      x = self.norm(name='bn_shortcut')(x)
+    return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+  """A 3×3 convolution between two 1×1, the last four times as wide, and a shortcut."""
+
+  filters: int  # of the 3×3
+  strides: int
+  project: bool  # also where shapes agree
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[B, H, W, C] -> [B, H / strides, W / strides, 4 · filters]`."""
+    y = self.conv(self.filters, (1, 1), name='conv1')(x)
+    y = nn.relu(self.norm(name='bn1')(y))
+    y = self.conv(self.filters, (3, 3), self.strides, padding=1, name='conv2')(y)
+    y = nn.relu(self.norm(name='bn2')(y))
+    y = self.conv(4 * self.filters, (1, 1), name='conv3')(y)
+    # Each block starts as the identity (Goyal et al., 2017).
+    y = self.norm(name='bn3', scale_init=nn.initializers.zeros)(y)
+    if self.project or x.shape != y.shape:
+      x = self.conv(4 * self.filters, (1, 1), self.strides, name='conv_shortcut')(x)
       x = self.norm(name='bn_shortcut')(x)
     return nn.relu(x + y)
 
@@ -66,7 +89,7 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`."""
     conv = functools.partial(
-        self.conv, use_bias=False, kernel_init=_fan_out_normal, dtype=self.dtype
+        self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
     )
     norm = functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
@@ -97,3 +120,5 @@ class ResNet(nn.Module):
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
 ResNet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
+ResNet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock)
+ResNet101 = functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock)

@@ -1,0 +1,25 @@
+"""MobileNetV2 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
+
+    python -m fliqs_jax.main --config=configs/mobilenet_v2.py --workdir=gs://…
+    python -m fliqs_jax.main --config=configs/mobilenet_v2.py:digits --workdir=DIR
+"""
+
+import ml_collections
+
+from fliqs_jax import recipes
+
+
+def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
+  """Returns the config of a variant, `imagenet` or `digits`."""
+  config = recipes.start(variant, name='mobilenet_v2', width=1.0, small_images=False)
+  if variant == 'imagenet':
+    recipes.imagenet(config, epochs=150)
+    # So small a network underfits under the decay that larger ones need.
+    config.optimizer.update(
+        learning_rate=0.05 * config.batch_size / 256, weight_decay=4e-5
+    )
+  else:
+    recipes.digits(config, width=0.25, small_images=True)
+    # Under SGD at the default 0.1 its training diverges.
+    config.optimizer.update(name='adamw', learning_rate=3e-3)
+  return config

@@ -1,0 +1,16 @@
+"""What several families of networks share."""
+
+from typing import Any
+
+from flax import linen as nn
+
+ModuleDef = Any  # a module class or a partial of one
+
+# Keeps the variance of gradients over depth (He et al., 2015, arXiv 1502.01852).
+fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def make_divisible(channels: float) -> int:
+  """Rounds to the nearest multiple of 8, but down by no more than a tenth."""
+  rounded = max(8, int(channels + 4) // 8 * 8)
+  return rounded if rounded >= 0.9 * channels else rounded + 8
