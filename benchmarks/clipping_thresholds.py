@@ -20,8 +20,8 @@ def representable_values(name: str) -> np.ndarray:
   m, largest = int(f.mantissa_bits), float(f.max)
   subnormal = np.arange(2**m) * 2.0 ** (int(f.exponent_min) - m)
   normal = [
-      (2**m + np.arange(2**m)) * 2.0 ** (e - m)
-      for e in range(int(f.exponent_min), int(f.exponent_max) + 1)
+    (2**m + np.arange(2**m)) * 2.0 ** (e - m)
+    for e in range(int(f.exponent_min), int(f.exponent_max) + 1)
   ]
   values = np.concatenate([subnormal, *normal])
   return values[values <= largest]

@@ -41,11 +41,11 @@ def run_seed(folder, seed):
   uniform = train.run(load_config(seed, 'train', UNIFORM), folder / f'uniform-{seed}')
   again = train.run(load_config(seed, 'train', found), folder / f'retrained-{seed}')
   return {
-      'seed': seed,
-      'one_shot': search['eval']['accuracy'],
-      'uniform': uniform['eval']['accuracy'],
-      'retrained': again['eval']['accuracy'],
-      'cost_ratio': search['cost'] / search['target'],
+    'seed': seed,
+    'one_shot': search['eval']['accuracy'],
+    'uniform': uniform['eval']['accuracy'],
+    'retrained': again['eval']['accuracy'],
+    'cost_ratio': search['cost'] / search['target'],
   }
 
 
@@ -70,8 +70,8 @@ def main():
   print('|---|---|---|---|---|')
   for row in [*rows, {**mean, 'seed': 'mean'}]:
     print(
-        f'| {row["seed"]} | {row["one_shot"]:.2%} | {row["uniform"]:.2%} '
-        f'| {row["retrained"]:.2%} | {row["cost_ratio"]:.4f} |'
+      f'| {row["seed"]} | {row["one_shot"]:.2%} | {row["uniform"]:.2%} '
+      f'| {row["retrained"]:.2%} | {row["cost_ratio"]:.4f} |'
     )
 
 

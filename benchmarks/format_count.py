@@ -27,7 +27,7 @@ COUNTS = (2, 4, 8, 16)
 def prepare(count, mesh, args, batch):
   """Returns the compiled step with so many formats and its first state."""
   step, init = resnet_steps.make_step(
-      'search', mesh, args.image_size, formats=FORMATS[:count]
+    'search', mesh, args.image_size, formats=FORMATS[:count]
   )
   state = jax.jit(init)(jax.random.key(0))
   return step.lower(state, batch).compile(), state
@@ -53,11 +53,11 @@ def main():
         seconds[count].append(time.perf_counter() - began)
       runs[count] = step, state
   rows = {
-      count: {
-          'seconds': statistics.median(seconds[count]),
-          'temporaries': step.memory_analysis().temp_size_in_bytes,
-      }
-      for count, (step, _) in runs.items()
+    count: {
+      'seconds': statistics.median(seconds[count]),
+      'temporaries': step.memory_analysis().temp_size_in_bytes,
+    }
+    for count, (step, _) in runs.items()
   }
   if args.json:
     print(json.dumps({'platform': jax.default_backend(), 'formats': rows}))
@@ -65,9 +65,9 @@ def main():
   first = rows[COUNTS[0]]
   for count, row in rows.items():
     print(
-        f'{count:2} formats  {row["seconds"]:7.4f} s {row["seconds"] / first["seconds"]:.3f}×'
-        f'  {row["temporaries"] / 1e6:8.2f} MB '
-        f'{row["temporaries"] / first["temporaries"]:.4f}×'
+      f'{count:2} formats  {row["seconds"]:7.4f} s '
+      f'{row["seconds"] / first["seconds"]:.3f}×  {row["temporaries"] / 1e6:8.2f} MB '
+      f'{row["temporaries"] / first["temporaries"]:.4f}×'
     )
 
 

@@ -15,13 +15,13 @@ NUM_CLASSES = 1000
 
 
 def make_step(
-    variant: str,
-    mesh: jax.sharding.Mesh,
-    image_size: int = 224,
-    dtype=jnp.float32,
-    formats: tuple[str, ...] = ('int4', 'int8', 'bf16'),
-    num_samples: int = 1,
-    wrap=None,
+  variant: str,
+  mesh: jax.sharding.Mesh,
+  image_size: int = 224,
+  dtype=jnp.float32,
+  formats: tuple[str, ...] = ('int4', 'int8', 'bf16'),
+  num_samples: int = 1,
+  wrap=None,
 ):
   """Returns `(step, init)` of one variant.
 
@@ -39,7 +39,7 @@ def make_step(
     init: `key -> state`.
   """
   model = models.create_model(
-      'resnet18', NUM_CLASSES, quantized=variant != 'float', dtype=dtype
+    'resnet18', NUM_CLASSES, quantized=variant != 'float', dtype=dtype
   )
   if wrap:
     model = wrap(model)
@@ -52,30 +52,28 @@ def make_step(
     cost_model = cost_models.get_cost_model('bops')
     target = cost_model.uniform(layers, formats[0])
     controller = controller_lib.policy_gradient_controller(
-        space.valid,
-        controller_lib.entropy_weight('cosine', 0.1, 0, 1000),
-        baseline='leave_one_out' if num_samples > 1 else 'moving',
+      space.valid,
+      controller_lib.entropy_weight('cosine', 0.1, 0, 1000),
+      baseline='leave_one_out' if num_samples > 1 else 'moving',
     )
     problem = steps.SearchProblem(
-        space=space,
-        cost_model=cost_model,
-        target=target,
-        reward=functools.partial(rewards.absolute, target=target, beta=1.0),
-        controller=controller,
-        activation_delay=0,
-        held_out=False,
+      space=space,
+      cost_model=cost_model,
+      target=target,
+      reward=functools.partial(rewards.absolute, target=target, beta=1.0),
+      controller=controller,
+      activation_delay=0,
+      held_out=False,
     )
     step = steps.make_search_step(problem, objective, num_samples, mesh)
   else:
     space = search_space.uniform_space(layers, 'int8')
     step = steps.make_train_step(space, objective, 0, mesh)
-  optimizer = optax.chain(
-      optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9)
-  )
+  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
 
   def init(key):
     return train_state.create_train_state(
-        model, jnp.zeros(inputs.shape, dtype), optimizer, controller, key
+      model, jnp.zeros(inputs.shape, dtype), optimizer, controller, key
     )
 
   return step, init
@@ -85,8 +83,8 @@ def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):
   """Returns the shapes and dtypes of a batch `[S, B / S, ...]`."""
   leading = num_samples, batch_size // num_samples
   return {
-      'image': jax.ShapeDtypeStruct((*leading, image_size, image_size, 3), dtype),
-      'label': jax.ShapeDtypeStruct(leading, jnp.int32),
+    'image': jax.ShapeDtypeStruct((*leading, image_size, image_size, 3), dtype),
+    'label': jax.ShapeDtypeStruct(leading, jnp.int32),
   }
 
 
@@ -95,6 +93,6 @@ def random_batch(batch_size: int, image_size: int, dtype):
   rng = np.random.default_rng(0)
   shapes = batch_shapes(batch_size, image_size, dtype)
   return {
-      'image': jnp.asarray(rng.normal(size=shapes['image'].shape), dtype),
-      'label': jnp.asarray(rng.integers(NUM_CLASSES, size=shapes['label'].shape)),
+    'image': jnp.asarray(rng.normal(size=shapes['image'].shape), dtype),
+    'label': jnp.asarray(rng.integers(NUM_CLASSES, size=shapes['label'].shape)),
   }

@@ -26,11 +26,11 @@ def prepare(variant, mesh, args, batch):
   """Returns `state -> state`, one step of a variant, and its first state."""
   qtype = QWIX_TYPES.get(variant)
   step, init = resnet_steps.make_step(
-      'float' if qtype else variant,
-      mesh,
-      args.image_size,
-      jnp.dtype(args.dtype),
-      wrap=(lambda model: quantize_by_qwix(model, qtype)) if qtype else None,
+    'float' if qtype else variant,
+    mesh,
+    args.image_size,
+    jnp.dtype(args.dtype),
+    wrap=(lambda model: quantize_by_qwix(model, qtype)) if qtype else None,
   )
   state = jax.jit(init)(jax.random.key(0))
   return lambda state: step(state, batch)[0], state

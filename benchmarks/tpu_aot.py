@@ -28,16 +28,14 @@ from fliqs_jax import steps
 
 def compile_step(variant, topology, image_size, batch_per_chip, num_samples, formats):
   """Returns the compiled step of a variant, for all chips of the topology."""
-  devices = topologies.get_topology_desc(
-      platform='tpu', topology_name=topology
-  ).devices
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = steps.make_mesh(num_samples, devices)
   step, init = resnet_steps.make_step(
-      variant, mesh, image_size, jnp.bfloat16, formats, num_samples
+    variant, mesh, image_size, jnp.bfloat16, formats, num_samples
   )
   state = jax.eval_shape(init, jax.random.key(0))
   batch = resnet_steps.batch_shapes(
-      batch_per_chip * len(devices), image_size, jnp.bfloat16, num_samples
+    batch_per_chip * len(devices), image_size, jnp.bfloat16, num_samples
   )
   return step.lower(state, batch).compile()
 
@@ -45,8 +43,8 @@ def compile_step(variant, topology, image_size, batch_per_chip, num_samples, for
 def figures(compiled):
   """Returns the bytes that a chip moves in a step and those of its temporaries."""
   return {
-      'bytes': int(compiled.cost_analysis()['bytes accessed']),
-      'temporaries': compiled.memory_analysis().temp_size_in_bytes,
+    'bytes': int(compiled.cost_analysis()['bytes accessed']),
+    'temporaries': compiled.memory_analysis().temp_size_in_bytes,
   }
 
 
@@ -81,8 +79,8 @@ def main():
   for variant, row in result['steps'].items():
     ratios = base and ' '.join(f'{row[key] / base[key]:.3f}×' for key in row)
     print(
-        f'{variant:12} {row["bytes"] / 1e9:7.2f} GB {row["temporaries"] / 1e6:9.0f} MB'
-        f'   {ratios or ""}'
+      f'{variant:12} {row["bytes"] / 1e9:7.2f} GB {row["temporaries"] / 1e6:9.0f} MB'
+      f'   {ratios or ""}'
     )
 
 

@@ -1,7 +1,7 @@
 """DeiT-base on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
-    python -m fliqs_jax.main --config=configs/deit_base.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/deit_base.py:digits --workdir=DIR
+python -m fliqs_jax.main --config=configs/deit_base.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/deit_base.py:digits --workdir=DIR
 """
 
 import ml_collections

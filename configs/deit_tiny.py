@@ -1,7 +1,7 @@
 """DeiT-tiny on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
-    python -m fliqs_jax.main --config=configs/deit_tiny.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/deit_tiny.py:digits --workdir=DIR
+python -m fliqs_jax.main --config=configs/deit_tiny.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/deit_tiny.py:digits --workdir=DIR
 """
 
 import ml_collections

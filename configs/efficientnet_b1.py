@@ -1,7 +1,7 @@
 """EfficientNet-B1 on ImageNet, for TPUs; `:digits`, a narrow one on the digits.
 
-    python -m fliqs_jax.main --config=configs/efficientnet_b1.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/efficientnet_b1.py:digits --workdir=DIR
+python -m fliqs_jax.main --config=configs/efficientnet_b1.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/efficientnet_b1.py:digits --workdir=DIR
 """
 
 import ml_collections

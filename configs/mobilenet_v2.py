@@ -1,7 +1,7 @@
 """MobileNetV2 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
-    python -m fliqs_jax.main --config=configs/mobilenet_v2.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/mobilenet_v2.py:digits --workdir=DIR
+python -m fliqs_jax.main --config=configs/mobilenet_v2.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/mobilenet_v2.py:digits --workdir=DIR
 """
 
 import ml_collections
@@ -16,7 +16,7 @@ def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
     recipes.imagenet(config, epochs=150)
     # So small a network underfits under the decay that larger ones need.
     config.optimizer.update(
-        learning_rate=0.05 * config.batch_size / 256, weight_decay=4e-5
+      learning_rate=0.05 * config.batch_size / 256, weight_decay=4e-5
     )
   else:
     recipes.digits(config, width=0.25, small_images=True)

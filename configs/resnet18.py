@@ -1,7 +1,7 @@
 """ResNet-18 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
-    python -m fliqs_jax.main --config=configs/resnet18.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/resnet18.py:digits --workdir=runs/digits
+python -m fliqs_jax.main --config=configs/resnet18.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/resnet18.py:digits --workdir=runs/digits
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from fliqs_jax import recipes
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   """Returns the config of a variant, `imagenet` or `digits`."""
   config = recipes.start(
-      variant, name='resnet18', width=1.0, small_images=False, project_first_block=False
+    variant, name='resnet18', width=1.0, small_images=False, project_first_block=False
   )
   if variant == 'imagenet':
     recipes.imagenet(config)

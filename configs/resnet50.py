@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet, for TPUs; `:digits`, a narrow one on scikit-learn's digits.
 
-    python -m fliqs_jax.main --config=configs/resnet50.py --workdir=gs://…
-    python -m fliqs_jax.main --config=configs/resnet50.py:digits --workdir=DIR
+python -m fliqs_jax.main --config=configs/resnet50.py --workdir=gs://…
+python -m fliqs_jax.main --config=configs/resnet50.py:digits --workdir=DIR
 """
 
 import ml_collections

@@ -34,7 +34,7 @@ class Setup(NamedTuple):
 
 
 def build_model(
-    config: ml_collections.ConfigDict, quantized: bool = True
+  config: ml_collections.ConfigDict, quantized: bool = True
 ) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
   """Returns the network and the shape of one example.
 
@@ -43,17 +43,19 @@ def build_model(
   """
   options = config.model.to_dict()
   model = models.create_model(
-      options.pop('name'),
-      config.num_classes,
-      quantized=quantized,
-      operator=config.quantizer.to_dict(),
-      dtype=jnp.dtype(config.dtype),
-      **options,
+    options.pop('name'),
+    config.num_classes,
+    quantized=quantized,
+    operator=config.quantizer.to_dict(),
+    dtype=jnp.dtype(config.dtype),
+    **options,
   )
   return model, jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
 
 
-def discover_layers(config: ml_collections.ConfigDict) -> tuple[search_space.Layer, ...]:
+def discover_layers(
+  config: ml_collections.ConfigDict,
+) -> tuple[search_space.Layer, ...]:
   """Returns the quantized layers of a config's network.
 
   Raises:
@@ -64,16 +66,16 @@ def discover_layers(config: ml_collections.ConfigDict) -> tuple[search_space.Lay
     return search_space.discover(model, inputs, train=False)
   except (TypeError, ValueError, ZeroDivisionError) as error:
     raise ValueError(
-        f'model {config.model.name!r} cannot be built for images of '
-        f'{config.input.image_shape} at width {config.model.width}: '
-        f'{str(error).splitlines()[0]}'
+      f'model {config.model.name!r} cannot be built for images of '
+      f'{config.input.image_shape} at width {config.model.width}: '
+      f'{str(error).splitlines()[0]}'
     ) from None
 
 
 def build(
-    config: ml_collections.ConfigDict,
-    num_devices: int,
-    assignment: str | Assignment | None = None,
+  config: ml_collections.ConfigDict,
+  num_devices: int,
+  assignment: str | Assignment | None = None,
 ) -> Setup:
   """Returns what a resolved config names.
 
@@ -100,26 +102,26 @@ def build(
   cost_model = cost_models.get_cost_model(config.search.cost_model)
   target = search_target(config, layers)
   objective = steps.classification(
-      config.reward.quality, config.optimizer.label_smoothing
+    config.reward.quality, config.optimizer.label_smoothing
   )
   learning_rate = _learning_rate(config)
   return Setup(
-      model=model,
-      inputs=inputs,
-      space=space,
-      cost_model=cost_model,
-      target=target,
-      objective=objective,
-      optimizer=_optimizer(config, learning_rate),
-      learning_rate=learning_rate,
-      problem=None
-      if assignment is not None
-      else _problem(config, space, cost_model, target),
+    model=model,
+    inputs=inputs,
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    objective=objective,
+    optimizer=_optimizer(config, learning_rate),
+    learning_rate=learning_rate,
+    problem=None
+    if assignment is not None
+    else _problem(config, space, cost_model, target),
   )
 
 
 def search_target(
-    config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
+  config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
 ) -> float:
   """Returns the target in the cost model's unit."""
   search = config.search
@@ -130,9 +132,9 @@ def search_target(
 
 
 def build_space(
-    config: ml_collections.ConfigDict,
-    layers: tuple[search_space.Layer, ...],
-    assignment: str | Assignment | None = None,
+  config: ml_collections.ConfigDict,
+  layers: tuple[search_space.Layer, ...],
+  assignment: str | Assignment | None = None,
 ) -> search_space.SearchSpace:
   """Returns the space of fixed formats, or the one that `config.search` describes.
 
@@ -150,15 +152,15 @@ def build_space(
   if assignment is not None:
     return search_space.fixed_space(layers, assignment)
   space = search_space.build_space(
-      layers,
-      formats.parse_names(config.search.formats),
-      config.search.weights_and_activations,
-      config.search.groups,
-      config.search.pins,
+    layers,
+    formats.parse_names(config.search.formats),
+    config.search.weights_and_activations,
+    config.search.groups,
+    config.search.pins,
   )
   if not any(len(decision.options) > 1 for decision in space.decisions):
     raise ValueError(
-        'nothing to search: every layer is pinned, or search.formats names one format'
+      'nothing to search: every layer is pinned, or search.formats names one format'
     )
   return space
 
@@ -168,47 +170,47 @@ def _problem(config, space, cost_model, target):
   # The sums of a float32 target written in decimals are given a rounding's leeway.
   if not low * (1 - 1e-6) <= target <= high * (1 + 1e-6):
     raise ConfigError(
-        f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
-        f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
-        f'{config.search.formats!r}; change search.target_scale, search.target_format, '
-        'search.target or search.formats'
+      f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
+      f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
+      f'{config.search.formats!r}; change search.target_scale, search.target_format, '
+      'search.target or search.formats'
     )
   reward = functools.partial(
-      rewards.REWARDS[config.reward.name].function,
-      target=target,
-      beta=config.reward.beta,
+    rewards.REWARDS[config.reward.name].function,
+    target=target,
+    beta=config.reward.beta,
   )
   controller = config.controller
   return steps.SearchProblem(
-      space=space,
-      cost_model=cost_model,
-      target=target,
-      reward=reward,
-      controller=controller_lib.policy_gradient_controller(
-          space.valid,
-          controller_lib.entropy_weight(
-              controller.entropy_schedule,
-              controller.entropy_weight,
-              config.search.policy_delay,
-              config.num_steps,
-          ),
-          controller.learning_rate,
-          config.search.policy_delay,
-          controller.baseline,
-          controller.baseline_momentum,
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    reward=reward,
+    controller=controller_lib.policy_gradient_controller(
+      space.valid,
+      controller_lib.entropy_weight(
+        controller.entropy_schedule,
+        controller.entropy_weight,
+        config.search.policy_delay,
+        config.num_steps,
       ),
-      activation_delay=config.search.activation_delay,
-      held_out=config.reward.split == 'validation',
+      controller.learning_rate,
+      config.search.policy_delay,
+      controller.baseline,
+      controller.baseline_momentum,
+    ),
+    activation_delay=config.search.activation_delay,
+    held_out=config.reward.split == 'validation',
   )
 
 
 def _learning_rate(config):
   optimizer = config.optimizer
   return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=optimizer.learning_rate,
-      warmup_steps=min(optimizer.warmup_steps, config.num_steps - 1),
-      decay_steps=config.num_steps,
+    init_value=0.0,
+    peak_value=optimizer.learning_rate,
+    warmup_steps=min(optimizer.warmup_steps, config.num_steps - 1),
+    decay_steps=config.num_steps,
   )
 
 
@@ -219,23 +221,23 @@ def _optimizer(config, learning_rate):
   settings = config.optimizer
   if settings.name == 'adamw':
     return optax.adamw(
-        learning_rate,
-        b1=settings.momentum,
-        b2=settings.square_decay,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        mask=is_kernel,
+      learning_rate,
+      b1=settings.momentum,
+      b2=settings.square_decay,
+      eps=settings.epsilon,
+      weight_decay=settings.weight_decay,
+      mask=is_kernel,
     )
   if settings.name == 'rmsprop':
     rule = optax.rmsprop(
-        learning_rate,
-        decay=settings.square_decay,
-        eps=settings.epsilon,
-        initial_scale=1.0,  # as in TensorFlow, for which the recipes are tuned
-        momentum=settings.momentum,
+      learning_rate,
+      decay=settings.square_decay,
+      eps=settings.epsilon,
+      initial_scale=1.0,  # as in TensorFlow, for which the recipes are tuned
+      momentum=settings.momentum,
     )
   else:
     rule = optax.sgd(learning_rate, momentum=settings.momentum)
   return optax.chain(
-      optax.add_decayed_weights(settings.weight_decay, mask=is_kernel), rule
+    optax.add_decayed_weights(settings.weight_decay, mask=is_kernel), rule
   )

@@ -56,7 +56,7 @@ def cost_range(space: SearchSpace, cost_model: CostModel) -> tuple[float, float]
 
 
 def most_likely_within(
-    space: SearchSpace, cost_model: CostModel, log_policy: np.ndarray, target: float
+  space: SearchSpace, cost_model: CostModel, log_policy: np.ndarray, target: float
 ) -> np.ndarray:
   """Returns `argmax_α Σ_i log π_i(α_i)` subject to `C(α) ≤ target`, int32[N].
 
@@ -93,14 +93,14 @@ def _solve(costs, log_policy, target, slack):
   budget = target - costs.base
   scale = max(np.abs(changes).max(), np.finfo(float).tiny)
   solution = optimize.milp(
-      -log_policy[decisions, options],
-      integrality=np.ones(len(decisions)),
-      bounds=optimize.Bounds(0, 1),
-      constraints=[
-          optimize.LinearConstraint(one_each, 1, 1),
-          optimize.LinearConstraint(changes[None] / scale, ub=budget / scale - slack),
-      ],
-      options={'mip_rel_gap': 0.0},
+    -log_policy[decisions, options],
+    integrality=np.ones(len(decisions)),
+    bounds=optimize.Bounds(0, 1),
+    constraints=[
+      optimize.LinearConstraint(one_each, 1, 1),
+      optimize.LinearConstraint(changes[None] / scale, ub=budget / scale - slack),
+    ],
+    options={'mip_rel_gap': 0.0},
   )
   if solution.x is None:
     return None
@@ -113,7 +113,7 @@ def _repair(space, cost_model, log_policy, target, choices, costs):
   cost = float(cost_model(space, choices))
   while cost > target:
     candidates, losses, new_costs = _single_changes(
-        space, cost_model, log_policy, choices
+      space, cost_model, log_policy, choices
     )
     # What is saved below the target is worth nothing.
     saved = np.minimum(cost - new_costs, cost - target)
@@ -125,7 +125,7 @@ def _repair(space, cost_model, log_policy, target, choices, costs):
   # A change that was made early may have become needless.
   while True:
     candidates, losses, new_costs = _single_changes(
-        space, cost_model, log_policy, choices
+      space, cost_model, log_policy, choices
     )
     losses = np.where(new_costs <= target, losses, np.inf)
     if losses.min() >= 0:

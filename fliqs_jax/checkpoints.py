@@ -26,8 +26,8 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path):
     self._manager = ocp.CheckpointManager(
-        workdir.absolute() / FOLDER,
-        options=ocp.CheckpointManagerOptions(max_to_keep=_NUM_KEPT),
+      workdir.absolute() / FOLDER,
+      options=ocp.CheckpointManagerOptions(max_to_keep=_NUM_KEPT),
     )
 
   def __enter__(self) -> 'Checkpoints':
@@ -43,12 +43,12 @@ class Checkpoints:
   def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
     """Saves the state, which is copied before the call returns."""
     self._manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(_pick(state, _VARIABLES)),
-            training=ocp.args.StandardSave(_pick(state, _TRAINING)),
-            batches=grain.checkpoint.CheckpointSave(batches),
-        ),
+      int(state.step),
+      args=ocp.args.Composite(
+        variables=ocp.args.StandardSave(_pick(state, _VARIABLES)),
+        training=ocp.args.StandardSave(_pick(state, _TRAINING)),
+        batches=grain.checkpoint.CheckpointSave(batches),
+      ),
     )
 
   def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
@@ -59,22 +59,22 @@ class Checkpoints:
       batches: the run's iterator over training batches.
     """
     restored = self._manager.restore(
-        self.latest_step(),
-        args=ocp.args.Composite(
-            variables=ocp.args.StandardRestore(_abstract(state, _VARIABLES)),
-            training=ocp.args.StandardRestore(_abstract(state, _TRAINING)),
-            batches=grain.checkpoint.CheckpointRestore(batches),
-        ),
+      self.latest_step(),
+      args=ocp.args.Composite(
+        variables=ocp.args.StandardRestore(_abstract(state, _VARIABLES)),
+        training=ocp.args.StandardRestore(_abstract(state, _TRAINING)),
+        batches=grain.checkpoint.CheckpointRestore(batches),
+      ),
     )
     return state.replace(**restored.variables, **restored.training)
 
   def restore_variables(self, state: TrainState) -> TrainState:
     """Returns the state with the newest checkpoint's parameters and statistics."""
     restored = self._manager.restore(
-        self.latest_step(),
-        args=ocp.args.Composite(
-            variables=ocp.args.StandardRestore(_abstract(state, _VARIABLES))
-        ),
+      self.latest_step(),
+      args=ocp.args.Composite(
+        variables=ocp.args.StandardRestore(_abstract(state, _VARIABLES))
+      ),
     )
     return state.replace(**restored.variables)
 

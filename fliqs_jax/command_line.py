@@ -20,7 +20,7 @@ _USER_ERROR_STATUS = 2
 def define_config_flag() -> flags.FlagHolder:
   """Defines --config, a file with `get_config`, whose fields --config.x overrides."""
   return config_flags.DEFINE_config_file(
-      'config', None, 'Config file, with its variant: configs/resnet18.py:digits'
+    'config', None, 'Config file, with its variant: configs/resnet18.py:digits'
   )
 
 

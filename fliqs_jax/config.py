@@ -1,4 +1,4 @@
-"""The fields of a config, their defaults, and everything that can be wrong with them."""
+"""The fields of a config, their defaults, and all that can be wrong with them."""
 
 import difflib
 import math
@@ -29,7 +29,8 @@ def default_config() -> ml_collections.ConfigDict:
   Steps that are None follow from `num_steps`; `resolve` fills them in.
   """
   step = lambda: config_dict.placeholder(int)
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       'mode': 'search',  # or train (fixed formats), eval (a checkpoint)
       'seed': 0,
       'num_steps': 1000,
@@ -46,70 +47,71 @@ def default_config() -> ml_collections.ConfigDict:
       'log_every': 50,
       'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network
       'input': {
-          'data_dir': '',  # of TFDS; empty for its default
-          'image_shape': (8, 8, 1),
-          'train_split': 'train',
-          'eval_split': 'test',
-          'reward_split': '',  # held-out examples for reward.split='validation'
-          'augmentation': 'none',  # or crop_flip
-          'mean': (0.5,),  # per channel, of pixels in [0, 1]
-          'stddev': (0.5,),
-          'num_threads': 2,
+        'data_dir': '',  # of TFDS; empty for its default
+        'image_shape': (8, 8, 1),
+        'train_split': 'train',
+        'eval_split': 'test',
+        'reward_split': '',  # held-out examples for reward.split='validation'
+        'augmentation': 'none',  # or crop_flip
+        'mean': (0.5,),  # per channel, of pixels in [0, 1]
+        'stddev': (0.5,),
+        'num_threads': 2,
       },
       'optimizer': {
-          'name': 'sgd',  # or adamw, rmsprop
-          'learning_rate': 0.1,  # peak of a cosine schedule
-          'warmup_steps': step(),  # default: 5 % of num_steps
-          'momentum': 0.9,
-          'square_decay': 0.999,  # adamw's and rmsprop's average of squared gradients
-          'epsilon': 1e-8,  # of adamw and rmsprop
-          'weight_decay': 1e-4,  # on kernels alone
-          'label_smoothing': 0.0,
+        'name': 'sgd',  # or adamw, rmsprop
+        'learning_rate': 0.1,  # peak of a cosine schedule
+        'warmup_steps': step(),  # default: 5 % of num_steps
+        'momentum': 0.9,
+        'square_decay': 0.999,  # adamw's and rmsprop's average of squared gradients
+        'epsilon': 1e-8,  # of adamw and rmsprop
+        'weight_decay': 1e-4,  # on kernels alone
+        'label_smoothing': 0.0,
       },
       'quantizer': {
-          'calibration': 'rms',  # or absmax
-          'momentum': 0.95,  # of the activations' statistics
+        'calibration': 'rms',  # or absmax
+        'momentum': 0.95,  # of the activations' statistics
       },
       'search': {
-          'formats': 'int_small',  # a space's name or a comma-separated list
-          'weights_and_activations': 'tied',  # or separate, or weights
-          'groups': (),  # regexes on whole module paths that tie layers
-          'pins': (),  # pairs (regex, format)
-          'num_samples': 4,
-          'cost_model': 'bops',
-          'target': config_dict.placeholder(float),  # absolute; wins where given
-          'target_format': 'int4',  # or this multiple of a uniform model's cost
-          'target_scale': 1.0,
-          'activation_delay': step(),  # default: 10 % of num_steps
-          'policy_delay': step(),  # default: 25 % of num_steps
-          'hard_budget': True,  # commit to the likeliest formats within the target
-          'commit_step': step(),  # default: 90 % of num_steps
-          'statistics_batches': 50,  # that re-estimate batch norm at the end
+        'formats': 'int_small',  # a space's name or a comma-separated list
+        'weights_and_activations': 'tied',  # or separate, or weights
+        'groups': (),  # regexes on whole module paths that tie layers
+        'pins': (),  # pairs (regex, format)
+        'num_samples': 4,
+        'cost_model': 'bops',
+        'target': config_dict.placeholder(float),  # absolute; wins where given
+        'target_format': 'int4',  # or this multiple of a uniform model's cost
+        'target_scale': 1.0,
+        'activation_delay': step(),  # default: 10 % of num_steps
+        'policy_delay': step(),  # default: 25 % of num_steps
+        'hard_budget': True,  # commit to the likeliest formats within the target
+        'commit_step': step(),  # default: 90 % of num_steps
+        'statistics_batches': 50,  # that re-estimate batch norm at the end
       },
       'reward': {
-          'name': 'absolute',
-          'quality': 'accuracy',  # or minus_loss
-          'beta': 1.0,  # negative for the exponential rewards
-          'split': 'train',  # or validation
+        'name': 'absolute',
+        'quality': 'accuracy',  # or minus_loss
+        'beta': 1.0,  # negative for the exponential rewards
+        'split': 'train',  # or validation
       },
       'controller': {
-          'learning_rate': 5e-2,
-          'baseline': 'leave_one_out',  # or moving
-          'baseline_momentum': 0.95,
-          'entropy_schedule': 'cosine',
-          'entropy_weight': 0.1,  # at the end
+        'learning_rate': 5e-2,
+        'baseline': 'leave_one_out',  # or moving
+        'baseline_momentum': 0.95,
+        'entropy_schedule': 'cosine',
+        'entropy_weight': 0.1,  # at the end
       },
-  }).lock()
+    }
+  ).lock()
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns a copy whose steps are numbers."""
   config = config.copy_and_resolve_references()
   for section, field, fraction in (
-      (config.optimizer, 'warmup_steps', 0.05),
-      (config.search, 'activation_delay', 0.1),
-      (config.search, 'policy_delay', 0.25),
-      (config.search, 'commit_step', 0.9),
+    (config.optimizer, 'warmup_steps', 0.05),
+    (config.search, 'activation_delay', 0.1),
+    (config.search, 'policy_delay', 0.25),
+    (config.search, 'commit_step', 0.9),
   ):
     if section[field] is None:
       section[field] = int(fraction * config.num_steps)
@@ -135,18 +137,18 @@ _FRACTIONS = (
 
 # Fields with a name, and the names there are.
 _NAMES = {
-    'mode': MODES,
-    'dtype': ('float32', 'bfloat16'),
-    'input.augmentation': ('none', 'crop_flip'),
-    'optimizer.name': OPTIMIZERS,
-    'quantizer.calibration': quantizers.CALIBRATIONS,
-    'search.weights_and_activations': SEARCHED_OPERANDS,
-    'search.cost_model': tuple(cost_models.COST_MODELS),
-    'reward.name': tuple(REWARDS),
-    'reward.quality': ('accuracy', 'minus_loss'),
-    'reward.split': ('train', 'validation'),
-    'controller.baseline': BASELINES,
-    'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
+  'mode': MODES,
+  'dtype': ('float32', 'bfloat16'),
+  'input.augmentation': ('none', 'crop_flip'),
+  'optimizer.name': OPTIMIZERS,
+  'quantizer.calibration': quantizers.CALIBRATIONS,
+  'search.weights_and_activations': SEARCHED_OPERANDS,
+  'search.cost_model': tuple(cost_models.COST_MODELS),
+  'reward.name': tuple(REWARDS),
+  'reward.quality': ('accuracy', 'minus_loss'),
+  'reward.split': ('train', 'validation'),
+  'controller.baseline': BASELINES,
+  'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
 }
 
 
@@ -179,8 +181,8 @@ def _check_names(config):
     if value not in names:
       nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
       problems.append(
-          f'{field}={value!r}: expected one of {", ".join(names)}; the nearest is '
-          f'{nearest[0]!r}'
+        f'{field}={value!r}: expected one of {", ".join(names)}; the nearest is '
+        f'{nearest[0]!r}'
       )
   return problems
 
@@ -188,9 +190,9 @@ def _check_names(config):
 def _check_numbers(config):
   problems = []
   for fields, expected, valid in (
-      (_POSITIVE, 'a number above 0', lambda value: 0 < value < math.inf),
-      (_NOT_NEGATIVE, '0 or more', lambda value: 0 <= value < math.inf),
-      (_FRACTIONS, 'at least 0 and below 1', lambda value: 0 <= value < 1),
+    (_POSITIVE, 'a number above 0', lambda value: 0 < value < math.inf),
+    (_NOT_NEGATIVE, '0 or more', lambda value: 0 <= value < math.inf),
+    (_FRACTIONS, 'at least 0 and below 1', lambda value: 0 <= value < 1),
   ):
     for field in fields:
       value = _field(config, field)
@@ -208,13 +210,13 @@ def _check_batches(config, num_devices):
   problems = []
   if config.batch_size % parts:
     problems.append(
-        f'batch_size={config.batch_size}: expected a multiple of {parts}, for '
-        f'search.num_samples={num_samples} on {num_devices} device(s)'
+      f'batch_size={config.batch_size}: expected a multiple of {parts}, for '
+      f'search.num_samples={num_samples} on {num_devices} device(s)'
     )
   if config.eval_batch_size % num_devices:
     problems.append(
-        f'eval_batch_size={config.eval_batch_size}: expected a multiple of the '
-        f'{num_devices} devices'
+      f'eval_batch_size={config.eval_batch_size}: expected a multiple of the '
+      f'{num_devices} devices'
     )
   return problems
 
@@ -223,13 +225,13 @@ def _check_image(config):
   shape, mean, stddev = config.input.image_shape, config.input.mean, config.input.stddev
   if len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
     return [
-        f'input.image_shape={shape}: expected (height, width, channels), with 1 or 3 '
-        'channels'
+      f'input.image_shape={shape}: expected (height, width, channels), with 1 or 3 '
+      'channels'
     ]
   if not len(mean) == len(stddev) == shape[2] or min(stddev) <= 0:
     return [
-        f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
-        'one for each channel, the deviations above 0'
+      f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
+      'one for each channel, the deviations above 0'
     ]
   return []
 
@@ -240,19 +242,22 @@ def _check_delays(config):
     return []  # reported as a number
   if search.policy_delay >= config.num_steps:
     problems.append(
-        f'search.policy_delay={search.policy_delay}: expected fewer than '
-        f'num_steps={config.num_steps}, or the policy never learns'
+      f'search.policy_delay={search.policy_delay}: expected fewer than '
+      f'num_steps={config.num_steps}, or the policy never learns'
     )
   if search.activation_delay >= config.num_steps:
     problems.append(
-        f'search.activation_delay={search.activation_delay}: expected fewer than '
-        f'num_steps={config.num_steps}, or activations are never quantized'
+      f'search.activation_delay={search.activation_delay}: expected fewer than '
+      f'num_steps={config.num_steps}, or activations are never quantized'
     )
-  if search.hard_budget and not search.policy_delay < search.commit_step < config.num_steps:
+  if (
+    search.hard_budget
+    and not search.policy_delay < search.commit_step < config.num_steps
+  ):
     problems.append(
-        f'search.commit_step={search.commit_step}: expected a step after '
-        f'search.policy_delay={search.policy_delay} and before '
-        f'num_steps={config.num_steps}'
+      f'search.commit_step={search.commit_step}: expected a step after '
+      f'search.policy_delay={search.policy_delay} and before '
+      f'num_steps={config.num_steps}'
     )
   return problems
 
@@ -263,7 +268,8 @@ def _check_formats(config):
   if search.target is None:
     named.append(search.target_format)
   for check, argument in (
-      (formats.parse_names, search.formats), *((formats.get_format, name) for name in named)
+    (formats.parse_names, search.formats),
+    *((formats.get_format, name) for name in named),
   ):
     try:
       check(argument)
@@ -277,22 +283,22 @@ def _check_reward(config):
   if reward and config.reward.beta * reward.beta_sign <= 0:
     sign = 'above' if reward.beta_sign > 0 else 'below'
     problems.append(
-        f'reward.beta={config.reward.beta}: expected a number {sign} 0 for the reward '
-        f'{config.reward.name!r}, so that a high cost lowers it'
+      f'reward.beta={config.reward.beta}: expected a number {sign} 0 for the reward '
+      f'{config.reward.name!r}, so that a high cost lowers it'
     )
   if reward and config.reward.quality == 'minus_loss' and not reward.signed_quality:
     problems.append(
-        f'reward.quality=minus_loss: expected accuracy for the reward '
-        f'{config.reward.name!r}, which multiplies the quality'
+      f'reward.quality=minus_loss: expected accuracy for the reward '
+      f'{config.reward.name!r}, which multiplies the quality'
     )
   if config.reward.split == 'validation' and not config.input.reward_split:
     problems.append(
-        'reward.split=validation: expected held-out examples in input.reward_split, '
-        "such as 'train[90%:]'"
+      'reward.split=validation: expected held-out examples in input.reward_split, '
+      "such as 'train[90%:]'"
     )
   if config.controller.baseline == 'leave_one_out' and config.search.num_samples == 1:
     problems.append(
-        'controller.baseline=leave_one_out: expected search.num_samples of 2 or more, '
-        'or the baseline `moving`'
+      'controller.baseline=leave_one_out: expected search.num_samples of 2 or more, '
+      'or the baseline `moving`'
     )
   return problems

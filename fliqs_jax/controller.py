@@ -17,10 +17,10 @@ Schedule = Callable[[jax.Array], jax.Array]  # progress in [0, 1] -> [0, 1]
 
 # How the entropy penalty rises, as a fraction of its final value.
 ENTROPY_SCHEDULES: dict[str, Schedule] = {
-    'cosine': lambda progress: 0.5 * (1 - jnp.cos(jnp.pi * progress)),
-    'linear': lambda progress: progress,
-    'constant': lambda progress: jnp.ones_like(progress),
-    'step': lambda progress: jnp.where(progress < 0.5, 0.0, 1.0),
+  'cosine': lambda progress: 0.5 * (1 - jnp.cos(jnp.pi * progress)),
+  'linear': lambda progress: progress,
+  'constant': lambda progress: jnp.ones_like(progress),
+  'step': lambda progress: jnp.where(progress < 0.5, 0.0, 1.0),
 }
 
 BASELINES = ('leave_one_out', 'moving')
@@ -45,11 +45,11 @@ class Controller(NamedTuple):
 
 
 def entropy_weight(
-    schedule: str, end_value: float, policy_delay: int, num_steps: int
+  schedule: str, end_value: float, policy_delay: int, num_steps: int
 ) -> Schedule:
   """Returns `β_H(t)`, rising from the policy's first step to the last one.
 
-      β_H(t) = β_H_end · schedule(clip((t − t_policy) / (T − t_policy), 0, 1))
+  β_H(t) = β_H_end · schedule(clip((t − t_policy) / (T − t_policy), 0, 1))
   """
 
   def weight(step):
@@ -60,12 +60,12 @@ def entropy_weight(
 
 
 def policy_gradient_controller(
-    valid: np.ndarray,
-    entropy_weight: Schedule,
-    learning_rate: float = 5e-2,
-    policy_delay: int = 0,
-    baseline: str = 'leave_one_out',
-    baseline_momentum: float = 0.95,
+  valid: np.ndarray,
+  entropy_weight: Schedule,
+  learning_rate: float = 5e-2,
+  policy_delay: int = 0,
+  baseline: str = 'leave_one_out',
+  baseline_momentum: float = 0.95,
 ) -> Controller:
   """Returns the REINFORCE controller with an entropy penalty.
 
@@ -87,11 +87,11 @@ def policy_gradient_controller(
     """Returns the uniform policy."""
     logits = jnp.zeros(valid.shape, jnp.float32)
     return ControllerState(
-        logits=logits,
-        opt_state=optimizer.init(logits),
-        baseline=jnp.zeros((), jnp.float32),
-        num_rewards=jnp.zeros((), jnp.int32),
-        commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
+      logits=logits,
+      opt_state=optimizer.init(logits),
+      baseline=jnp.zeros((), jnp.float32),
+      num_rewards=jnp.zeros((), jnp.int32),
+      commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
     )
 
   def sample(state: ControllerState, keys: jax.Array) -> jax.Array:
@@ -132,20 +132,20 @@ def policy_gradient_controller(
     logits = optax.apply_updates(state.logits, updates)
     active = (step >= policy_delay) & jnp.all(state.commitment < 0)
     logits, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(active, new, old),
-        (logits, opt_state),
-        (state.logits, state.opt_state),
+      lambda new, old: jnp.where(active, new, old),
+      (logits, opt_state),
+      (state.logits, state.opt_state),
     )
     new_state = state._replace(
-        logits=logits,
-        opt_state=opt_state,
-        baseline=moving,
-        num_rewards=state.num_rewards + 1,
+      logits=logits,
+      opt_state=opt_state,
+      baseline=moving,
+      num_rewards=state.num_rewards + 1,
     )
     metrics = {
-        'entropy': jnp.mean(policy_entropy(logits, valid)),
-        'entropy_weight': weight,
-        'baseline': moving,
+      'entropy': jnp.mean(policy_entropy(logits, valid)),
+      'entropy_weight': weight,
+      'baseline': moving,
     }
     return new_state, metrics
 

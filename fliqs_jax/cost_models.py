@@ -83,8 +83,8 @@ def get_cost_model(name: str) -> CostModel:
   if name not in COST_MODELS:
     nearest = difflib.get_close_matches(name, COST_MODELS, n=1, cutoff=0.0)
     raise ValueError(
-        f'unknown cost model {name!r}: expected one of {", ".join(COST_MODELS)}; '
-        f'the nearest is {nearest[0]!r}'
+      f'unknown cost model {name!r}: expected one of {", ".join(COST_MODELS)}; '
+      f'the nearest is {nearest[0]!r}'
     )
   return COST_MODELS[name]
 
@@ -114,8 +114,8 @@ def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
   bits = asarray(np.minimum(stored_bits, UNQUANTIZED_BITS))
   ids = space.format_ids(choices)
   return LayerQuantities(
-      macs=asarray([layer.macs for layer in space.layers]),
-      weights=asarray([np.prod(layer.kernel_shape) for layer in space.layers]),
-      weight_bits=bits[ids.weights],
-      activation_bits=bits[ids.activations],
+    macs=asarray([layer.macs for layer in space.layers]),
+    weights=asarray([np.prod(layer.kernel_shape) for layer in space.layers]),
+    weight_bits=bits[ids.weights],
+    activation_bits=bits[ids.activations],
   )

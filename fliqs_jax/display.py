@@ -19,10 +19,10 @@ _logger = logging.getLogger(__name__)
 
 # Numbers of a history line that progress shows, and how.
 _SHOWN = {
-    'loss': ('loss', '{:.3f}'),
-    'accuracy': ('accuracy', '{:.1%}'),
-    'cost_ratio': ('cost/target', '{:.3f}'),
-    'entropy': ('entropy', '{:.3f}'),
+  'loss': ('loss', '{:.3f}'),
+  'accuracy': ('accuracy', '{:.1%}'),
+  'cost_ratio': ('cost/target', '{:.3f}'),
+  'entropy': ('entropy', '{:.3f}'),
 }
 
 
@@ -34,15 +34,15 @@ class Progress:
     self._console = Console(stderr=True)
     self._began = time.monotonic()
     self._bar = progress.Progress(
-        progress.TextColumn('step {task.completed}/{task.total}'),
-        progress.BarColumn(bar_width=20),
-        progress.TimeRemainingColumn(compact=True),
-        progress.TextColumn('{task.fields[numbers]}'),
-        console=self._console,
-        disable=not self._console.is_terminal,
+      progress.TextColumn('step {task.completed}/{task.total}'),
+      progress.BarColumn(bar_width=20),
+      progress.TimeRemainingColumn(compact=True),
+      progress.TextColumn('{task.fields[numbers]}'),
+      console=self._console,
+      disable=not self._console.is_terminal,
     )
     self._task = self._bar.add_task(
-        'train', total=num_steps, completed=start, numbers='compiling'
+      'train', total=num_steps, completed=start, numbers='compiling'
     )
 
   def __enter__(self) -> 'Progress':
@@ -55,9 +55,9 @@ class Progress:
   def update(self, step: int, row: Mapping[str, float]) -> None:
     """Shows the numbers of a history line."""
     numbers = '  '.join(
-        f'{label} {form.format(row[key])}'
-        for key, (label, form) in _SHOWN.items()
-        if key in row
+      f'{label} {form.format(row[key])}'
+      for key, (label, form) in _SHOWN.items()
+      if key in row
     )
     if self._console.is_terminal:
       self._bar.update(self._task, completed=step, numbers=numbers)
@@ -68,15 +68,15 @@ class Progress:
 
 
 def make_console() -> Console:
-  """Returns the console for tables: as wide as the terminal, or wide enough in a file."""
+  """Returns the console for tables, as wide as the terminal; in a file, wide enough."""
   return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def layer_table(
-    layers: tuple[search_space.Layer, ...],
-    formats: Mapping[str, Mapping[str, str]],
-    costs: np.ndarray,
-    confidence: Mapping[str, str],
+  layers: tuple[search_space.Layer, ...],
+  formats: Mapping[str, Mapping[str, str]],
+  costs: np.ndarray,
+  confidence: Mapping[str, str],
 ) -> Table:
   """Returns the table with a row for each layer.
 
@@ -98,13 +98,13 @@ def layer_table(
   total = max(float(costs.sum()), np.finfo(float).tiny)
   for layer, cost in zip(layers, costs):
     row = [
-        layer.path,
-        f'{layer.macs:,}',
-        f'{layer.params:,}',
-        formats[layer.path]['weights'],
-        formats[layer.path]['activations'],
-        *([confidence[layer.path]] if confidence else []),
-        f'{cost / total:.1%}',
+      layer.path,
+      f'{layer.macs:,}',
+      f'{layer.params:,}',
+      formats[layer.path]['weights'],
+      formats[layer.path]['activations'],
+      *([confidence[layer.path]] if confidence else []),
+      f'{cost / total:.1%}',
     ]
     table.add_row(*map(Text, row))
   return table
@@ -116,7 +116,7 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   layers = assembly.discover_layers(config)
   space = search_space.fixed_space(layers, result['formats'])
   costs = cost_models.get_cost_model(result['cost_model']).per_layer(
-      space, np.zeros(0, np.int32)
+    space, np.zeros(0, np.int32)
   )
   console = make_console()
   confidence = _confidence(config, layers, result)
@@ -134,13 +134,13 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     lines[0] += f', {cost / result["target"]:.4f} of the target {result["target"]:.6g}'
   if result['uniform_costs']:
     uniform = ', '.join(
-        f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
+      f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
     )
     lines.append(f'Uniform models: {uniform} {unit}')
   kind = 'One-shot accuracy' if result['policy'] else 'Accuracy'
   lines.append(
-      f'{kind}: {evaluation["accuracy"]:.2%} of {evaluation["num_examples"]} examples '
-      f'(loss {evaluation["loss"]:.4f})'
+    f'{kind}: {evaluation["accuracy"]:.2%} of {evaluation["num_examples"]} examples '
+    f'(loss {evaluation["loss"]:.4f})'
   )
   return lines
 
@@ -156,7 +156,9 @@ def _confidence(config, layers, result):
     for operand in search_space.OPERANDS:
       assigned = getattr(space, operand)[i]
       if not isinstance(assigned, str):
-        operands[space.decisions[assigned].name] = result['formats'][layer.path][operand]
+        operands[space.decisions[assigned].name] = result['formats'][layer.path][
+          operand
+        ]
     texts[layer.path] = ' / '.join(
         f'{result["policy"][decision][name]:.2f}' for decision, name in operands.items()
     ) or 'pinned'  # fmt: skip

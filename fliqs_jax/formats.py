@@ -38,56 +38,56 @@ class NumericFormat(NamedTuple):
 # deviation. Printed by benchmarks/clipping_thresholds.py; formats_test.py computes
 # them again. (FLIQS, Figure 4a, measures the same on the activations of a network.)
 _NORMAL_CLIP = {
-    'int2': 1.224,
-    'int3': 1.952,
-    'int4': 2.474,
-    'int5': 2.899,
-    'int6': 3.270,
-    'int7': 3.607,
-    'int8': 3.921,
-    'e1m2': 2.474,
-    'e2m1': 2.922,
-    'e3m0': 4.194,
-    'e1m3': 2.899,
-    'e2m2': 3.379,
-    'e3m1': 7.357,
-    'e4m0': 4.199,
-    'e1m4': 3.270,
-    'e2m3': 3.748,
-    'e3m2': 4.542,
-    'e4m1': 7.378,
-    'e5m0': 4.199,
-    'e1m5': 3.607,
-    'e2m4': 4.066,
-    'e3m3': 4.913,
-    'e4m2': 9.037,
-    'e5m1': 7.378,
-    'e6m0': 4.199,
-    'e1m6': 3.921,
-    'e2m5': 4.352,
-    'e3m4': 5.086,
-    'e4m3': 9.129,
-    'e5m2': 9.037,
-    'e6m1': 7.378,
-    'e7m0': 4.199,
+  'int2': 1.224,
+  'int3': 1.952,
+  'int4': 2.474,
+  'int5': 2.899,
+  'int6': 3.270,
+  'int7': 3.607,
+  'int8': 3.921,
+  'e1m2': 2.474,
+  'e2m1': 2.922,
+  'e3m0': 4.194,
+  'e1m3': 2.899,
+  'e2m2': 3.379,
+  'e3m1': 7.357,
+  'e4m0': 4.199,
+  'e1m4': 3.270,
+  'e2m3': 3.748,
+  'e3m2': 4.542,
+  'e4m1': 7.378,
+  'e5m0': 4.199,
+  'e1m5': 3.607,
+  'e2m4': 4.066,
+  'e3m3': 4.913,
+  'e4m2': 9.037,
+  'e5m1': 7.378,
+  'e6m0': 4.199,
+  'e1m6': 3.921,
+  'e2m5': 4.352,
+  'e3m4': 5.086,
+  'e4m3': 9.129,
+  'e5m2': 9.037,
+  'e6m1': 7.378,
+  'e7m0': 4.199,
 }
 
 # Formats of ml_dtypes that do not use every code for a finite number; the largest
 # finite value, as (exponent, significand). All other eXmY are all-finite, like the
 # OCP Microscaling formats e2m1, e2m3 and e3m2.
 _RESERVED_CODES = {
-    'e4m3': (8, 1.75),  # float8_e4m3fn: the top code is NaN
-    'e5m2': (15, 1.75),  # float8_e5m2: the top exponent is inf and NaN
-    'e3m4': (3, 1.9375),  # float8_e3m4: the top exponent is inf and NaN
+  'e4m3': (8, 1.75),  # float8_e4m3fn: the top code is NaN
+  'e5m2': (15, 1.75),  # float8_e5m2: the top exponent is inf and NaN
+  'e3m4': (3, 1.9375),  # float8_e3m4: the top exponent is inf and NaN
 }
 
 _MIN_FLOAT_BITS, _MAX_FLOAT_BITS = 4, 8
 
 INTEGER_NAMES = tuple(f'int{bits}' for bits in range(2, 9))
 FLOAT_NAMES = tuple(
-    f'e{exponent_bits}m{bits - 1 - exponent_bits}'
-    for bits in range(_MIN_FLOAT_BITS, _MAX_FLOAT_BITS + 1)
-    for exponent_bits in range(1, bits)
+  f'e{exponent_bits}m{bits - 1 - exponent_bits}'
+  for bits in range(_MIN_FLOAT_BITS, _MAX_FLOAT_BITS + 1)
+  for exponent_bits in range(1, bits)
 )
 NAMES = INTEGER_NAMES + FLOAT_NAMES + ('bf16', 'float32')
 
@@ -121,8 +121,8 @@ def get_format(name: str) -> NumericFormat:
   if name not in NAMES:
     nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
     raise ValueError(
-        f'unknown format {name!r}: expected one of int2..int8, eXmY of 4 to 8 bits, '
-        f'bf16, float32; the nearest is {nearest[0]!r}'
+      f'unknown format {name!r}: expected one of int2..int8, eXmY of 4 to 8 bits, '
+      f'bf16, float32; the nearest is {nearest[0]!r}'
     )
   if name == 'float32':
     return _make(23, FLOAT32_MIN_EXPONENT, 127, np.inf, 32, 0.0)
@@ -134,15 +134,15 @@ def get_format(name: str) -> NumericFormat:
   exponent_bits, mantissa_bits = map(int, re.fullmatch(r'e(\d)m(\d)', name).groups())
   bias = 2 ** (exponent_bits - 1) - 1
   exponent_max, significand = _RESERVED_CODES.get(
-      name, (2**exponent_bits - 1 - bias, 2 - 2.0**-mantissa_bits)
+    name, (2**exponent_bits - 1 - bias, 2 - 2.0**-mantissa_bits)
   )
   return _make(
-      mantissa_bits,
-      1 - bias,
-      exponent_max,
-      2.0**exponent_max * significand,
-      1 + exponent_bits + mantissa_bits,
-      _NORMAL_CLIP[name],
+    mantissa_bits,
+    1 - bias,
+    exponent_max,
+    2.0**exponent_max * significand,
+    1 + exponent_bits + mantissa_bits,
+    _NORMAL_CLIP[name],
   )
 
 
@@ -157,11 +157,13 @@ def parse_names(spec: str) -> tuple[str, ...]:
   Raises:
     ValueError: where a name is unknown, repeated, or none is given.
   """
-  names = SPACES.get(spec.strip()) or tuple(filter(None, map(str.strip, spec.split(','))))
+  names = SPACES.get(spec.strip()) or tuple(
+    filter(None, map(str.strip, spec.split(',')))
+  )
   if not names:
     raise ValueError(
-        f'no format in {spec!r}: expected one of {", ".join(SPACES)} or a '
-        'comma-separated list of format names'
+      f'no format in {spec!r}: expected one of {", ".join(SPACES)} or a '
+      'comma-separated list of format names'
     )
   for name in names:
     try:
@@ -175,10 +177,10 @@ def parse_names(spec: str) -> tuple[str, ...]:
 
 def _make(mantissa_bits, exponent_min, exponent_max, largest, bits, clip):
   return NumericFormat(
-      mantissa_bits=np.int32(mantissa_bits),
-      exponent_min=np.int32(exponent_min),
-      exponent_max=np.int32(exponent_max),
-      max=np.float32(largest),
-      bits=np.int32(bits),
-      clip=np.float32(clip),
+    mantissa_bits=np.int32(mantissa_bits),
+    exponent_min=np.int32(exponent_min),
+    exponent_max=np.int32(exponent_max),
+    max=np.float32(largest),
+    bits=np.int32(bits),
+    clip=np.float32(clip),
   )

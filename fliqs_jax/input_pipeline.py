@@ -44,8 +44,8 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
     names = [*PACKAGED, *tfds.list_builders()]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     raise ValueError(
-        f'unknown dataset {name!r}: expected one of TFDS or of '
-        f'{", ".join(PACKAGED)}; the nearest is {nearest[0]!r}'
+      f'unknown dataset {name!r}: expected one of TFDS or of '
+      f'{", ".join(PACKAGED)}; the nearest is {nearest[0]!r}'
     ) from None
   if name not in PACKAGED and not builder.is_prepared():
     raise ValueError(_unprepared(name, data_dir))
@@ -68,7 +68,7 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
         problems.append(f'split {split!r} of {config.dataset!r} has no examples')
     except ValueError as error:
       problems.append(
-          f'split {split!r} of {config.dataset!r}: {str(error).splitlines()[0]}'
+        f'split {split!r} of {config.dataset!r}: {str(error).splitlines()[0]}'
       )
   if problems:
     raise ValueError('\n'.join(problems))
@@ -77,11 +77,11 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
 def _unprepared(name, data_dir):
   where = f' --data_dir={data_dir}' if data_dir else ''
   return (
-      f'dataset {name!r} is not prepared in {data_dir or "the TFDS data folder"}: '
-      f'prepare it with `tfds build {name} --file_format=array_record{where}`, name its '
-      'folder with --config.input.data_dir=DIR, or use a config\'s `:digits` variant, '
-      'which needs nothing'
-  )  # fmt: skip
+    f'dataset {name!r} is not prepared in {data_dir or "the TFDS data folder"}: prepare '
+    f'it with `tfds build {name} --file_format=array_record{where}`, name its folder '
+    "with --config.input.data_dir=DIR, or use a config's `:digits` variant, which needs "
+    'nothing'
+  )
 
 
 def _check_features(config, features):
@@ -91,13 +91,13 @@ def _check_features(config, features):
   num_classes = features['label'].num_classes
   if num_classes != config.num_classes:
     raise ValueError(
-        f'num_classes={config.num_classes}: expected {num_classes}, as dataset '
-        f'{config.dataset!r} has'
+      f'num_classes={config.num_classes}: expected {num_classes}, as dataset '
+      f'{config.dataset!r} has'
     )
 
 
 def train_batches(
-    config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder, seed: int
+  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder, seed: int
 ) -> grain.DatasetIterator:
   """Returns the endless iterator over training batches.
 
@@ -106,15 +106,13 @@ def train_batches(
   `reward.split='validation'` there is also `reward`, the same of held-out examples.
   """
   num_samples = config.search.num_samples if config.mode == 'search' else 1
-  make = functools.partial(
-      _train_dataset, config, builder, num_samples=num_samples
-  )
+  make = functools.partial(_train_dataset, config, builder, num_samples=num_samples)
   dataset = make(split=config.input.train_split, seed=seed)
   if config.mode == 'search' and config.reward.split == 'validation':
     # Held-out examples are not augmented: they stand for the evaluation.
     held_out = make(split=config.input.reward_split, seed=seed + 1, augment='none')
     dataset = grain.experimental.ZipMapDataset([dataset, held_out]).map(
-        lambda pair: {**pair[0], 'reward': pair[1]}
+      lambda pair: {**pair[0], 'reward': pair[1]}
     )
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
@@ -122,22 +120,22 @@ def train_batches(
 def _train_dataset(config, builder, split, seed, num_samples, augment=None):
   local_batch = config.batch_size // jax.process_count()
   preprocess = functools.partial(
-      _train_example, config.input, augment or config.input.augmentation
+    _train_example, config.input, augment or config.input.augmentation
   )
   return (
-      grain.MapDataset.source(_source(builder, split))
-      .seed(seed)
-      .shuffle()
-      .repeat()
-      .slice(slice(jax.process_index(), None, jax.process_count()))
-      .random_map(preprocess)
-      .batch(local_batch, drop_remainder=True)
-      .map(functools.partial(_split_samples, num_samples=num_samples))
+    grain.MapDataset.source(_source(builder, split))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .slice(slice(jax.process_index(), None, jax.process_count()))
+    .random_map(preprocess)
+    .batch(local_batch, drop_remainder=True)
+    .map(functools.partial(_split_samples, num_samples=num_samples))
   )
 
 
 def eval_batches(
-    config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
+  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example of the evaluation split once.
 
@@ -148,11 +146,12 @@ def eval_batches(
   source = grain.MapDataset.source(_source(builder, config.input.eval_split))
   num_batches = -(-len(source) // config.eval_batch_size)
   dataset = (
-      source.slice(slice(jax.process_index(), None, jax.process_count()))
-      .map(functools.partial(_eval_example, config.input))
-      .batch(local_batch, batch_fn=functools.partial(_padded_batch, local_batch))
+    source.slice(slice(jax.process_index(), None, jax.process_count()))
+    .map(functools.partial(_eval_example, config.input))
+    .batch(local_batch, batch_fn=functools.partial(_padded_batch, local_batch))
   )
   batches = iter(dataset.to_iter_dataset(_read_options(config)))
+  batch = {}
   for _ in range(num_batches):
     # Every process takes as many steps as the others, so one may run out before.
     batch = next(batches, None) or {**batch, 'mask': np.zeros(local_batch, bool)}
@@ -168,23 +167,21 @@ def _padded_batch(batch_size, examples):
 
 def _source(builder, split):
   # Encoded images: decoding belongs to the workers that crop and resize.
-  return builder.as_data_source(
-      split, decoders={'image': tfds.decode.SkipDecoding()}
-  )
+  return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
 
 
 def _read_options(config):
   # An element is a whole batch here, so few are kept ahead.
   return grain.ReadOptions(
-      num_threads=config.input.num_threads,
-      prefetch_buffer_size=2 * config.input.num_threads,
+    num_threads=config.input.num_threads,
+    prefetch_buffer_size=2 * config.input.num_threads,
   )
 
 
 def _split_samples(batch, num_samples):
   return {
-      key: array.reshape(num_samples, -1, *array.shape[1:])
-      for key, array in batch.items()
+    key: array.reshape(num_samples, -1, *array.shape[1:])
+    for key, array in batch.items()
   }
 
 
@@ -241,6 +238,6 @@ def _resize(image, settings, box):
 def _to_arrays(image, label, settings):
   pixels = np.asarray(image, np.float32).reshape(settings.image_shape)
   return {
-      'image': (pixels / 255 - np.float32(settings.mean)) / np.float32(settings.stddev),
-      'label': np.int32(label),
+    'image': (pixels / 255 - np.float32(settings.mean)) / np.float32(settings.stddev),
+    'label': np.int32(label),
   }

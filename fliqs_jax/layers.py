@@ -35,12 +35,12 @@ class LayerFormats(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def quantized_product(
-    product,
-    scale_shape,
-    x: jax.Array,
-    w: jax.Array,
-    x_quantizer: Quantizer,
-    w_quantizer: Quantizer,
+  product,
+  scale_shape,
+  x: jax.Array,
+  w: jax.Array,
+  x_quantizer: Quantizer,
+  w_quantizer: Quantizer,
 ) -> jax.Array:
   """Returns `product(q_x, q_w) · s_x · s_w`, the codes unscaled in the matrix unit.
 
@@ -121,12 +121,12 @@ class QuantizedOperator(nn.Module):
       return product(x, w.astype(x.dtype))
     formats = self.get_variable(FORMATS, LAYER_FORMATS)
     y = quantized_product(
-        product,
-        scale_shape,
-        x,
-        w,
-        self._activation_quantizer(formats.activations, mean_square.value, absmax.value),
-        self._weight_quantizer(formats.weights, w, contracted_axes),
+      product,
+      scale_shape,
+      x,
+      w,
+      self._activation_quantizer(formats.activations, mean_square.value, absmax.value),
+      self._weight_quantizer(formats.weights, w, contracted_axes),
     )
     if self.is_mutable_collection(QUANT_STATS):
       new_mean_square, new_absmax = _statistics(x)
@@ -137,7 +137,7 @@ class QuantizedOperator(nn.Module):
   def _activation_quantizer(self, format, mean_square, absmax):
     # Nothing is known of a tensor that was not seen yet.
     format = jax.tree.map(
-        functools.partial(jnp.where, absmax > 0), format, get_format('float32')
+      functools.partial(jnp.where, absmax > 0), format, get_format('float32')
     )
     return quantizers.calibrate(format, mean_square, absmax, self.calibration)
 
@@ -154,8 +154,8 @@ def _statistics(x, axes=None):
   magnitude = jnp.abs(lax.stop_gradient(x)).astype(jnp.float32)
   keepdims = axes is not None
   return (
-      jnp.mean(jnp.square(magnitude), axes, keepdims=keepdims),
-      jnp.max(magnitude, axes, keepdims=keepdims),
+    jnp.mean(jnp.square(magnitude), axes, keepdims=keepdims),
+    jnp.max(magnitude, axes, keepdims=keepdims),
   )
 
 
@@ -168,14 +168,14 @@ class QuantizedConv(QuantizedOperator):
   def __call__(self, lhs, rhs, window_strides, padding, **kwargs):
     """The arguments are those of `lax.conv_general_dilated`."""
     dimensions = lax.conv_dimension_numbers(
-        lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None)
+      lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None)
     )
     product = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        dimension_numbers=dimensions,
-        **kwargs,
+      lax.conv_general_dilated,
+      window_strides=window_strides,
+      padding=padding,
+      dimension_numbers=dimensions,
+      **kwargs,
     )
     out_axis, feature_axis = dimensions.rhs_spec[0], dimensions.out_spec[1]
     contracted = tuple(a for a in range(rhs.ndim) if a != out_axis)
@@ -193,7 +193,7 @@ class QuantizedDotGeneral(QuantizedOperator):
   def __call__(self, lhs, rhs, dimension_numbers, precision=None):
     """The arguments are those of `lax.dot_general`."""
     product = functools.partial(
-        lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
+      lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
     )
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     # The output's axes are those of the batch, then lhs's own, then rhs's own; this
@@ -223,8 +223,8 @@ def conv_hooks(**attributes: Any) -> dict[str, Any]:
   """
   operator = functools.partial(QuantizedConv, **attributes)
   return {
-      'conv_general_dilated_cls': operator,
-      'promote_dtype': _promote_all_but_kernel,
+    'conv_general_dilated_cls': operator,
+    'promote_dtype': _promote_all_but_kernel,
   }
 
 

@@ -13,7 +13,7 @@ from fliqs_jax import command_line, display
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all files of the run.')
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    'allow_config_change', False, 'Resume a workdir although its config differs.'
+  'allow_config_change', False, 'Resume a workdir although its config differs.'
 )
 
 

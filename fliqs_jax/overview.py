@@ -25,7 +25,7 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 
 def overview(
-    config: ml_collections.ConfigDict, assignment: str | assembly.Assignment, label: str
+  config: ml_collections.ConfigDict, assignment: str | assembly.Assignment, label: str
 ) -> dict[str, Any]:
   """Returns the layers and totals of a config's network, ready for JSON.
 
@@ -36,62 +36,64 @@ def overview(
   """
   setup = assembly.build(config, 1, assignment)
   variables = jax.eval_shape(
-      lambda key, x: setup.model.init(key, x, train=False), jax.random.key(0), setup.inputs
+    lambda key, x: setup.model.init(key, x, train=False),
+    jax.random.key(0),
+    setup.inputs,
   )
   layers = setup.space.layers
   costs = setup.cost_model.per_layer(setup.space, np.zeros(0, np.int32))
   return {
-      'model': config.model.name,
-      'cost_model': setup.cost_model.name,
-      'cost_unit': setup.cost_model.unit,
-      'format': label,
-      'total': float(costs.sum()),
-      'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
-      'macs': sum(layer.macs for layer in layers),
-      'layers': [
-          {
-              'name': layer.path,
-              'kind': layer.kind,
-              'macs': layer.macs,
-              'params': layer.params,
-              'cost': float(cost),
-          }
-          for layer, cost in zip(layers, costs)
-      ],
+    'model': config.model.name,
+    'cost_model': setup.cost_model.name,
+    'cost_unit': setup.cost_model.unit,
+    'format': label,
+    'total': float(costs.sum()),
+    'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+    'macs': sum(layer.macs for layer in layers),
+    'layers': [
+      {
+        'name': layer.path,
+        'kind': layer.kind,
+        'macs': layer.macs,
+        'params': layer.params,
+        'cost': float(cost),
+      }
+      for layer, cost in zip(layers, costs)
+    ],
   }
 
 
 def print_overview(
-    config: ml_collections.ConfigDict,
-    assignment: str | assembly.Assignment,
-    content: dict[str, Any],
+  config: ml_collections.ConfigDict,
+  assignment: str | assembly.Assignment,
+  content: dict[str, Any],
 ) -> None:
   """Prints an overview as a table, with what the search could reach."""
   layers = assembly.discover_layers(config)
   formats = assembly.build_space(config, layers, assignment).formats_of(
-      np.zeros(0, np.int32)
+    np.zeros(0, np.int32)
   )
   costs = np.array([layer['cost'] for layer in content['layers']])
   console = display.make_console()
   console.print(display.layer_table(layers, formats, costs, confidence={}))
   unit = content['cost_unit']
   lines = [
-      f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
-      f'Cost in {content["format"]}: {content["total"]:.6g} {unit} '
-      f'({content["cost_model"]})',
+    f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
+    f'Cost in {content["format"]}: {content["total"]:.6g} {unit} '
+    f'({content["cost_model"]})',
   ]
   if config.mode == 'search':
     cost_model = cost_models.get_cost_model(config.search.cost_model)
     uniform = ', '.join(
-        f'{name} {cost_model.uniform(layers, name):.6g}'
-        for name in formats_lib.parse_names(config.search.formats)
+      f'{name} {cost_model.uniform(layers, name):.6g}'
+      for name in formats_lib.parse_names(config.search.formats)
     )
     space = assembly.build_space(config, layers)
     low, high = cost_range(space, cost_model)
     lines += [
-        f'Uniform models: {uniform} {unit}',
-        f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
-        f'{assembly.search_target(config, layers):.6g} {unit}',
+      f'Uniform models: {uniform} {unit}',
+      f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
+      f'{assembly.search_target(config, layers):.6g} {unit}',
     ]
   for line in lines:
     console.print(line, markup=False)

@@ -42,9 +42,9 @@ def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   bits = lax.bitcast_convert_type(value, jnp.int32)
   magnitude = bits & _MAGNITUDE
   rounded = jnp.where(
-      is_scaled(format),
-      _round_to_steps(value, magnitude, format),
-      _round_mantissa(bits, magnitude, format),
+    is_scaled(format),
+    _round_to_steps(value, magnitude, format),
+    _round_mantissa(bits, magnitude, format),
   )
   return jnp.where(jnp.isnan(value), value, rounded).astype(x.dtype)
 
@@ -52,7 +52,7 @@ def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
 def _round_to_steps(value, magnitude, format):
   """The formula above, for formats whose steps are normal float32 numbers."""
   exponent = jnp.clip(
-      (magnitude >> _MANTISSA_BITS) - _BIAS, format.exponent_min, format.exponent_max
+    (magnitude >> _MANTISSA_BITS) - _BIAS, format.exponent_min, format.exponent_max
   )
   step_exponent = exponent - format.mantissa_bits
   steps = jnp.round(value * _power_of_two(-step_exponent))
@@ -85,10 +85,10 @@ def is_scaled(format: NumericFormat) -> jax.Array:
 
 
 def clipping_threshold(
-    format: NumericFormat,
-    mean_square: jax.Array,
-    absmax: jax.Array,
-    calibration: str = 'rms',
+  format: NumericFormat,
+  mean_square: jax.Array,
+  absmax: jax.Array,
+  calibration: str = 'rms',
 ) -> jax.Array:
   """Returns the clipping threshold of a tensor in a format.
 
@@ -132,10 +132,10 @@ class Quantizer(NamedTuple):
 
 
 def calibrate(
-    format: NumericFormat,
-    mean_square: jax.Array,
-    absmax: jax.Array,
-    calibration: str = 'rms',
+  format: NumericFormat,
+  mean_square: jax.Array,
+  absmax: jax.Array,
+  calibration: str = 'rms',
 ) -> Quantizer:
   """Returns the quantizer of a tensor whose statistics are given.
 
@@ -146,9 +146,7 @@ def calibrate(
   format = _to_code_range(format)
   # A scale below float32's normal range would be flushed to zero.
   scale = jnp.maximum(threshold / format.max, jnp.finfo(jnp.float32).tiny)
-  return Quantizer(
-      jnp.where(is_scaled(format) & (threshold > 0), scale, 1.0), format
-  )
+  return Quantizer(jnp.where(is_scaled(format) & (threshold > 0), scale, 1.0), format)
 
 
 def _to_code_range(format):
@@ -160,7 +158,7 @@ def _to_code_range(format):
   is_float = is_scaled(format) & (jnp.asarray(format.exponent_max) > 0)
   shift = jnp.where(is_float, format.exponent_max - 1, 0)
   return format._replace(
-      exponent_min=format.exponent_min - shift,
-      exponent_max=format.exponent_max - shift,
-      max=format.max * _power_of_two(-shift),
+    exponent_min=format.exponent_min - shift,
+    exponent_max=format.exponent_max - shift,
+    max=format.max * _power_of_two(-shift),
   )

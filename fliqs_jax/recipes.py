@@ -32,7 +32,7 @@ def start(variant: str, **model: Any) -> ml_collections.ConfigDict:
   """
   if variant not in VARIANTS:
     raise ValueError(
-        f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
+      f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
     )
   config = default_config()
   config.model = model
@@ -40,10 +40,10 @@ def start(variant: str, **model: Any) -> ml_collections.ConfigDict:
 
 
 def imagenet(
-    config: ml_collections.ConfigDict,
-    image_size: int = 224,
-    epochs: int = 90,
-    batch_size: int = 1024,
+  config: ml_collections.ConfigDict,
+  image_size: int = 224,
+  epochs: int = 90,
+  batch_size: int = 1024,
 ) -> None:
   """ImageNet, SGD on a cosine, and a search at 1.5 times the cost of INT4."""
   config.dataset = 'imagenet2012'
@@ -55,27 +55,27 @@ def imagenet(
   config.checkpoint_every = 2_500
   config.log_every = 250
   config.input.update(
-      image_shape=(image_size, image_size, 3),
-      eval_split='validation',
-      augmentation='crop_flip',
-      mean=(0.485, 0.456, 0.406),
-      stddev=(0.229, 0.224, 0.225),
-      num_threads=16,
+    image_shape=(image_size, image_size, 3),
+    eval_split='validation',
+    augmentation='crop_flip',
+    mean=(0.485, 0.456, 0.406),
+    stddev=(0.229, 0.224, 0.225),
+    num_threads=16,
   )
   config.optimizer.update(
-      learning_rate=0.1 * batch_size / 256,  # (Goyal et al., 2017)
-      warmup_steps=5 * _IMAGENET_EXAMPLES // batch_size,
-      weight_decay=1e-4,
-      label_smoothing=0.1,
+    learning_rate=0.1 * batch_size / 256,  # (Goyal et al., 2017)
+    warmup_steps=5 * _IMAGENET_EXAMPLES // batch_size,
+    weight_decay=1e-4,
+    label_smoothing=0.1,
   )
   # INT4 is the cheapest option: a target at its cost would leave nothing to choose.
   config.search.update(
-      formats='int_small', num_samples=8, target_format='int4', target_scale=1.5
+    formats='int_small', num_samples=8, target_format='int4', target_scale=1.5
   )
 
 
 def digits(
-    config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: Any
+  config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: Any
 ) -> None:
   """A search over 2 to 8 bits at the cost of INT3, for minutes on two cores.
 
@@ -105,11 +105,11 @@ def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.Con
   if variant == 'imagenet':
     imagenet(config, image_size, epochs=350)
     config.optimizer.update(
-        name='rmsprop',
-        learning_rate=0.016 * config.batch_size / 256,
-        square_decay=0.9,
-        epsilon=1e-3,
-        weight_decay=1e-5,
+      name='rmsprop',
+      learning_rate=0.016 * config.batch_size / 256,
+      square_decay=0.9,
+      epsilon=1e-3,
+      weight_decay=1e-5,
     )
   else:
     digits(config, width=0.25, small_images=True)

@@ -22,11 +22,11 @@ _PACKAGES = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 
 
 
 def make_result(
-    config: ml_collections.ConfigDict,
-    setup: Setup,
-    choices: np.ndarray,
-    policy: np.ndarray | None,
-    evaluation: Mapping[str, float],
+  config: ml_collections.ConfigDict,
+  setup: Setup,
+  choices: np.ndarray,
+  policy: np.ndarray | None,
+  evaluation: Mapping[str, float],
 ) -> dict[str, Any]:
   """Returns the result of a finished run, ready for JSON.
 
@@ -42,34 +42,32 @@ def make_result(
   searched = policy is not None
   compared = formats_lib.parse_names(config.search.formats) if searched else ()
   return {
-      'model': config.model.name,
-      'dataset': config.dataset,
-      'cost_model': cost_model.name,
-      'cost_unit': cost_model.unit,
-      'target': float(setup.target) if searched else None,
-      'cost': float(cost_model(space, choices)),
-      'seed': config.seed,
-      'steps': config.num_steps,
-      'formats': space.formats_of(choices),
-      'architecture': {},
-      'eval': dict(evaluation),
-      'uniform_costs': {
-          name: cost_model.uniform(space.layers, name) for name in compared
-      },
-      'policy': policy_by_name(space, policy) if searched else {},
-      'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
-      | {'platform': jax.default_backend()},
-      'config': config_to_json(config),
+    'model': config.model.name,
+    'dataset': config.dataset,
+    'cost_model': cost_model.name,
+    'cost_unit': cost_model.unit,
+    'target': float(setup.target) if searched else None,
+    'cost': float(cost_model(space, choices)),
+    'seed': config.seed,
+    'steps': config.num_steps,
+    'formats': space.formats_of(choices),
+    'architecture': {},
+    'eval': dict(evaluation),
+    'uniform_costs': {
+      name: cost_model.uniform(space.layers, name) for name in compared
+    },
+    'policy': policy_by_name(space, policy) if searched else {},
+    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
+    | {'platform': jax.default_backend()},
+    'config': config_to_json(config),
   }
 
 
 def policy_by_name(space, policy: np.ndarray) -> dict[str, dict[str, float]]:
   """Returns `{decision: {format: probability}}` of a policy float[N, K]."""
   return {
-      decision.name: {
-          name: float(p) for name, p in zip(decision.options, probabilities)
-      }
-      for decision, probabilities in zip(space.decisions, policy)
+    decision.name: {name: float(p) for name, p in zip(decision.options, probabilities)}
+    for decision, probabilities in zip(space.decisions, policy)
   }
 
 
@@ -99,18 +97,15 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
     raise ValueError(f'cannot read formats from {str(path)!r}: {reason}') from None
   except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(
-        f'{str(path)!r} is not JSON, or cut off ({error}): expected a '
-        f'{RESULT_FILE}'
+      f'{str(path)!r} is not JSON, or cut off ({error}): expected a {RESULT_FILE}'
     ) from None
   if not isinstance(content, dict) or not isinstance(content.get('formats'), dict):
-    raise ValueError(
-        f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}'
-    )
+    raise ValueError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
   for layer, assigned in content['formats'].items():
     if not isinstance(assigned, dict) or sorted(assigned) != sorted(OPERANDS):
       raise ValueError(
-          f'{str(path)!r}: expected {{"weights": …, "activations": …}} for layer '
-          f'{layer!r}, found {json.dumps(assigned)[:80]}'
+        f'{str(path)!r}: expected {{"weights": …, "activations": …}} for layer '
+        f'{layer!r}, found {json.dumps(assigned)[:80]}'
       )
     for name in assigned.values():
       try:

@@ -44,8 +44,8 @@ class Reward(NamedTuple):
 
 
 REWARDS = {
-    'absolute': Reward(absolute, +1, True),
-    'one_sided_absolute': Reward(one_sided_absolute, +1, True),
-    'soft_exponential': Reward(soft_exponential, -1, False),
-    'hard_exponential': Reward(hard_exponential, -1, False),
+  'absolute': Reward(absolute, +1, True),
+  'one_sided_absolute': Reward(one_sided_absolute, +1, True),
+  'soft_exponential': Reward(soft_exponential, -1, False),
+  'hard_exponential': Reward(hard_exponential, -1, False),
 }

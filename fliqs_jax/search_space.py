@@ -65,7 +65,7 @@ def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer,
       macs = y.size * int(np.prod([w.shape[a] for a in contracted]))
       *path, name = operator.path
       layer = Layer(
-          '/'.join(path), name, operator.kind, x.shape, w.shape, y.shape, macs, 0
+        '/'.join(path), name, operator.kind, x.shape, w.shape, y.shape, macs, 0
       )
       if layer.path in found:  # a module that is called twice
         layer = layer._replace(macs=macs + found[layer.path].macs)
@@ -74,7 +74,7 @@ def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer,
 
   with nn.intercept_methods(record):
     variables = jax.eval_shape(
-        functools.partial(model.init, **kwargs), jax.random.key(0), inputs
+      functools.partial(model.init, **kwargs), jax.random.key(0), inputs
     )
   params = traverse_util.flatten_dict(variables['params'], sep='/')
   return tuple(
@@ -123,7 +123,9 @@ class SearchSpace:
     """int32[N, K], the row in the format table of each option, 0 where padded."""
     ids = np.zeros(self.valid.shape, np.int32)
     for row, decision in zip(ids, self.decisions):
-      row[: len(decision.options)] = list(map(self.format_names.index, decision.options))
+      row[: len(decision.options)] = list(
+        map(self.format_names.index, decision.options)
+      )
     return ids
 
   def format_ids(self, choices: jax.Array | np.ndarray) -> LayerFormats:
@@ -138,8 +140,8 @@ class SearchSpace:
     numpy = np if isinstance(choices, np.ndarray) else jnp
     chosen = numpy.asarray(self._option_ids)[np.arange(len(self.decisions)), choices]
     fixed = numpy.broadcast_to(
-        np.arange(len(self.format_names), dtype=np.int32),
-        (*chosen.shape[:-1], len(self.format_names)),
+      np.arange(len(self.format_names), dtype=np.int32),
+      (*chosen.shape[:-1], len(self.format_names)),
     )
     ids = numpy.concatenate([chosen, fixed], axis=-1)
     offset = len(self.decisions)
@@ -152,7 +154,7 @@ class SearchSpace:
     ))  # fmt: skip
 
   def bind(
-      self, choices: jax.Array, quantize_activations: jax.Array | bool = True
+    self, choices: jax.Array, quantize_activations: jax.Array | bool = True
   ) -> dict[str, Any]:
     """Returns the variable collection `formats` in which the operators find theirs.
 
@@ -164,23 +166,30 @@ class SearchSpace:
     table = formats_lib.stack(self.format_names)
     weights, activations = self.format_ids(choices)
     activations = jnp.where(
-        quantize_activations, activations, self.format_names.index(UNQUANTIZED)
+      quantize_activations, activations, self.format_names.index(UNQUANTIZED)
     )
     rows = jax.tree.map(
-        lambda field: LayerFormats(
-            jnp.asarray(field)[weights], jnp.asarray(field)[activations]
-        ),
-        table,
+      lambda field: LayerFormats(
+        jnp.asarray(field)[weights], jnp.asarray(field)[activations]
+      ),
+      table,
     )
     layer_formats = LayerFormats(
-        *(type(table)(*(getattr(field, operand) for field in rows)) for operand in OPERANDS)
+      *(
+        type(table)(*(getattr(field, operand) for field in rows))
+        for operand in OPERANDS
+      )
     )
-    return traverse_util.unflatten_dict({
-        (*filter(None, layer.path.split('/')), layer.operator, LAYER_FORMATS): jax.tree.map(
-            lambda field, i=i: field[i], layer_formats
-        )
+    return traverse_util.unflatten_dict(
+      {
+        (
+          *filter(None, layer.path.split('/')),
+          layer.operator,
+          LAYER_FORMATS,
+        ): jax.tree.map(lambda field, i=i: field[i], layer_formats)
         for i, layer in enumerate(self.layers)
-    })
+      }
+    )
 
   def formats_of(self, choices: np.ndarray) -> dict[str, dict[str, str]]:
     """Returns `{module path: {'weights': name, 'activations': name}}`.
@@ -190,10 +199,10 @@ class SearchSpace:
     """
     ids = self.format_ids(np.asarray(choices))
     return {
-        layer.path: {
-            operand: self.format_names[getattr(ids, operand)[i]] for operand in OPERANDS
-        }
-        for i, layer in enumerate(self.layers)
+      layer.path: {
+        operand: self.format_names[getattr(ids, operand)[i]] for operand in OPERANDS
+      }
+      for i, layer in enumerate(self.layers)
     }
 
   def choices_of(self, formats: Mapping[str, Mapping[str, str]]) -> np.ndarray:
@@ -213,13 +222,13 @@ class SearchSpace:
           options, previous = self.decisions[assigned].options, choices[assigned]
         if name not in options:
           raise ValueError(
-              f'{layer.path}: {operand} in {name} are outside the search space, '
-              f'which has {", ".join(options)}'
+            f'{layer.path}: {operand} in {name} are outside the search space, '
+            f'which has {", ".join(options)}'
           )
         if previous not in (-1, options.index(name)):
           raise ValueError(
-              f'{layer.path}: {operand} in {name}, but the decision '
-              f'{self.decisions[assigned].name!r} already has {options[previous]}'
+            f'{layer.path}: {operand} in {name}, but the decision '
+            f'{self.decisions[assigned].name!r} already has {options[previous]}'
           )
         if not isinstance(assigned, str):
           choices[assigned] = options.index(name)
@@ -227,7 +236,7 @@ class SearchSpace:
 
 
 def check_layers(
-    layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+  layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
 ) -> None:
   """Raises ValueError where `formats` is not an assignment for exactly these layers."""
   paths = {layer.path for layer in layers}
@@ -235,15 +244,15 @@ def check_layers(
   unknown = [path for path in formats if path not in paths]
   if missing or unknown:
     parts = [
-        f'{what} {", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
-        for what, names in (('it lacks', missing), ('the network has no', unknown))
-        if names
+      f'{what} {", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
+      for what, names in (('it lacks', missing), ('the network has no', unknown))
+      if names
     ]
     raise ValueError(f'the formats are for another network: {"; ".join(parts)}')
 
 
 def fixed_space(
-    layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+  layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
 ) -> SearchSpace:
   """Returns the space without decisions in which every layer has the given formats.
 
@@ -252,7 +261,7 @@ def fixed_space(
   """
   check_layers(layers, formats)
   weights, activations = (
-      tuple(formats[layer.path][operand] for layer in layers) for operand in OPERANDS
+    tuple(formats[layer.path][operand] for layer in layers) for operand in OPERANDS
   )
   return SearchSpace(tuple(layers), (), weights, activations)
 
@@ -263,11 +272,11 @@ def uniform_space(layers: Sequence[Layer], name: str) -> SearchSpace:
 
 
 def build_space(
-    layers: Sequence[Layer],
-    options: Sequence[str],
-    operands: str = 'tied',
-    groups: Sequence[str] = (),
-    pins: Sequence[tuple[str, str]] = (),
+  layers: Sequence[Layer],
+  options: Sequence[str],
+  operands: str = 'tied',
+  groups: Sequence[str] = (),
+  pins: Sequence[tuple[str, str]] = (),
 ) -> SearchSpace:
   """Returns the search space over the layers of a network.
 
@@ -288,7 +297,7 @@ def build_space(
   """
   if operands not in SEARCHED_OPERANDS:
     raise ValueError(
-        f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
+      f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
     )
   owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
   pinned = dict(pins)
@@ -319,10 +328,10 @@ def build_space(
       weights.append(decision(key, name))
       activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
   return SearchSpace(
-      layers=tuple(layers),
-      decisions=tuple(Decision(name, tuple(options)) for name in decisions.values()),
-      weights=tuple(weights),
-      activations=tuple(activations),
+    layers=tuple(layers),
+    decisions=tuple(Decision(name, tuple(options)) for name in decisions.values()),
+    weights=tuple(weights),
+    activations=tuple(activations),
   )
 
 
@@ -338,14 +347,14 @@ def _match_all(regexes, layers):
     matches = [m for layer in layers if (m := pattern.fullmatch(layer.path))]
     if not matches:
       problems.append(
-          f'{regex!r} matches the whole path of no layer; the layers are '
-          f'{_shorten([layer.path for layer in layers])}'
+        f'{regex!r} matches the whole path of no layer; the layers are '
+        f'{_shorten([layer.path for layer in layers])}'
       )
     for match in matches:
       if match.string in owner:
         problems.append(
-            f'{match.string} is matched by both {owner[match.string].re.pattern!r} '
-            f'and {regex!r}'
+          f'{match.string} is matched by both {owner[match.string].re.pattern!r} '
+          f'and {regex!r}'
         )
       owner[match.string] = match
   if problems:

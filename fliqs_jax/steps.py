@@ -1,8 +1,8 @@
 """The pure steps: search, training with fixed formats, statistics, evaluation.
 
 A batch is a dict of arrays, `image: [S, B, ...]` and `label: [S, B]`, where sample `s`
-of the policy sees slice `s`. Steps run on a mesh `('sample', 'data')`: each device scans
-its samples, and the devices of one sample split its examples.
+of the policy sees slice `s`. Steps run on a mesh `('sample', 'data')`: each device
+scans its samples, and the devices of one sample split its examples.
 """
 
 from collections.abc import Callable
@@ -44,16 +44,18 @@ def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+  logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
   """Returns the softmax cross entropy of each example, float32[B]."""
   targets = jax.nn.one_hot(labels, logits.shape[-1])
   return optax.softmax_cross_entropy(
-      logits, optax.smooth_labels(targets, label_smoothing)
+    logits, optax.smooth_labels(targets, label_smoothing)
   )
 
 
-def classification(quality: str = 'accuracy', label_smoothing: float = 0.0) -> Objective:
+def classification(
+  quality: str = 'accuracy', label_smoothing: float = 0.0
+) -> Objective:
   """Returns the objective of a classifier.
 
   Args:
@@ -65,11 +67,11 @@ def classification(quality: str = 'accuracy', label_smoothing: float = 0.0) -> O
     return jnp.mean(cross_entropy(logits, batch['label'], smoothing))
 
   return Objective(
-      loss=functools.partial(mean_loss, smoothing=label_smoothing),
-      quality=accuracy
-      if quality == 'accuracy'
-      else lambda logits, batch: -mean_loss(logits, batch, 0.0),
-      metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
+    loss=functools.partial(mean_loss, smoothing=label_smoothing),
+    quality=accuracy
+    if quality == 'accuracy'
+    else lambda logits, batch: -mean_loss(logits, batch, 0.0),
+    metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
   )
 
 
@@ -114,11 +116,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _forward(state, params, formats, batch, key):
   """Returns the outputs and the updated statistics of a forward pass in training."""
   return state.apply_fn(
-      {'params': params, FORMATS: formats, **state.model_stats},
-      batch['image'],
-      train=True,
-      mutable=[BATCH_STATS, QUANT_STATS],
-      rngs={'dropout': key},
+    {'params': params, FORMATS: formats, **state.model_stats},
+    batch['image'],
+    train=True,
+    mutable=[BATCH_STATS, QUANT_STATS],
+    rngs={'dropout': key},
   )
 
 
@@ -131,12 +133,12 @@ def _gradients(state, objective, formats, batch, key):
     return loss, (stats, outputs)
 
   (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params
+    state.params
   )
   metrics = {
-      'loss': loss,
-      'quality': objective.quality(outputs, batch),
-      **objective.metrics(outputs, batch),
+    'loss': loss,
+    'quality': objective.quality(outputs, batch),
+    **objective.metrics(outputs, batch),
   }
   return gradients, stats, metrics
 
@@ -174,25 +176,25 @@ def _mean_over_samples(function, mesh, *per_sample):
   # need not know of any axis. Unchecked, because a checked gradient with respect to
   # the replicated weights would be reduced over devices for every sample, not once.
   return jax.shard_map(
-      on_one_device,
-      mesh=mesh,
-      in_specs=P('sample'),
-      out_specs=(P(), P('sample')),
-      axis_names={'sample'},
-      check_vma=False,
+    on_one_device,
+    mesh=mesh,
+    in_specs=P('sample'),
+    out_specs=(P(), P('sample')),
+    axis_names={'sample'},
+    check_vma=False,
   )(*per_sample)
 
 
 def _apply(state, gradients, stats):
   return state.apply_gradients(
-      grads=gradients,
-      batch_stats=stats.get(BATCH_STATS, {}),
-      quant_stats=stats.get(QUANT_STATS, {}),
+    grads=gradients,
+    batch_stats=stats.get(BATCH_STATS, {}),
+    quant_stats=stats.get(QUANT_STATS, {}),
   )
 
 
 def make_search_step(
-    problem: SearchProblem, objective: Objective, num_samples: int, mesh: Mesh
+  problem: SearchProblem, objective: Objective, num_samples: int, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that updates weights and policy together.
 
@@ -221,34 +223,34 @@ def make_search_step(
   def search_step(state, batch):
     step_key = jax.random.fold_in(state.key, state.step)
     sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
-        jnp.arange(num_samples)
+      jnp.arange(num_samples)
     )
     policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
     choices = problem.controller.sample(state.controller, policy_keys)
     (gradients, stats), metrics = _mean_over_samples(
-        functools.partial(one_sample, state), mesh, batch, choices, model_keys
+      functools.partial(one_sample, state), mesh, batch, choices, model_keys
     )
     costs = problem.cost_model(space, choices)
     rewards = problem.reward(metrics['quality'], costs)
     controller_state, controller_metrics = problem.controller.update(
-        state.controller, choices, rewards, state.step
+      state.controller, choices, rewards, state.step
     )
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
     return new_state, {
-        **jax.tree.map(jnp.mean, metrics),
-        **controller_metrics,
-        'cost': jnp.mean(costs),
-        'cost_ratio': jnp.mean(costs) / problem.target,
-        'reward': jnp.mean(rewards),
-        'gradient_norm': optax.tree.norm(gradients),
-        'choices': choices,
+      **jax.tree.map(jnp.mean, metrics),
+      **controller_metrics,
+      'cost': jnp.mean(costs),
+      'cost_ratio': jnp.mean(costs) / problem.target,
+      'reward': jnp.mean(rewards),
+      'gradient_norm': optax.tree.norm(gradients),
+      'choices': choices,
     }
 
   return _jit_step(search_step, mesh)
 
 
 def make_train_step(
-    space: SearchSpace, objective: Objective, activation_delay: int, mesh: Mesh
+  space: SearchSpace, objective: Objective, activation_delay: int, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that trains the weights under fixed formats.
 
@@ -273,15 +275,15 @@ def make_train_step(
 
     (gradients, stats), metrics = _mean_over_samples(one_sample, mesh, batch, keys)
     return _apply(state, gradients, stats), {
-        **jax.tree.map(jnp.mean, metrics),
-        'gradient_norm': optax.tree.norm(gradients),
+      **jax.tree.map(jnp.mean, metrics),
+      'gradient_norm': optax.tree.norm(gradients),
     }
 
   return _jit_step(train_step, mesh)
 
 
 def make_statistics_step(
-    space: SearchSpace, mesh: Mesh
+  space: SearchSpace, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Any]:
   """Returns the jitted step that measures batch norm's statistics on one batch.
 
@@ -308,18 +310,18 @@ def make_statistics_step(
     # network once, since in training it does not depend on the old ones.
     from_zeros, from_ones = updated(jnp.zeros_like), updated(jnp.ones_like)
     return jax.tree.map(
-        lambda zero, one: zero / (1 - (one - zero)), from_zeros, from_ones
+      lambda zero, one: zero / (1 - (one - zero)), from_zeros, from_ones
     )
 
   return jax.jit(
-      statistics_step,
-      in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
-      out_shardings=replicated(mesh),
+    statistics_step,
+    in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
   )
 
 
 def make_eval_step(
-    space: SearchSpace, mesh: Mesh
+  space: SearchSpace, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
   """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
 
@@ -337,22 +339,22 @@ def make_eval_step(
     losses = cross_entropy(logits, batch['label'])
     mask = batch['mask']
     return {
-        'accuracy': jnp.sum(correct & mask),
-        'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
-        'num_examples': jnp.sum(mask),
+      'accuracy': jnp.sum(correct & mask),
+      'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
+      'num_examples': jnp.sum(mask),
     }
 
   return jax.jit(
-      eval_step,
-      in_shardings=(replicated(mesh), replicated(mesh), eval_sharding(mesh)),
-      out_shardings=replicated(mesh),
+    eval_step,
+    in_shardings=(replicated(mesh), replicated(mesh), eval_sharding(mesh)),
+    out_shardings=replicated(mesh),
   )
 
 
 def _jit_step(step, mesh):
   return jax.jit(
-      step,
-      in_shardings=(replicated(mesh), batch_sharding(mesh)),
-      out_shardings=replicated(mesh),
-      donate_argnums=0,
+    step,
+    in_shardings=(replicated(mesh), batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
+    donate_argnums=0,
   )

@@ -21,8 +21,9 @@ from fliqs_jax.train_state import TrainState, create_train_state
 
 _logger = logging.getLogger(__name__)
 
+
 def run(
-    config: ml_collections.ConfigDict, workdir: str, allow_config_change: bool = False
+  config: ml_collections.ConfigDict, workdir: str, allow_config_change: bool = False
 ) -> dict[str, Any]:
   """Runs what `config.mode` says and returns the result.
 
@@ -68,8 +69,8 @@ def _prepare(config, workdir, allow_config_change):
 def _read_fixed_formats(config):
   if not config.formats:
     raise ValueError(
-        'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-        'the path of a search_result.json'
+      'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
+      'the path of a search_result.json'
     )
   return results.read_assignment(config.formats)
 
@@ -102,11 +103,11 @@ def _train(config, workdir, setup, builder):
 def _initial_state(config, setup, mesh):
   def init(key):
     return create_train_state(
-        setup.model,
-        jnp.zeros(setup.inputs.shape, setup.inputs.dtype),
-        setup.optimizer,
-        setup.problem and setup.problem.controller,
-        key,
+      setup.model,
+      jnp.zeros(setup.inputs.shape, setup.inputs.dtype),
+      setup.optimizer,
+      setup.problem and setup.problem.controller,
+      key,
     )
 
   init = jax.jit(init, out_shardings=steps.replicated(mesh))
@@ -116,30 +117,30 @@ def _initial_state(config, setup, mesh):
 def _make_step(config, setup, mesh):
   if setup.problem:
     return steps.make_search_step(
-        setup.problem, setup.objective, config.search.num_samples, mesh
+      setup.problem, setup.objective, config.search.num_samples, mesh
     )
   return steps.make_train_step(
-      setup.space, setup.objective, config.search.activation_delay, mesh
+    setup.space, setup.objective, config.search.activation_delay, mesh
   )
 
 
 def _loop(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    setup: assembly.Setup,
-    mesh: jax.sharding.Mesh,
-    state: TrainState,
-    batches: grain.DatasetIterator,
-    step_fn: Callable,
-    checkpoints: Checkpoints,
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  setup: assembly.Setup,
+  mesh: jax.sharding.Mesh,
+  state: TrainState,
+  batches: grain.DatasetIterator,
+  step_fn: Callable,
+  checkpoints: Checkpoints,
 ) -> TrainState:
   """Takes the steps from `state.step` to the last one; returns the state after it."""
   start = int(state.step)
   sharding = steps.batch_sharding(mesh)
   commits = setup.problem is not None and config.search.hard_budget
   with (
-      workdirs.History(workdir, start) as history,
-      display.Progress(start, config.num_steps) as progress,
+    workdirs.History(workdir, start) as history,
+    display.Progress(start, config.num_steps) as progress,
   ):
     pending = []
     for step in range(start, config.num_steps):
@@ -169,16 +170,18 @@ def _average(pending, step):
   Raises:
     FloatingPointError: where a loss is not finite; it names the step.
   """
-  rows = jax.device_get([
+  rows = jax.device_get(
+    [
       {name: value for name, value in metrics.items() if value.ndim == 0}
       for metrics in pending
-  ])
+    ]
+  )
   for index, row in enumerate(rows):
     for name in ('loss', 'gradient_norm'):
       if not np.isfinite(row[name]):
         raise FloatingPointError(
-            f'{name} is {row[name]} at step {step - len(rows) + index + 1}: lower '
-            'optimizer.learning_rate, or lengthen search.activation_delay'
+          f'{name} is {row[name]} at step {step - len(rows) + index + 1}: lower '
+          'optimizer.learning_rate, or lengthen search.activation_delay'
         )
   return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -187,7 +190,7 @@ def _policy(setup, state):
   if not setup.problem:
     return {}
   probabilities = policy_probabilities(
-      jax.device_get(state.controller.logits), setup.space.valid
+    jax.device_get(state.controller.logits), setup.space.valid
   )
   return results.policy_by_name(setup.space, np.asarray(probabilities))
 
@@ -205,7 +208,7 @@ def _likeliest_within_target(setup, state):
   with np.errstate(divide='ignore'):
     log_policy = np.log(policy)
   return budget.most_likely_within(
-      setup.space, setup.cost_model, log_policy, setup.target
+    setup.space, setup.cost_model, log_policy, setup.target
   )
 
 
@@ -231,7 +234,7 @@ def _reestimate(config, setup, mesh, builder, state, choices):
   total = jax.tree.map(jnp.zeros_like, state.batch_stats)
   for _ in range(config.search.statistics_batches):
     batch = jax.make_array_from_process_local_data(
-        steps.batch_sharding(mesh), next(batches)
+      steps.batch_sharding(mesh), next(batches)
     )
     total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
   mean = jax.tree.map(lambda a: a / config.search.statistics_batches, total)
@@ -249,8 +252,8 @@ def _evaluate(config, setup, mesh, builder, state, choices):
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))
   return {
-      **{name: total / num_examples for name, total in totals.items()},
-      'num_examples': num_examples,
+    **{name: total / num_examples for name, total in totals.items()},
+    'num_examples': num_examples,
   }
 
 
@@ -283,15 +286,15 @@ def _evaluated_formats(config, source):
   trained = workdirs.read_config(source)
   if trained.model.to_dict() != results.config_to_json(config)['model']:
     raise ValueError(
-        f'{str(source)!r} holds a checkpoint of model {trained.model.to_dict()}, but the '
-        f'config has {config.model.to_dict()}'
+      f'{str(source)!r} holds a checkpoint of model {trained.model.to_dict()}, but the '
+      f'config has {config.model.to_dict()}'
     )
   if config.formats:
     return results.read_assignment(config.formats)
   if not (source / results.RESULT_FILE).exists():
     raise ValueError(
-        f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '
-        'finished: give the formats to evaluate with --config.formats'
+      f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '
+      'finished: give the formats to evaluate with --config.formats'
     )
   return results.read_result(source / results.RESULT_FILE)['formats']
 

@@ -28,11 +28,11 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(
-    model: nn.Module,
-    inputs: jax.Array,
-    optimizer: optax.GradientTransformation,
-    controller: Controller | None,
-    key: jax.Array,
+  model: nn.Module,
+  inputs: jax.Array,
+  optimizer: optax.GradientTransformation,
+  controller: Controller | None,
+  key: jax.Array,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -46,11 +46,11 @@ def create_train_state(
   init_key, run_key = jax.random.split(key)
   variables = model.init(init_key, inputs, train=False)
   return TrainState.create(
-      apply_fn=model.apply,
-      params=variables['params'],
-      tx=optimizer,
-      batch_stats=variables.get(BATCH_STATS, {}),
-      quant_stats=variables.get(QUANT_STATS, {}),
-      controller=controller and controller.init(),
-      key=run_key,
+    apply_fn=model.apply,
+    params=variables['params'],
+    tx=optimizer,
+    batch_stats=variables.get(BATCH_STATS, {}),
+    quant_stats=variables.get(QUANT_STATS, {}),
+    controller=controller and controller.init(),
+    key=run_key,
   )

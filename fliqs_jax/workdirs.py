@@ -16,7 +16,7 @@ HISTORY_FILE = 'history.jsonl'
 
 
 def check(
-    config: ml_collections.ConfigDict, workdir: epath.Path, allow_config_change: bool
+  config: ml_collections.ConfigDict, workdir: epath.Path, allow_config_change: bool
 ) -> None:
   """Checks that a run with this config can start or go on in a folder.
 
@@ -31,15 +31,15 @@ def check(
   old = _flatten(read_config(workdir).to_dict())
   new = _flatten(results.config_to_json(config))
   differing = [
-      f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
-      for key in sorted({*old, *new})
-      if old.get(key) != new.get(key)
+    f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
+    for key in sorted({*old, *new})
+    if old.get(key) != new.get(key)
   ]
   if differing:
     raise ValueError(
-        f'workdir {str(workdir)!r} holds a run with another config: '
-        f'{", ".join(differing)}; name another --workdir, or go on all the same with '
-        '--allow_config_change'
+      f'workdir {str(workdir)!r} holds a run with another config: '
+      f'{", ".join(differing)}; name another --workdir, or go on all the same with '
+      '--allow_config_change'
     )
 
 
@@ -53,7 +53,9 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   try:
     content = json.loads(path.read_text())
   except FileNotFoundError:
-    raise ValueError(f'{str(workdir)!r} holds no run: it has no {CONFIG_FILE}') from None
+    raise ValueError(
+      f'{str(workdir)!r} holds no run: it has no {CONFIG_FILE}'
+    ) from None
   except (OSError, ValueError) as error:
     raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
   if not isinstance(content, dict):
@@ -72,7 +74,7 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
     results.write_json(workdir / name, content)
   except OSError as error:
     raise ConfigError(
-        f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
+      f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
     ) from None
 
 
@@ -107,7 +109,7 @@ class History:
       self._events.close()
 
   def write(
-      self, step: int, scalars: dict[str, float], policy: dict[str, dict[str, float]]
+    self, step: int, scalars: dict[str, float], policy: dict[str, dict[str, float]]
   ) -> None:
     """Appends a line; it is on disk when the call returns."""
     if not self._writes:
@@ -130,7 +132,7 @@ def _flatten(tree, prefix=''):
   if not isinstance(tree, dict):
     return {prefix: tree}
   return {
-      path: leaf
-      for key, value in tree.items()
-      for path, leaf in _flatten(value, f'{prefix}.{key}' if prefix else key).items()
+    path: leaf
+    for key, value in tree.items()
+    for path, leaf in _flatten(value, f'{prefix}.{key}' if prefix else key).items()
   }

@@ -13,26 +13,26 @@ CONFIG = '--config=configs/resnet18.py:digits'
 
 def command(module, *arguments, **environment):
   return subprocess.run(
-      [sys.executable, '-m', f'fliqs_jax.{module}', *arguments],
-      cwd=ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
-      capture_output=True,
-      text=True,
+    [sys.executable, '-m', f'fliqs_jax.{module}', *arguments],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    capture_output=True,
+    text=True,
   )
 
 
 @pytest.mark.parametrize(
-    'arguments, expected',
-    [
-        ([CONFIG], '--workdir is missing'),
-        (['--config=configs/nope.py', '--workdir={}'], "'configs/nope.py' does not exist"),
-        (['--config=configs/resnet18.py:digit', '--workdir={}'], "variant 'digit'"),
-        ([CONFIG, '--workdir={}', '--config.serach.formats=int4'], "'search.formats'"),
-        ([CONFIG, '--workdir={}', '--config.num_steps=many'], "'many'"),
-        ([CONFIG, '--workdir={}', '--config.search.num_samples=0'], 'num_samples=0'),
-        ([CONFIG, '--workdir={}', 'more'], "unexpected argument 'more'"),
-        ([CONFIG, '--wordkir={}'], 'Did you mean: workdir'),
-    ],
+  'arguments, expected',
+  [
+    ([CONFIG], '--workdir is missing'),
+    (['--config=configs/nope.py', '--workdir={}'], "'configs/nope.py' does not exist"),
+    (['--config=configs/resnet18.py:digit', '--workdir={}'], "variant 'digit'"),
+    ([CONFIG, '--workdir={}', '--config.serach.formats=int4'], "'search.formats'"),
+    ([CONFIG, '--workdir={}', '--config.num_steps=many'], "'many'"),
+    ([CONFIG, '--workdir={}', '--config.search.num_samples=0'], 'num_samples=0'),
+    ([CONFIG, '--workdir={}', 'more'], "unexpected argument 'more'"),
+    ([CONFIG, '--wordkir={}'], 'Did you mean: workdir'),
+  ],
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
   workdir = tmp_path / 'run'
@@ -62,7 +62,13 @@ def test_search_from_the_command_line(tmp_path, data_dir):
       '--config.model.width=0.0625', '--config.search.statistics_batches=2',
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
-  for text in ('conv_init', 'classifier', 'of the target', 'One-shot accuracy', 'Files:'):
+  for text in (
+    'conv_init',
+    'classifier',
+    'of the target',
+    'One-shot accuracy',
+    'Files:',
+  ):
     assert text in result.stdout
   assert 'step 8/8' in result.stderr
   assert (tmp_path / 'run' / 'search_result.json').exists()
@@ -78,7 +84,9 @@ def test_overview_reproduces_a_published_cost():
   assert set(content) == {
       'model', 'cost_model', 'cost_unit', 'format', 'total', 'params', 'macs', 'layers'
   }  # fmt: skip
-  assert f'{content["total"]:.2f}' == '31.13'  # ResNet-18 in E4M3 at width 0.5, as FLIQS publishes it
+  assert (
+    f'{content["total"]:.2f}' == '31.13'
+  )  # ResNet-18 in E4M3 at width 0.5, as FLIQS publishes it
   assert content['total'] == pytest.approx(64e-9 * content['macs'])
   assert content['macs'] == sum(layer['macs'] for layer in content['layers'])
   assert set(content['layers'][0]) == {'name', 'kind', 'macs', 'params', 'cost'}

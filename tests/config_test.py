@@ -32,33 +32,33 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
 
 
 @pytest.mark.parametrize(
-    'changes, expected',
-    [
-        ({'mode': 'serach'}, "mode='serach'"),
-        ({'dtype': 'float16'}, "dtype='float16'"),
-        ({'num_steps': 0}, 'num_steps=0'),
-        ({'batch_size': -4}, 'batch_size=-4'),
-        ({'search.num_samples': 0}, 'search.num_samples=0'),
-        ({'optimizer.learning_rate': float('nan')}, 'optimizer.learning_rate=nan'),
-        ({'optimizer.momentum': 1.0}, 'optimizer.momentum=1.0'),
-        ({'batch_size': 66}, 'a multiple of 4'),
-        ({'input.image_shape': (8, 8)}, 'input.image_shape=(8, 8)'),
-        ({'input.mean': (0.5, 0.5)}, 'input.mean=(0.5, 0.5)'),
-        ({'search.cost_model': 'bop'}, "the nearest is 'bops'"),
-        ({'search.formats': 'int4,int9'}, "the nearest is 'int8'"),
-        ({'search.target_format': 'e9m9'}, "unknown format 'e9m9'"),
-        ({'search.pins': (('a', 'int1'),)}, "unknown format 'int1'"),
-        ({'search.target': 0.0}, 'search.target=0.0'),
-        ({'search.policy_delay': 1000, 'search.hard_budget': False}, 'never learns'),
-        ({'search.activation_delay': 1000}, 'never quantized'),
-        ({'search.commit_step': 250}, 'search.commit_step=250'),
-        ({'search.commit_step': 1000}, 'search.commit_step=1000'),
-        ({'reward.name': 'abs'}, "reward.name='abs'"),
-        ({'reward.beta': -1.0}, 'expected a number above 0'),
-        ({'reward.name': 'soft_exponential'}, 'expected a number below 0'),
-        ({'reward.split': 'validation'}, 'input.reward_split'),
-        ({'search.num_samples': 1}, 'the baseline `moving`'),
-    ],
+  'changes, expected',
+  [
+    ({'mode': 'serach'}, "mode='serach'"),
+    ({'dtype': 'float16'}, "dtype='float16'"),
+    ({'num_steps': 0}, 'num_steps=0'),
+    ({'batch_size': -4}, 'batch_size=-4'),
+    ({'search.num_samples': 0}, 'search.num_samples=0'),
+    ({'optimizer.learning_rate': float('nan')}, 'optimizer.learning_rate=nan'),
+    ({'optimizer.momentum': 1.0}, 'optimizer.momentum=1.0'),
+    ({'batch_size': 66}, 'a multiple of 4'),
+    ({'input.image_shape': (8, 8)}, 'input.image_shape=(8, 8)'),
+    ({'input.mean': (0.5, 0.5)}, 'input.mean=(0.5, 0.5)'),
+    ({'search.cost_model': 'bop'}, "the nearest is 'bops'"),
+    ({'search.formats': 'int4,int9'}, "the nearest is 'int8'"),
+    ({'search.target_format': 'e9m9'}, "unknown format 'e9m9'"),
+    ({'search.pins': (('a', 'int1'),)}, "unknown format 'int1'"),
+    ({'search.target': 0.0}, 'search.target=0.0'),
+    ({'search.policy_delay': 1000, 'search.hard_budget': False}, 'never learns'),
+    ({'search.activation_delay': 1000}, 'never quantized'),
+    ({'search.commit_step': 250}, 'search.commit_step=250'),
+    ({'search.commit_step': 1000}, 'search.commit_step=1000'),
+    ({'reward.name': 'abs'}, "reward.name='abs'"),
+    ({'reward.beta': -1.0}, 'expected a number above 0'),
+    ({'reward.name': 'soft_exponential'}, 'expected a number below 0'),
+    ({'reward.split': 'validation'}, 'input.reward_split'),
+    ({'search.num_samples': 1}, 'the baseline `moving`'),
+  ],
 )
 def test_one_line_for_each_mistake(changes, expected):
   (problem,) = problems_of(**changes)
@@ -66,26 +66,31 @@ def test_one_line_for_each_mistake(changes, expected):
 
 
 def test_exponential_rewards_take_no_negative_quality():
-  problems = problems_of(**{
+  problems = problems_of(
+    **{
       'reward.name': 'hard_exponential',
       'reward.beta': -0.07,
       'reward.quality': 'minus_loss',
-  })
+    }
+  )
   assert len(problems) == 1 and 'multiplies the quality' in problems[0]
 
 
 @pytest.mark.parametrize(
-    'num_devices, num_samples, batch_size, valid',
-    [(8, 4, 64, True), (8, 4, 60, False), (3, 4, 24, True), (3, 4, 64, False)],
+  'num_devices, num_samples, batch_size, valid',
+  [(8, 4, 64, True), (8, 4, 60, False), (3, 4, 24, True), (3, 4, 64, False)],
 )
 def test_batches_split_over_samples_and_devices(
-    num_devices, num_samples, batch_size, valid
+  num_devices, num_samples, batch_size, valid
 ):
-  problems = problems_of(num_devices, **{
+  problems = problems_of(
+    num_devices,
+    **{
       'search.num_samples': num_samples,
       'batch_size': batch_size,
       'eval_batch_size': 24,
-  })
+    },
+  )
   assert (not problems) == valid
 
 
@@ -97,16 +102,16 @@ def test_placeholders_keep_their_type():
 
 
 @pytest.mark.parametrize(
-    'changes, expected',
-    [
-        ({'model.name': 'resnet17'}, "the nearest is 'resnet18'"),
-        ({'model.width': 1e-4}, 'cannot be built'),
-        ({'search.groups': ('nothing',)}, "'nothing' matches the whole path of no layer"),
-        ({'search.groups': ('(',)}, 'not a regular expression'),
-        ({'search.groups': ('.*', 'conv_init')}, 'conv_init is matched by both'),
-        ({'search.pins': (('.*', 'int8'),)}, 'nothing to search'),
-        ({'search.target': 1e9}, 'cannot be reached'),
-    ],
+  'changes, expected',
+  [
+    ({'model.name': 'resnet17'}, "the nearest is 'resnet18'"),
+    ({'model.width': 1e-4}, 'cannot be built'),
+    ({'search.groups': ('nothing',)}, "'nothing' matches the whole path of no layer"),
+    ({'search.groups': ('(',)}, 'not a regular expression'),
+    ({'search.groups': ('.*', 'conv_init')}, 'conv_init is matched by both'),
+    ({'search.pins': (('.*', 'int8'),)}, 'nothing to search'),
+    ({'search.target': 1e9}, 'cannot be reached'),
+  ],
 )
 def test_problems_that_need_the_network(changes, expected):
   config = default_config()

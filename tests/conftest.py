@@ -16,7 +16,7 @@ jax.config.update('jax_num_cpu_devices', 2)
 # A network of seven layers, because what takes time here is compiling.
 TINY_LAYERS = 7
 models.MODELS['tiny'] = functools.partial(
-    resnet.ResNet, stage_sizes=(1, 1), block=resnet.BasicBlock
+  resnet.ResNet, stage_sizes=(1, 1), block=resnet.BasicBlock
 )
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,6 +14,6 @@ def test_core_imports():
   modules = ', '.join(f'fliqs_jax.{name}' for name in CORE)
   script = f'import sys, {modules}\nprint([m for m in {FORBIDDEN} if m in sys.modules])'
   result = subprocess.run(
-      [sys.executable, '-c', script], capture_output=True, text=True, check=True
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
   )
   assert result.stdout.strip() == '[]'

@@ -35,10 +35,12 @@ def test_evaluation_sees_every_example_once(config, builder):
   labels = np.concatenate([b['label'][b['mask']] for b in batches])
   digits = sklearn_datasets.load_digits()
   expected = sorted(
-      (label, *np.round(image.ravel() * 255 / 16))
-      for image, label in zip(digits.images[::5], digits.target[::5])
+    (label, *np.round(image.ravel() * 255 / 16))
+    for image, label in zip(digits.images[::5], digits.target[::5])
   )
-  found = sorted((label, *np.round(image.ravel())) for image, label in zip(images, labels))
+  found = sorted(
+    (label, *np.round(image.ravel())) for image, label in zip(images, labels)
+  )
   np.testing.assert_array_equal(found, expected)
 
 
@@ -75,7 +77,7 @@ def test_an_epoch_holds_every_training_example_once(config, builder):
   found = np.round((epoch.reshape(1437, -1) * 0.5 + 0.5) * 16)
   # Sorted as rows: the same multiset of images.
   np.testing.assert_array_equal(
-      found[np.lexsort(found.T)], expected[np.lexsort(expected.T)]
+    found[np.lexsort(found.T)], expected[np.lexsort(expected.T)]
   )
 
 
@@ -93,12 +95,12 @@ def test_held_out_examples_come_from_their_own_split(config, builder):
 
 
 @pytest.mark.parametrize(
-    'changes, expected',
-    [
-        ({'dataset': 'digit'}, "the nearest is 'digits'"),
-        ({'num_classes': 11}, 'expected 10'),
-        ({'dataset': 'mnist'}, 'tfds build mnist --file_format=array_record'),
-    ],
+  'changes, expected',
+  [
+    ({'dataset': 'digit'}, "the nearest is 'digits'"),
+    ({'num_classes': 11}, 'expected 10'),
+    ({'dataset': 'mnist'}, 'tfds build mnist --file_format=array_record'),
+  ],
 )
 def test_unusable_dataset(config, changes, expected):
   config.update_from_flattened_dict(changes)
@@ -120,11 +122,13 @@ class Photographs(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(encoding_format='jpeg'),
-            'label': tfds.features.ClassLabel(num_classes=200),
-        }),
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(encoding_format='jpeg'),
+          'label': tfds.features.ClassLabel(num_classes=200),
+        }
+      ),
     )
 
   def _split_generators(self, dl_manager):
@@ -147,7 +151,7 @@ def test_jpeg_files_are_cropped_and_resized(config, tmp_path):
       mean=(0.4, 0.5, 0.6), stddev=(0.2, 0.3, 0.4),
   )  # fmt: skip
   tfds.builder(
-      'photographs', data_dir=tmp_path, file_format='array_record'
+    'photographs', data_dir=tmp_path, file_format='array_record'
   ).download_and_prepare()
   builder = input_pipeline.find_builder(config)
   input_pipeline.prepare(config, builder)
@@ -156,7 +160,7 @@ def test_jpeg_files_are_cropped_and_resized(config, tmp_path):
   for batch in (train, *input_pipeline.eval_batches(config, builder)):
     assert batch['image'].shape[1:] == (24, 32, 3)
     expected = np.broadcast_to(
-        batch['label'][:, None, None, None], batch['image'].shape
+      batch['label'][:, None, None, None], batch['image'].shape
     )
     # A grey survives JPEG, cropping and resizing to within a level.
     np.testing.assert_allclose(pixels_of(batch, config.input), expected, atol=1.5)

@@ -31,20 +31,20 @@ class Network(NamedTuple):
 # weights, and for DeiT timm's and the arithmetic of `test_macs_of_a_transformer`. There
 # EfficientNet-B2 is measured at 288².
 NETWORKS = {
-    'resnet18': Network(11_689_512, 20, 1, '1.814', SMALL),
-    'resnet34': Network(21_797_672, 36, 1, '3.664', SMALL),
-    'resnet50': Network(25_557_032, 53, 1, '4.089', SMALL),
-    'resnet101': Network(44_549_160, 104, 1, '7.801', SMALL),
-    'mobilenet_v2': Network(3_504_872, 52, 1, '0.301', SMALL),
-    'inception_v3': Network(23_834_568, 94, 1, '5.713', SMALL, 299),
-    'efficientnet_b0': Network(5_288_548, 49, 1, '0.386', SMALL),
-    'efficientnet_b1': Network(7_794_184, 69, 1, '0.687', SMALL, 240),
-    'efficientnet_b2': Network(9_109_994, 69, 1, '1.088', SMALL, 288),
-    'efficientnet_b3': Network(12_233_232, 78, 1, '1.827', SMALL, 300),
-    'efficientnet_b4': Network(19_341_616, 96, 1, '4.394', SMALL, 380),
-    'deit_tiny': Network(5_717_416, 1, 49, '1.254', SMALL_DEIT),
-    'deit_small': Network(22_050_664, 1, 49, '4.599', SMALL_DEIT),
-    'deit_base': Network(86_567_656, 1, 49, '17.564', SMALL_DEIT),
+  'resnet18': Network(11_689_512, 20, 1, '1.814', SMALL),
+  'resnet34': Network(21_797_672, 36, 1, '3.664', SMALL),
+  'resnet50': Network(25_557_032, 53, 1, '4.089', SMALL),
+  'resnet101': Network(44_549_160, 104, 1, '7.801', SMALL),
+  'mobilenet_v2': Network(3_504_872, 52, 1, '0.301', SMALL),
+  'inception_v3': Network(23_834_568, 94, 1, '5.713', SMALL, 299),
+  'efficientnet_b0': Network(5_288_548, 49, 1, '0.386', SMALL),
+  'efficientnet_b1': Network(7_794_184, 69, 1, '0.687', SMALL, 240),
+  'efficientnet_b2': Network(9_109_994, 69, 1, '1.088', SMALL, 288),
+  'efficientnet_b3': Network(12_233_232, 78, 1, '1.827', SMALL, 300),
+  'efficientnet_b4': Network(19_341_616, 96, 1, '4.394', SMALL, 380),
+  'deit_tiny': Network(5_717_416, 1, 49, '1.254', SMALL_DEIT),
+  'deit_small': Network(22_050_664, 1, 49, '4.599', SMALL_DEIT),
+  'deit_base': Network(86_567_656, 1, 49, '17.564', SMALL_DEIT),
 }
 all_networks = pytest.mark.parametrize('name', NETWORKS)
 
@@ -109,15 +109,15 @@ def uncounted_macs(name):
   """The multiply-accumulates of squeeze-excite and of attention's products."""
   kernels = traverse_util.flatten_dict(params_of(name), sep='/')
   squeeze_excite = sum(
-      kernel.size
-      for path, kernel in kernels.items()
-      if 'squeeze_excite' in path and path.endswith('kernel')
+    kernel.size
+    for path, kernel in kernels.items()
+    if 'squeeze_excite' in path and path.endswith('kernel')
   )
   attention = sum(
-      2 * tokens * tokens * hidden
-      for layer in layers_of(name)
-      if layer.path.endswith('attention/out')
-      for _, tokens, hidden in [layer.input_shape]
+    2 * tokens * tokens * hidden
+    for layer in layers_of(name)
+    if layer.path.endswith('attention/out')
+    for _, tokens, hidden in [layer.input_shape]
   )
   return squeeze_excite + attention
 
@@ -132,15 +132,15 @@ def test_macs_of_a_transformer():
 
 
 @pytest.mark.parametrize(
-    'name, options, format, cost',
-    [
-        ('resnet18', {'width': 0.5, 'project_first_block': True}, 'e4m3', '31.13'),
-        ('resnet18', {'width': 1.0, 'project_first_block': True}, 'e4m3', '116.9'),
-        ('resnet18', {'width': 2.0, 'project_first_block': True}, 'e4m3', '452.5'),
-        ('mobilenet_v2', {}, 'e2m1', '4.81'),
-        ('mobilenet_v2', {}, 'e4m3', '19.25'),
-        ('mobilenet_v2', {}, 'bf16', '77'),
-    ],
+  'name, options, format, cost',
+  [
+    ('resnet18', {'width': 0.5, 'project_first_block': True}, 'e4m3', '31.13'),
+    ('resnet18', {'width': 1.0, 'project_first_block': True}, 'e4m3', '116.9'),
+    ('resnet18', {'width': 2.0, 'project_first_block': True}, 'e4m3', '452.5'),
+    ('mobilenet_v2', {}, 'e2m1', '4.81'),
+    ('mobilenet_v2', {}, 'e4m3', '19.25'),
+    ('mobilenet_v2', {}, 'bf16', '77'),
+  ],
 )
 def test_published_costs(name, options, format, cost):
   bops = cost_models.get_cost_model('bops')
@@ -166,7 +166,7 @@ def test_output(name):
   logits = jax.eval_shape(evaluate, variables, images)
   assert logits == jax.ShapeDtypeStruct((2, 10), jnp.float32)
   train = functools.partial(
-      model.apply, train=True, mutable=['batch_stats', 'quant_stats']
+    model.apply, train=True, mutable=['batch_stats', 'quant_stats']
   )
   rngs = {'dropout': jax.random.key(0)}
   logits, stats = jax.eval_shape(train, variables, images, rngs=rngs)
@@ -179,12 +179,12 @@ def test_computes_in_its_dtype(name):
   model = small_model(name, dtype=jnp.bfloat16, quantized=False)
   images = image(8, 1)
   jaxpr = jax.make_jaxpr(functools.partial(model.apply, train=False))(
-      init_shapes(model, images), images
+    init_shapes(model, images), images
   )
   products = [
-      equation.outvars[0].aval.dtype
-      for equation in jaxpr.eqns
-      if equation.primitive.name in ('conv_general_dilated', 'dot_general')
+    equation.outvars[0].aval.dtype
+    for equation in jaxpr.eqns
+    if equation.primitive.name in ('conv_general_dilated', 'dot_general')
   ]
   assert set(products) == {jnp.dtype('bfloat16')}
 
@@ -210,7 +210,7 @@ def test_small_images_keep_some_extent(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['mobilenet_v2', 'inception_v3', 'efficientnet_b0', 'deit_tiny']
+  'name', ['mobilenet_v2', 'inception_v3', 'efficientnet_b0', 'deit_tiny']
 )
 def test_small_images_are_told_apart(name):
   model = small_model(name, quantized=False)
@@ -222,8 +222,8 @@ def test_small_images_are_told_apart(name):
 
 
 @pytest.mark.parametrize(
-    'channels, expected',
-    [(1, 8), (8, 8), (11.9, 16), (12, 16), (19, 24), (36, 40), (44.8, 48), (56, 56)],
+  'channels, expected',
+  [(1, 8), (8, 8), (11.9, 16), (12, 16), (19, 24), (36, 40), (44.8, 48), (56, 56)],
 )
 def test_make_divisible(channels, expected):
   # 11.9 would become 8, and 19 16, each more than a tenth less.
@@ -238,10 +238,10 @@ def test_auxiliary_head():
   # What evaluation does not compute has no cost.
   assert search_space.discover(model, images, train=False) == layers_of('inception_v3')
   train = functools.partial(
-      model.apply, train=True, mutable=['batch_stats', 'quant_stats', 'intermediates']
+    model.apply, train=True, mutable=['batch_stats', 'quant_stats', 'intermediates']
   )
   _, updated = jax.eval_shape(
-      train, variables, images, rngs={'dropout': jax.random.key(0)}
+    train, variables, images, rngs={'dropout': jax.random.key(0)}
   )
   (logits,) = updated['intermediates']['aux_logits']
   assert logits == jax.ShapeDtypeStruct((1, 1000), jnp.float32)
@@ -250,19 +250,19 @@ def test_auxiliary_head():
 @pytest.mark.parametrize('size, small_images', [(8, True), (75, False), (224, False)])
 def test_auxiliary_head_takes_other_sizes(size, small_images):
   model = models.create_model(
-      'inception_v3', 10, width=0.125, aux_head=True, small_images=small_images
+    'inception_v3', 10, width=0.125, aux_head=True, small_images=small_images
   )
   params = init_shapes(model, image(size))['params']
   assert params['aux_head']['classifier']['kernel'].shape == (96, 10)
 
 
 @pytest.mark.parametrize(
-    'name, options, size, words',
-    [
-        ('deit_base', {'width': 0.3}, 224, ('230', '12 heads')),
-        ('deit_tiny', {}, 100, ('100×100', 'patch_size=16')),
-        ('inception_v3', {}, 74, ('74×74', '75', 'small_images')),
-    ],
+  'name, options, size, words',
+  [
+    ('deit_base', {'width': 0.3}, 224, ('230', '12 heads')),
+    ('deit_tiny', {}, 100, ('100×100', 'patch_size=16')),
+    ('inception_v3', {}, 74, ('74×74', '75', 'small_images')),
+  ],
 )
 def test_what_does_not_fit_is_named(name, options, size, words):
   with pytest.raises(ValueError) as error:
@@ -333,7 +333,7 @@ def torch_mobilenet_v2(torch):
         self.expand = nn.Conv2d(inputs, hidden, 1, bias=False)
         self.bn_expand = nn.BatchNorm2d(hidden)
       self.depthwise = nn.Conv2d(
-          hidden, hidden, 3, stride, 1, groups=hidden, bias=False
+        hidden, hidden, 3, stride, 1, groups=hidden, bias=False
       )
       self.bn_depthwise = nn.BatchNorm2d(hidden)
       self.project = nn.Conv2d(hidden, filters, 1, bias=False)
@@ -404,8 +404,8 @@ def copy_to_torch(torch, variables, net):
 
 
 @pytest.mark.parametrize(
-    'name, torch_network',
-    [('resnet50', torch_resnet50), ('mobilenet_v2', torch_mobilenet_v2)],
+  'name, torch_network',
+  [('resnet50', torch_resnet50), ('mobilenet_v2', torch_mobilenet_v2)],
 )
 def test_equals_pytorch(name, torch_network):
   torch = pytest.importorskip('torch')

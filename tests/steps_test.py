@@ -38,23 +38,23 @@ def make_problem(num_samples, activation_delay=0, held_out=False):
   cost_model = cost_models.get_cost_model('bops')
   target = cost_model.uniform(found, 'int4')
   policy = controller.policy_gradient_controller(
-      space.valid,
-      controller.entropy_weight('cosine', 0.1, 0, 10),
-      baseline='moving',
+    space.valid,
+    controller.entropy_weight('cosine', 0.1, 0, 10),
+    baseline='moving',
   )
   problem = steps.SearchProblem(
-      space=space,
-      cost_model=cost_model,
-      target=target,
-      reward=functools.partial(rewards.absolute, target=target, beta=1.0),
-      controller=policy,
-      activation_delay=activation_delay,
-      held_out=held_out,
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    reward=functools.partial(rewards.absolute, target=target, beta=1.0),
+    controller=policy,
+    activation_delay=activation_delay,
+    held_out=held_out,
   )
 
   def init(mesh):
     state = train_state.create_train_state(
-        model, inputs, optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
+      model, inputs, optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
     )
     return jax.device_put(state, steps.replicated(mesh))
 
@@ -65,8 +65,8 @@ def make_batch(num_samples, seed=0):
   rng = np.random.default_rng(seed)
   shape = num_samples, EXAMPLES // num_samples
   return {
-      'image': rng.normal(size=(*shape, FEATURES)).astype(np.float32),
-      'label': rng.integers(CLASSES, size=shape).astype(np.int32),
+    'image': rng.normal(size=(*shape, FEATURES)).astype(np.float32),
+    'label': rng.integers(CLASSES, size=shape).astype(np.int32),
   }
 
 
@@ -87,8 +87,8 @@ def take_steps(num_samples, num_devices, count=3, **options):
 
 
 @pytest.mark.parametrize(
-    'num_samples, num_devices, shape',
-    [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
+  'num_samples, num_devices, shape',
+  [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
 )
 def test_mesh(num_samples, num_devices, shape):
   mesh = steps.make_mesh(num_samples, jax.devices()[:num_devices])
@@ -105,9 +105,9 @@ def test_same_search_on_one_device_and_on_two(num_samples):
     assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
   # Sums over examples in another order, through three steps.
   jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
-      one_state.params,
-      two_state.params,
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
+    one_state.params,
+    two_state.params,
   )
 
 
@@ -130,13 +130,13 @@ def test_step_takes_the_mean_gradient_of_its_samples():
     one = {'label': batch['label'][s]}
     return objective.loss(outputs, one), (stats, objective.quality(outputs, one))
 
-  policy_keys = jnp.stack([
-      jax.random.split(jax.random.fold_in(step_key, s))[0] for s in range(num_samples)
-  ])
+  policy_keys = jnp.stack(
+    [jax.random.split(jax.random.fold_in(step_key, s))[0] for s in range(num_samples)]
+  )
   choices = problem.controller.sample(state.controller, policy_keys)
   results = [
-      jax.value_and_grad(sample_loss, has_aux=True)(state.params, choices[s], s)
-      for s in range(num_samples)
+    jax.value_and_grad(sample_loss, has_aux=True)(state.params, choices[s], s)
+    for s in range(num_samples)
   ]
   mean = lambda *trees: jax.tree.map(lambda *leaves: sum(leaves) / num_samples, *trees)
   gradients = mean(*(gradient for _, gradient in results))
@@ -184,11 +184,11 @@ def test_train_step_with_float32_is_plain_training():
         mutable=['batch_stats', 'quant_stats'], rngs={'dropout': key},
     )  # fmt: skip
     return optax.softmax_cross_entropy_with_integer_labels(
-        logits, batch['label'][0]
+      logits, batch['label'][0]
     ).mean()
 
   expected = jax.tree.map(
-      lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(state.params)
+    lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(state.params)
   )
   new_state, _ = step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
   jax.tree.map(
@@ -205,9 +205,9 @@ def test_statistics_step_gives_the_batch_statistics(num_devices):
   state, batch = init(mesh), make_batch(2)
   choices = jnp.zeros(2, jnp.int32)
   stats = step(
-      state,
-      jax.device_put(choices, steps.replicated(mesh)),
-      jax.device_put(batch, steps.batch_sharding(mesh)),
+    state,
+    jax.device_put(choices, steps.replicated(mesh)),
+    jax.device_put(batch, steps.batch_sharding(mesh)),
   )
   # What batch norm sees: the first layer's outputs for all examples together.
   _, captured = state.apply_fn(
@@ -232,7 +232,7 @@ def test_eval_step_counts_what_is_not_padding():
   mask = np.arange(EXAMPLES) < 5
   choices = jax.device_put(jnp.ones(2, jnp.int32), steps.replicated(mesh))
   sums = step(
-      state, choices, jax.device_put({**batch, 'mask': mask}, steps.eval_sharding(mesh))
+    state, choices, jax.device_put({**batch, 'mask': mask}, steps.eval_sharding(mesh))
   )
   logits = state.apply_fn(
       {

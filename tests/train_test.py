@@ -91,7 +91,7 @@ def test_finished_run_is_left_as_it_is(finished, tiny_config):
 
 @pytest.mark.parametrize('killed_at', [6, 12])
 def test_interrupted_run_ends_like_an_uninterrupted_one(
-    finished, run, tmp_path, monkeypatch, killed_at
+  finished, run, tmp_path, monkeypatch, killed_at
 ):
   workdir, result, _ = finished
   write = workdirs.History.write
@@ -149,14 +149,17 @@ def test_uniform_and_float_training(run):
 
 
 def test_held_out_reward_and_separate_decisions(run):
-  result = run('held_out', **{
+  result = run(
+    'held_out',
+    **{
       'reward.split': 'validation',
       'reward.quality': 'minus_loss',
       'input.train_split': 'train[:90%]',
       'input.reward_split': 'train[90%:]',
       'search.weights_and_activations': 'separate',
       'controller.baseline': 'moving',
-  })
+    },
+  )
   assert len(result['policy']) == 2 * TINY_LAYERS
   assert result['cost'] <= result['target']
 
@@ -173,7 +176,7 @@ def test_commitment_is_the_likeliest_choice_within_the_target(finished, tiny_con
   setup = assembly.build(resolve(tiny_config), jax.device_count())
   policy = np.array([list(p.values()) for p in result['policy'].values()])
   expected = budget.most_likely_within(
-      setup.space, setup.cost_model, np.log(policy), setup.target
+    setup.space, setup.cost_model, np.log(policy), setup.target
   )
   np.testing.assert_array_equal(setup.space.choices_of(result['formats']), expected)
 
@@ -199,23 +202,25 @@ def test_all_problems_come_together_and_nothing_is_written(run, tmp_path):
 
 
 def test_unreachable_target_states_the_range(run):
-  with pytest.raises(ConfigError, match=r'expected one from [\d.e-]+ to [\d.e-]+ GBOPs'):
+  with pytest.raises(
+    ConfigError, match=r'expected one from [\d.e-]+ to [\d.e-]+ GBOPs'
+  ):
     run('bad', **{'search.target_scale': 0.01})
 
 
 @pytest.mark.parametrize(
-    'content, expected',
-    [
-        (None, 'No such file'),
-        ('{"formats": {"conv_init"', 'not JSON, or cut off'),
-        ('[1, 2]', 'holds no "formats"'),
-        ('{"formats": {"a": "int4"}}', "layer 'a', found"),
-        ('{"formats": {"a": {"weights": 4, "activations": 4}}}', "layer 'a'"),
-        (
-            '{"formats": {"a": {"weights": "int4", "activations": "int4"}}}',
-            'it lacks conv_init',
-        ),
-    ],
+  'content, expected',
+  [
+    (None, 'No such file'),
+    ('{"formats": {"conv_init"', 'not JSON, or cut off'),
+    ('[1, 2]', 'holds no "formats"'),
+    ('{"formats": {"a": "int4"}}', "layer 'a', found"),
+    ('{"formats": {"a": {"weights": 4, "activations": 4}}}', "layer 'a'"),
+    (
+      '{"formats": {"a": {"weights": "int4", "activations": "int4"}}}',
+      'it lacks conv_init',
+    ),
+  ],
 )
 def test_unusable_formats_file(run, tmp_path, content, expected):
   path = tmp_path / 'formats.json'

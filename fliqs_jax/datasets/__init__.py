@@ -1,1 +1,1 @@
-"""TFDS builders that ship with the package. Importing a module registers its builder."""
+"""TFDS builders that ship with the package; importing a module registers its own."""

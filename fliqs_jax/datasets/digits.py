@@ -19,13 +19,15 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
-        description=self.__doc__,
-        homepage='https://archive.ics.uci.edu/dataset/80',
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
-            'label': tfds.features.ClassLabel(num_classes=10),
-        }),
-        supervised_keys=('image', 'label'),
+      description=self.__doc__,
+      homepage='https://archive.ics.uci.edu/dataset/80',
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      supervised_keys=('image', 'label'),
     )
 
   def _split_generators(self, dl_manager):
@@ -34,8 +36,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     examples = list(enumerate(zip(images, digits.target)))
     return {
-        'train': self._generate_examples(e for e in examples if e[0] % _TEST_EVERY),
-        'test': self._generate_examples(e for e in examples if not e[0] % _TEST_EVERY),
+      'train': self._generate_examples(e for e in examples if e[0] % _TEST_EVERY),
+      'test': self._generate_examples(e for e in examples if not e[0] % _TEST_EVERY),
     }
 
   def _generate_examples(self, examples):

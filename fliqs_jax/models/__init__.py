@@ -11,30 +11,30 @@ from fliqs_jax import layers
 from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
 
 MODELS = {
-    'resnet18': resnet.ResNet18,
-    'resnet34': resnet.ResNet34,
-    'resnet50': resnet.ResNet50,
-    'resnet101': resnet.ResNet101,
-    'mobilenet_v2': mobilenet_v2.MobileNetV2,
-    'inception_v3': inception_v3.InceptionV3,
-    'efficientnet_b0': efficientnet.EfficientNetB0,
-    'efficientnet_b1': efficientnet.EfficientNetB1,
-    'efficientnet_b2': efficientnet.EfficientNetB2,
-    'efficientnet_b3': efficientnet.EfficientNetB3,
-    'efficientnet_b4': efficientnet.EfficientNetB4,
-    'deit_tiny': deit.DeiTTiny,
-    'deit_small': deit.DeiTSmall,
-    'deit_base': deit.DeiTBase,
+  'resnet18': resnet.ResNet18,
+  'resnet34': resnet.ResNet34,
+  'resnet50': resnet.ResNet50,
+  'resnet101': resnet.ResNet101,
+  'mobilenet_v2': mobilenet_v2.MobileNetV2,
+  'inception_v3': inception_v3.InceptionV3,
+  'efficientnet_b0': efficientnet.EfficientNetB0,
+  'efficientnet_b1': efficientnet.EfficientNetB1,
+  'efficientnet_b2': efficientnet.EfficientNetB2,
+  'efficientnet_b3': efficientnet.EfficientNetB3,
+  'efficientnet_b4': efficientnet.EfficientNetB4,
+  'deit_tiny': deit.DeiTTiny,
+  'deit_small': deit.DeiTSmall,
+  'deit_base': deit.DeiTBase,
 }
 
 
 def create_model(
-    name: str,
-    num_classes: int,
-    quantized: bool = True,
-    operator: dict[str, Any] | None = None,
-    dtype: Any = jnp.float32,
-    **options: Any,
+  name: str,
+  num_classes: int,
+  quantized: bool = True,
+  operator: dict[str, Any] | None = None,
+  dtype: Any = jnp.float32,
+  **options: Any,
 ) -> nn.Module:
   """Returns the network of that name.
 
@@ -53,8 +53,8 @@ def create_model(
   if name not in MODELS:
     nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
     raise ValueError(
-        f'unknown model {name!r}: expected one of {", ".join(MODELS)}; the nearest '
-        f'is {nearest[0]!r}'
+      f'unknown model {name!r}: expected one of {", ".join(MODELS)}; the nearest '
+      f'is {nearest[0]!r}'
     )
   if quantized:
     operator = operator or {}

@@ -48,7 +48,7 @@ class EncoderBlock(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """`[B, tokens, hidden] -> [B, tokens, hidden]`."""
     drop = functools.partial(
-        nn.Dropout, self.drop_rate, broadcast_dims=(1, 2), deterministic=not train
+      nn.Dropout, self.drop_rate, broadcast_dims=(1, 2), deterministic=not train
     )
     y = self.norm(name='norm_attention')(x)
     y = Attention(self.num_heads, self.dense, name='attention')(y)
@@ -99,13 +99,13 @@ class DeiT(nn.Module):
     hidden = round(self.hidden_size * self.width)
     if hidden == 0 or hidden % self.num_heads:
       raise ValueError(
-          f'hidden size {hidden} ({self.hidden_size} at width {self.width}): expected '
-          f'a multiple of the {self.num_heads} heads'
+        f'hidden size {hidden} ({self.hidden_size} at width {self.width}): expected '
+        f'a multiple of the {self.num_heads} heads'
       )
     if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
       raise ValueError(
-          f'images of {x.shape[1]}×{x.shape[2]}: expected sides that are multiples of '
-          f'patch_size={self.patch_size}'
+        f'images of {x.shape[1]}×{x.shape[2]}: expected sides that are multiples of '
+        f'patch_size={self.patch_size}'
       )
     dense = functools.partial(self.dense, kernel_init=_normal, dtype=self.dtype)
     norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
@@ -122,11 +122,11 @@ class DeiT(nn.Module):
     x = x + positions.astype(self.dtype)
     for index in range(self.depth):
       x = EncoderBlock(
-          num_heads=self.num_heads,
-          drop_rate=self.drop_path_rate * index / max(1, self.depth - 1),
-          dense=dense,
-          norm=norm,
-          name=f'block{index + 1}',
+        num_heads=self.num_heads,
+        drop_rate=self.drop_path_rate * index / max(1, self.depth - 1),
+        dense=dense,
+        norm=norm,
+        name=f'block{index + 1}',
       )(x, train)
     x = norm(name='norm')(x[:, 0])
     return dense(self.num_classes, name='classifier')(x).astype(jnp.float32)

@@ -26,13 +26,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, 3, 16, 1, 1),
-    Stage(6, 3, 24, 2, 2),
-    Stage(6, 5, 40, 2, 2),
-    Stage(6, 3, 80, 3, 2),
-    Stage(6, 5, 112, 3, 1),
-    Stage(6, 5, 192, 4, 2),
-    Stage(6, 3, 320, 1, 1),
+  Stage(1, 3, 16, 1, 1),
+  Stage(6, 3, 24, 2, 2),
+  Stage(6, 5, 40, 2, 2),
+  Stage(6, 3, 80, 3, 2),
+  Stage(6, 5, 112, 3, 1),
+  Stage(6, 5, 192, 4, 2),
+  Stage(6, 3, 320, 1, 1),
 )
 
 
@@ -85,9 +85,7 @@ class MBConv(nn.Module):
     y = self.norm(name='bn_project')(y)
     if x.shape != y.shape:
       return y
-    drop = nn.Dropout(
-        self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train
-    )
+    drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train)
     return x + drop(y)
 
 
@@ -127,7 +125,7 @@ class EfficientNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`."""
     conv = functools.partial(
-        self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
+      self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
     )
     norm = functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.99, epsilon=1e-3,
@@ -143,15 +141,15 @@ class EfficientNet(nn.Module):
       for block in range(depth):
         position = (sum(depths[:index]) + block) / sum(depths)
         x = MBConv(
-            filters=self._channels(stage.filters),
-            kernel_size=stage.kernel_size,
-            expansion=stage.expansion,
-            strides=strides if block == 0 else 1,
-            drop_rate=self.drop_path_rate * position,
-            dtype=self.dtype,
-            conv=conv,
-            norm=norm,
-            name=f'stage{index + 1}_block{block + 1}',
+          filters=self._channels(stage.filters),
+          kernel_size=stage.kernel_size,
+          expansion=stage.expansion,
+          strides=strides if block == 0 else 1,
+          drop_rate=self.drop_path_rate * position,
+          dtype=self.dtype,
+          conv=conv,
+          norm=norm,
+          name=f'stage{index + 1}_block{block + 1}',
         )(x, train)
     x = conv(self._channels(1280), (1, 1), name='conv_last')(x)
     x = nn.swish(norm(name='bn_last')(x))
@@ -169,10 +167,10 @@ class EfficientNet(nn.Module):
 
 def _variant(width, depth, dropout_rate):
   return functools.partial(
-      EfficientNet,
-      width_coefficient=width,
-      depth_coefficient=depth,
-      dropout_rate=dropout_rate,
+    EfficientNet,
+    width_coefficient=width,
+    depth_coefficient=depth,
+    dropout_rate=dropout_rate,
   )
 
 

@@ -67,10 +67,10 @@ class InceptionA(nn.Module):
     """`[B, H, W, C] -> [B, H, W, 224 + pool_filters]` at width 1."""
     chain = functools.partial(_chain, self.conv_norm)
     branches = [
-        chain(x, 'branch1x1', (64, (1, 1))),
-        chain(x, 'branch5x5', (48, (1, 1)), (64, (5, 5))),
-        chain(x, 'branch3x3', (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        chain(_average(x), 'pool', (self.pool_filters, (1, 1))),
+      chain(x, 'branch1x1', (64, (1, 1))),
+      chain(x, 'branch5x5', (48, (1, 1)), (64, (5, 5))),
+      chain(x, 'branch3x3', (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+      chain(_average(x), 'pool', (self.pool_filters, (1, 1))),
     ]
     return jnp.concatenate(branches, axis=-1)
 
@@ -86,9 +86,9 @@ class ReductionB(nn.Module):
     """`[B, H, W, C] -> [B, H / 2, W / 2, C + 480]` at width 1."""
     chain = functools.partial(_chain, self.conv_norm, strides=2, padding=self.padding)
     branches = [
-        chain(x, 'branch3x3', (384, (3, 3))),
-        chain(x, 'branch3x3_double', (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        nn.max_pool(x, (3, 3), (2, 2), self.padding),
+      chain(x, 'branch3x3', (384, (3, 3))),
+      chain(x, 'branch3x3_double', (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+      nn.max_pool(x, (3, 3), (2, 2), self.padding),
     ]
     return jnp.concatenate(branches, axis=-1)
 
@@ -128,11 +128,9 @@ class ReductionD(nn.Module):
     """`[B, H, W, C] -> [B, H / 2, W / 2, C + 512]` at width 1."""
     chain = functools.partial(_chain, self.conv_norm, strides=2, padding=self.padding)
     branches = [
-        chain(x, 'branch3x3', (192, (1, 1)), (320, (3, 3))),
-        chain(
-            x, 'branch7x7', (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3))
-        ),
-        nn.max_pool(x, (3, 3), (2, 2), self.padding),
+      chain(x, 'branch3x3', (192, (1, 1)), (320, (3, 3))),
+      chain(x, 'branch7x7', (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3))),
+      nn.max_pool(x, (3, 3), (2, 2), self.padding),
     ]
     return jnp.concatenate(branches, axis=-1)
 
@@ -149,12 +147,12 @@ class InceptionE(nn.Module):
     single = chain(x, 'branch3x3', (384, (1, 1)))
     double = chain(x, 'branch3x3_double', (448, (1, 1)), (384, (3, 3)))
     branches = [
-        chain(x, 'branch1x1', (320, (1, 1))),
-        chain(single, 'branch3x3_row', (384, (1, 3))),
-        chain(single, 'branch3x3_column', (384, (3, 1))),
-        chain(double, 'branch3x3_double_row', (384, (1, 3))),
-        chain(double, 'branch3x3_double_column', (384, (3, 1))),
-        chain(_average(x), 'pool', (192, (1, 1))),
+      chain(x, 'branch1x1', (320, (1, 1))),
+      chain(single, 'branch3x3_row', (384, (1, 3))),
+      chain(single, 'branch3x3_column', (384, (3, 1))),
+      chain(double, 'branch3x3_double_row', (384, (1, 3))),
+      chain(double, 'branch3x3_double_column', (384, (3, 1))),
+      chain(_average(x), 'pool', (192, (1, 1))),
     ]
     return jnp.concatenate(branches, axis=-1)
 
@@ -219,8 +217,8 @@ class InceptionV3(nn.Module):
     """
     if min(x.shape[1:3]) < _SMALLEST_IMAGE and not self.small_images:
       raise ValueError(
-          f'images of {x.shape[1]}×{x.shape[2]}: expected {_SMALLEST_IMAGE} or more on '
-          'a side, or small_images=True'
+        f'images of {x.shape[1]}×{x.shape[2]}: expected {_SMALLEST_IMAGE} or more on '
+        'a side, or small_images=True'
       )
     norm = functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-3,

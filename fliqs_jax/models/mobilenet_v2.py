@@ -20,13 +20,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, 16, 1, 1),
-    Stage(6, 24, 2, 2),
-    Stage(6, 32, 3, 2),
-    Stage(6, 64, 4, 2),
-    Stage(6, 96, 3, 1),
-    Stage(6, 160, 3, 2),
-    Stage(6, 320, 1, 1),
+  Stage(1, 16, 1, 1),
+  Stage(6, 24, 2, 2),
+  Stage(6, 32, 3, 2),
+  Stage(6, 64, 4, 2),
+  Stage(6, 96, 3, 1),
+  Stage(6, 160, 3, 2),
+  Stage(6, 320, 1, 1),
 )
 
 
@@ -85,10 +85,10 @@ class MobileNetV2(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`."""
     conv = functools.partial(
-        self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
+      self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
     )
     norm = functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
+      nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
     )
     x = x.astype(self.dtype)
     x = conv(
@@ -100,12 +100,12 @@ class MobileNetV2(nn.Module):
       strides = 1 if self.small_images and index > 2 else stage.strides
       for block in range(stage.blocks):
         x = InvertedResidual(
-            filters=make_divisible(stage.filters * self.width),
-            expansion=stage.expansion,
-            strides=strides if block == 0 else 1,
-            conv=conv,
-            norm=norm,
-            name=f'stage{index + 1}_block{block + 1}',
+          filters=make_divisible(stage.filters * self.width),
+          expansion=stage.expansion,
+          strides=strides if block == 0 else 1,
+          conv=conv,
+          norm=norm,
+          name=f'stage{index + 1}_block{block + 1}',
         )(x)
     x = conv(make_divisible(1280 * max(1.0, self.width)), (1, 1), name='conv_last')(x)
     x = nn.relu6(norm(name='bn_last')(x))

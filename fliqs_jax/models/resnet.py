@@ -89,10 +89,10 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`."""
     conv = functools.partial(
-        self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
+      self.conv, use_bias=False, kernel_init=fan_out_normal, dtype=self.dtype
     )
     norm = functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
+      nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
     )
     x = x.astype(self.dtype)
     filters = round(64 * self.width)
@@ -106,12 +106,12 @@ class ResNet(nn.Module):
     for stage, size in enumerate(self.stage_sizes):
       for index in range(size):
         x = self.block(
-            filters=round(64 * self.width * 2**stage),
-            strides=2 if stage > 0 and index == 0 else 1,
-            project=self.project_first_block and stage == index == 0,
-            conv=conv,
-            norm=norm,
-            name=f'stage{stage + 1}_block{index + 1}',
+          filters=round(64 * self.width * 2**stage),
+          strides=2 if stage > 0 and index == 0 else 1,
+          project=self.project_first_block and stage == index == 0,
+          conv=conv,
+          norm=norm,
+          name=f'stage{stage + 1}_block{index + 1}',
         )(x)
     x = jnp.mean(x, axis=(1, 2))
     x = self.dense(self.num_classes, dtype=self.dtype, name='classifier')(x)
