@@ -77,10 +77,10 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
 def _unprepared(name, data_dir):
   where = f' --data_dir={data_dir}' if data_dir else ''
   return (
-    f'dataset {name!r} is not prepared in {data_dir or "the TFDS data folder"}: prepare '
-    f'it with `tfds build {name} --file_format=array_record{where}`, name its folder '
-    "with --config.input.data_dir=DIR, or use a config's `:digits` variant, which needs "
-    'nothing'
+    f'dataset {name!r} is not prepared in {data_dir or "the TFDS data folder"}: '
+    f'prepare it with `tfds build {name} --file_format=array_record{where}`, name its '
+    "folder with --config.input.data_dir=DIR, or use a config's `:digits` variant, "
+    'which needs nothing'
   )
 
 
