@@ -110,14 +110,97 @@ def test_an_unknown_model_names_the_nearest():
 def test_a_registered_model_is_found(monkeypatch):
   monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
 
-  @cost_models.register('linear_compute', unit='Gbit·MACs')
-  def linear_compute(layers):
-    return layers.macs * np.maximum(layers.weight_bits, layers.activation_bits) / 1e9
+  @cost_models.register('mean_compute', unit='Gbit·MACs')
+  def mean_compute(layers):
+    return layers.macs * (layers.weight_bits + layers.activation_bits) / 2e9
 
-  model = get_cost_model('linear_compute')
-  assert (model.name, model.unit) == ('linear_compute', 'Gbit·MACs')
+  model = get_cost_model('mean_compute')
+  assert (model.name, model.unit) == ('mean_compute', 'Gbit·MACs')
   assert model.uniform(TOY, 'int4') == pytest.approx(28_064 * 4 / 1e9, rel=1e-12)
-  assert linear_compute is model.layer_costs
+  assert mean_compute is model.layer_costs
+
+
+def test_a_model_takes_the_settings_that_it_names(monkeypatch):
+  monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
+
+  @cost_models.register('scaled', unit='units')
+  def scaled(layers, device, scale=2.0):
+    assert device == 'somewhere'
+    return scale * layers.macs
+
+  model = get_cost_model('scaled', device='somewhere', table=None)
+  assert model.uniform(TOY, 'int4') == 2 * 28_064
+  assert get_cost_model('bops', device='somewhere') is COST_MODELS['bops']
+
+
+# A convolution of 4 to 8 channels on 5 × 5 positions, and a classifier of 4 classes.
+SIZED = (
+  search_space.Layer(
+    'conv', 'op', 'conv', (1, 5, 5, 4), (3, 3, 4, 8), (1, 5, 5, 8), 7200, 288
+  ),
+  search_space.Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
+)
+SIZED_FORMATS = {
+  'conv': {'weights': 'int4', 'activations': 'int8'},
+  'dense': {'weights': 'e4m3', 'activations': 'e2m1'},
+}
+
+
+def _sized(name, **settings):
+  model = get_cost_model(name, **settings)
+  space = search_space.fixed_space(SIZED, SIZED_FORMATS)
+  return model.unit, model.per_layer(space, NO_CHOICES), model(space, NO_CHOICES)
+
+
+def test_linear_compute_by_hand():
+  unit, layers, total = _sized('linear_compute')
+  assert unit == 'Gbit·MACs'
+  np.testing.assert_allclose(layers, [7200 * 8e-9, 800 * 8e-9], rtol=1e-12)
+  assert total == pytest.approx(8000 * 8e-9, rel=1e-12)
+
+
+def test_activation_bytes_by_hand():
+  unit, layers, total = _sized('activation_bytes')
+  assert unit == 'bytes'
+  np.testing.assert_allclose(layers, [100, 100], rtol=1e-12)  # 5·5·4·8 and 200·4 bits
+  assert total == 200
+
+
+def test_peak_activation_bytes_by_hand():
+  unit, layers, peak = _sized('peak_activation_bytes')
+  assert unit == 'bytes'
+  # The outputs, 5·5·8 and 4 elements, in 16 bits.
+  np.testing.assert_allclose(layers, [100 + 400, 100 + 8], rtol=1e-12)
+  assert peak == 500
+
+
+def test_roofline_by_hand():
+  # H200: int4 in int8 at 1979 TOPS; e4m3 with e2m1 in fp8, each stored in 8 bits.
+  unit, layers, total = _sized('roofline', device='h200')
+  assert unit == 'ms'
+  conv, dense = (288 + 100 + 200) / 4.8e9, (800 + 200 + 4) / 4.8e9
+  np.testing.assert_allclose(layers, [conv, dense], rtol=1e-12)  # bound by memory
+  assert total == pytest.approx(conv + dense, rel=1e-12)
+  # TPU v5e: int4 is stored in 4 bits and multiplied with int8; no fp8, so bf16.
+  _, layers, _ = _sized('roofline', device='tpu_v5e')
+  conv, dense = (144 + 100 + 200) / 819e6, 2 * (800 + 200 + 4) / 819e6
+  np.testing.assert_allclose(layers, [conv, dense], rtol=1e-12)
+
+
+def test_roofline_bound_by_compute():
+  # A convolution of 256 to 256 channels on 56² positions.
+  macs = 56**2 * 9 * 256**2
+  shape = (1, 56, 56, 256)
+  layer = search_space.Layer(
+    'conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0
+  )
+  for device, name, peak in (
+    ('a100', 'int8', 624e12),
+    ('a100', 'e4m3', 312e12),
+    ('tpu_v5e', 'bf16', 197e12),
+  ):
+    model = get_cost_model('roofline', device=device)
+    assert model.uniform((layer,), name) == pytest.approx(2e3 * macs / peak, rel=1e-12)
 
 
 @pytest.mark.parametrize('name', COST_MODELS)
@@ -134,6 +217,11 @@ class TestEveryCostModel:
     model = get_cost_model(name)
     space = search_space.build_space(resnet18, SEARCHED, operands)
     bits = np.minimum(formats.stack(SEARCHED).bits, 16)
+    # On a device an integer may be faster than a float of fewer bits.
+    integer = np.array([option.startswith('int') for option in SEARCHED])
+    comparable = (integer[:, None] == integer) | (bits == 16)
+    if name != 'roofline':
+      comparable[:] = True
     rng = np.random.default_rng(0)
     for _ in range(20):
       choices = rng.integers(len(SEARCHED), size=len(space.decisions)).astype(np.int32)
@@ -144,10 +232,10 @@ class TestEveryCostModel:
         costs.append(model(space, choices))
       for a in range(len(SEARCHED)):
         for b in range(len(SEARCHED)):
-          if bits[a] <= bits[b]:
+          if bits[a] <= bits[b] and comparable[a, b]:
             assert costs[a] <= costs[b]
 
-  def test_costs_add_up_over_layers(self, name, resnet18):
+  def test_costs_combine_over_layers(self, name, resnet18):
     model = get_cost_model(name)
     rng = np.random.default_rng(1)
     assignment = {
@@ -165,7 +253,8 @@ class TestEveryCostModel:
       for layer in resnet18
     ]
     np.testing.assert_allclose(model.per_layer(space, NO_CHOICES), alone, rtol=1e-12)
-    assert model(space, NO_CHOICES) == pytest.approx(sum(alone), rel=1e-12)
+    combined = {'sum': sum, 'max': max}[model.combine](alone)
+    assert model(space, NO_CHOICES) == pytest.approx(combined, rel=1e-12)
 
   @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
   def test_numpy_in_float64_and_traced_in_float32_agree(self, name, operands, resnet18):
