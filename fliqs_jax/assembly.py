@@ -9,11 +9,13 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import cost_models, formats, models, rewards, search_space, steps
-from fliqs_jax.budget import Budget, cost_range, lowest_within
+from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
+from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import ConfigError, validate
 
 Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
@@ -94,15 +96,18 @@ def build(
     model, inputs = build_model(config)
     layers = discover_layers(config)
     space = build_space(config, layers, assignment)
-    cost_model = build_cost_model(config)
-    target = search_target(config, layers)
-    caps = search_caps(config, layers)
   except ValueError as error:
     # What `validate` has named may come up again here.
     new = [line for line in str(error).splitlines() if line not in problems]
     raise ConfigError(*problems, *new) from None
   if problems:
     raise ConfigError(*problems)
+  try:
+    cost_model = build_cost_model(config)
+    target = search_target(config, layers)
+    caps = search_caps(config, layers) if assignment is None else ()
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
   objective = steps.classification(
     config.reward.quality, config.optimizer.label_smoothing
   )
@@ -250,13 +255,19 @@ def _check_caps(config, space, cost_model, target, caps):
         f'reaches {low:.6g} to {high:.6g} {unit}; change search.cap_scale, '
         'search.cap_format, search.cap or search.formats'
       )
-  low = cost_model(space, lowest_within(space, cost_model, caps))
-  if target < low * (1 - _LEEWAY):
-    limits = ', '.join(f'{c.limit:.6g} {c.cost_model.unit}' for c in caps)
-    raise ConfigError(
-      f'the target of {target:.6g} {cost_model.unit} cannot be met within the cap of '
-      f'{limits}: expected {low:.6g} {cost_model.unit} or more, or a higher cap'
+    budgets = Budget(cost_model, target * (1 + _LEEWAY)), cap
+    lowest = lowest_within(space, cost_model, [cap])
+    any_policy = np.zeros(space.valid.shape)
+    likeliest = most_likely_within(
+      space, cost_model, any_policy, budgets[0].limit, [cap]
     )
+    if not fits(space, lowest, budgets) and not fits(space, likeliest, budgets):
+      reached = float(cost_model(space, lowest))
+      raise ConfigError(
+        f'the target of {target:.6g} {cost_model.unit} cannot be met within the cap of '
+        f'{cap.limit:.6g} {unit} ({name}), which leaves {reached:.6g} '
+        f'{cost_model.unit} and more: raise one of the two'
+      )
 
 
 def _learning_rate(config):

@@ -83,8 +83,8 @@ def lowest_within(
 ) -> np.ndarray:
   """Returns the choices of lowest cost within the caps, int32[N].
 
-  Exact where costs and caps are sums over decisions. Where caps cannot be met, neither
-  do the choices.
+  Exact where costs and caps are sums over decisions; for a peak, the sum over layers is
+  lowest. Where caps cannot be met, the choices do not meet them either.
   """
   if not caps:
     return _extreme(space, cost_model, 1)
@@ -92,7 +92,8 @@ def lowest_within(
   above = changes - changes.min(axis=1, keepdims=True)
   largest = above[space.valid].max(initial=np.finfo(float).tiny)
   # As likelihoods that stay above the floor of those.
-  return most_likely_within(space, *caps[0], -50 * above / largest, caps=caps[1:])
+  (capped, limit), *others = caps
+  return most_likely_within(space, capped, -50 * above / largest, limit, others)
 
 
 def most_likely_within(
@@ -112,7 +113,7 @@ def most_likely_within(
     cost_model: its cost, in float64.
     log_policy: float[N, K]; what stands where there is no option is not read.
     target: at least the lowest cost of `cost_range`.
-    caps: further budgets, which `lowest_within` can meet together with the target.
+    caps: further budgets, which can be met together with the target.
   """
   # Options that the policy has ruled out stay options, or a budget may be out of reach.
   floor = np.log(np.finfo(np.float32).tiny)

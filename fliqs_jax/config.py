@@ -190,8 +190,8 @@ def _check_names(config):
     if value not in names:
       nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
       problems.append(
-        f'{field}={value!r}: expected one of {", ".join(filter(None, names))}; the nearest is '
-        f'{nearest[0]!r}'
+        f'{field}={value!r}: expected one of {", ".join(filter(None, names))}; '
+        f'the nearest is {nearest[0]!r}'
       )
   return problems
 
