@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, formats, models, rewards, search_space, steps
+from fliqs_jax import cost_models, formats, latency, models, rewards, search_space
+from fliqs_jax import steps
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import ConfigError, validate
@@ -106,6 +107,9 @@ def build(
     cost_model = build_cost_model(config)
     target = search_target(config, layers)
     caps = search_caps(config, layers) if assignment is None else ()
+    # A table of latencies may lack a layer or a format.
+    for priced in (cost_model, *(cap.cost_model for cap in caps)):
+      priced(space, np.zeros(len(space.decisions), np.int32))
   except ValueError as error:
     raise ConfigError(str(error)) from None
   objective = steps.classification(
@@ -134,10 +138,14 @@ def build_cost_model(
   """Returns the cost model of that name, by default the one that is searched for.
 
   Raises:
-    ValueError: where there is none.
+    ValueError: where there is none, or its table cannot be read.
   """
   search = config.search
-  return cost_models.get_cost_model(name or search.cost_model, device=search.device)
+  name = name or search.cost_model
+  settings = {'device': search.device}
+  if name == 'latency_table':
+    settings['table'] = latency.read_table(search.latency_table)
+  return cost_models.get_cost_model(name, **settings)
 
 
 def search_target(

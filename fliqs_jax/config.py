@@ -86,6 +86,7 @@ def default_config() -> ml_collections.ConfigDict:
         'cap_format': 'int4',  # or this multiple of a uniform model's cost
         'cap_scale': 1.0,
         'device': 'tpu_v5e',  # of the cost model roofline
+        'latency_table': '',  # path, of the cost model latency_table
         'activation_delay': step(),  # default: 10 % of num_steps
         'policy_delay': step(),  # default: 25 % of num_steps
         'hard_budget': True,  # commit to the likeliest formats within the target
@@ -171,6 +172,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   """
   problems = _check_names(config) + _check_numbers(config)
   problems += _check_batches(config, num_devices) + _check_image(config)
+  problems += _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config)
@@ -287,6 +289,17 @@ def _check_formats(config):
     except ValueError as error:
       problems.append(str(error))
   return problems
+
+
+def _check_latency_table(config):
+  search = config.search
+  for field in ('cost_model', 'cap_cost_model'):
+    if search[field] == 'latency_table' and not search.latency_table:
+      return [
+        f'search.{field}=latency_table: expected the path of a file from python -m '
+        'fliqs_jax.measure in search.latency_table'
+      ]
+  return []
 
 
 def _check_cap(config):

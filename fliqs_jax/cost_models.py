@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax import devices
+from fliqs_jax import devices, latency
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.search_space import Layer, SearchSpace, uniform_space
 
@@ -154,14 +154,12 @@ def activation_bytes(layers: LayerQuantities) -> Array:
 
 @register('peak_activation_bytes', unit='bytes', combine='max')
 def peak_activation_bytes(layers: LayerQuantities) -> Array:
-  """Bytes that one layer needs at once: its input, and its output in 16 bits.
+  """Bytes that one layer needs at once: its input and its output.
 
-  A layer writes its output before normalisation and activation, which precede the next
-  rounding, so in 16 bits whatever the format that reads it. Tensors kept for a shortcut
-  meanwhile are not counted.
+  The output counts at the width of the input, since what follows a layer is fused with
+  it up to the next rounding. Tensors kept for a shortcut meanwhile are not counted.
   """
-  inputs = layers.inputs * layers.activation_bits
-  return (inputs + layers.outputs * UNQUANTIZED_BITS) / 8
+  return (layers.inputs + layers.outputs) * layers.activation_bits / 8
 
 
 @register('roofline', unit='ms')
@@ -180,6 +178,16 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
   compute = layers.macs / rates[layers.weight_formats, layers.activation_formats]
   memory = (weights + activations) / 8 / (accelerator.bandwidth / 1e12)
   return maximum(2 * compute, memory) / 1e9  # from 10⁻¹² s
+
+
+@register('latency_table', unit='ms')
+def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array:
+  """Measured time of one example; with two formats, that of the slower one."""
+  times = layers.asarray(latency.layer_times(table, layers.layers, layers.format_names))
+  each = np.arange(len(layers.layers))
+  return maximum(
+    times[each, layers.weight_formats], times[each, layers.activation_formats]
+  )
 
 
 def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:

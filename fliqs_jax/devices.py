@@ -5,6 +5,8 @@ the formats that would use it run in the next wider type that the device has.
 """
 
 import difflib
+import functools
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -63,6 +65,17 @@ DEVICES = {
 }
 
 
+_TPU_KINDS = {
+  'TPU v4': 'tpu_v4',
+  'TPU v5 lite': 'tpu_v5e',
+  'TPU v5e': 'tpu_v5e',
+  'TPU v5': 'tpu_v5p',
+  'TPU v5p': 'tpu_v5p',
+  'TPU v6 lite': 'tpu_v6e',
+  'TPU v6e': 'tpu_v6e',
+}
+
+
 def get_device(name: str) -> Device:
   """Returns the device of that name.
 
@@ -78,6 +91,14 @@ def get_device(name: str) -> Device:
   return DEVICES[name]
 
 
+def find_device(kind: str) -> Device | None:
+  """Returns the device of a `jax.Device.device_kind`, None for an unknown one."""
+  named = _TPU_KINDS.get(kind)
+  gpu = re.search(r'\b(A100|H100|H200|B200)\b', kind)
+  return DEVICES.get(gpu.group().lower() if gpu else named)
+
+
+@functools.lru_cache
 def holding_types(format_name: str) -> tuple[str, ...]:
   """Returns the types that a format can run in, best first.
 
