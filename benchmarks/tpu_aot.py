@@ -55,7 +55,7 @@ def main():
   parser.add_argument('--batch_per_chip', type=int, default=128)
   parser.add_argument('--num_samples', type=int, default=8)
   parser.add_argument('--formats', default='int4,int8,bf16')
-  parser.add_argument('--variants', default=','.join(resnet_steps.VARIANTS))
+  parser.add_argument('--variants', default='float,search')
   parser.add_argument('--dump', help='folder for the compiled programs as text')
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()

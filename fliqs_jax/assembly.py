@@ -66,14 +66,18 @@ def discover_layers(
     ValueError: as `build_model`, or where the network does not fit its input.
   """
   model, inputs = build_model(config)
+  where = (
+    f'model {config.model.name!r} cannot be built for images of '
+    f'{config.input.image_shape} at width {config.model.width}'
+  )
   try:
-    return search_space.discover(model, inputs, train=False)
+    layers = search_space.discover(model, inputs, train=False)
   except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise ValueError(
-      f'model {config.model.name!r} cannot be built for images of '
-      f'{config.input.image_shape} at width {config.model.width}: '
-      f'{str(error).splitlines()[0]}'
-    ) from None
+    raise ValueError(f'{where}: {str(error).splitlines()[0]}') from None
+  for layer in layers:
+    if 0 in layer.input_shape + layer.kernel_shape + layer.output_shape:
+      raise ValueError(f'{where}: nothing is left of layer {layer.path}')
+  return layers
 
 
 def build(

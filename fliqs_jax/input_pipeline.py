@@ -60,6 +60,7 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
     ValueError: where a split that the config names does not exist or is empty.
   """
   if not builder.is_prepared():
+    tfds.disable_progress_bar()  # it takes a second
     builder.download_and_prepare()
   settings, problems = config.input, []
   for split in (settings.train_split, settings.eval_split, settings.reward_split):

@@ -151,11 +151,12 @@ class QuantizedOperator(nn.Module):
 
 def _statistics(x, axes=None):
   """The mean square and the absolute maximum over `axes`, kept where they are given."""
-  magnitude = jnp.abs(lax.stop_gradient(x)).astype(jnp.float32)
+  square = jnp.square(lax.stop_gradient(x).astype(jnp.float32))
   keepdims = axes is not None
+  # Both of the squares, so that a compiler reads `x` once for the two.
   return (
-    jnp.mean(jnp.square(magnitude), axes, keepdims=keepdims),
-    jnp.max(magnitude, axes, keepdims=keepdims),
+    jnp.mean(square, axes, keepdims=keepdims),
+    jnp.sqrt(jnp.max(square, axes, keepdims=keepdims)),
   )
 
 

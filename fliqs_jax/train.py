@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import (
-    assembly, budget, display, input_pipeline, results, steps, workdirs
-)  # fmt: skip
+from fliqs_jax import assembly, budget, display, input_pipeline, results, steps
+from fliqs_jax import workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -43,9 +42,12 @@ def run(
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
   setup, builder = _prepare(config, workdir, allow_config_change)
-  if (workdir / results.RESULT_FILE).exists():
-    _logger.info('The run in %s is finished.', workdir)
-    return results.read_result(workdir / results.RESULT_FILE)
+  path = workdir / results.RESULT_FILE
+  if path.exists():
+    result = results.read_result(path)
+    if result.get('config') == results.config_to_json(config):
+      _logger.info('The run in %s is finished.', workdir)
+      return result
   return _train(config, workdir, setup, builder)
 
 

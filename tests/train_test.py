@@ -150,7 +150,7 @@ def test_uniform_and_float_training(run):
   assert unquantized['cost'] == 4 * uniform['cost']
 
 
-def test_held_out_reward_and_separate_decisions(run):
+def test_held_out_reward_separate_decisions_and_pins(run, capsys):
   result = run(
     'held_out',
     **{
@@ -159,11 +159,27 @@ def test_held_out_reward_and_separate_decisions(run):
       'input.train_split': 'train[:90%]',
       'input.reward_split': 'train[90%:]',
       'search.weights_and_activations': 'separate',
+      'search.pins': (('conv_init', 'int8'),),
+      'search.groups': ('(stage1_block1)/.*',),
       'controller.baseline': 'moving',
     },
   )
-  assert len(result['policy']) == 2 * TINY_LAYERS
+  # Two decisions each of the block, of the four layers outside it, less the stem.
+  decisions = {name.rpartition(':')[0] for name in result['policy']}
+  assert len(result['policy']) == 2 * len(decisions)
+  assert len(decisions) == 1 + TINY_LAYERS - 2 - 1 and 'stage1_block1' in decisions
+  assert result['formats']['conv_init'] == {'weights': 'int8', 'activations': 'int8'}
   assert result['cost'] <= result['target']
+
+  display.print_result(result, 'DIR')
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+  (stem,) = (row for row in rows if row[:1] == ['conv_init'])
+  assert stem[3:6] == ['int8', 'int8', 'pinned']
+  (conv1,) = (row for row in rows if row[:1] == ['stage1_block1/conv1'])
+  formats = result['formats']['stage1_block1/conv1']
+  assert conv1[3:5] == [formats['weights'], formats['activations']]
+  probability = result['policy']['stage1_block1:weights'][formats['weights']]
+  assert conv1[5] == f'{probability:.2f}'
 
 
 def test_without_a_hard_budget_the_policy_decides(run):
