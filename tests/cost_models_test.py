@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import cost_models, formats, models, search_space
+from fliqs_jax import cost_models, devices, formats, models, search_space
 from fliqs_jax.cost_models import COST_MODELS, get_cost_model
 
 WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')
@@ -202,6 +202,25 @@ def test_roofline_bound_by_compute():
   ):
     model = get_cost_model('roofline', device=device)
     assert model.uniform((layer,), name) == pytest.approx(2e3 * macs / peak, rel=1e-12)
+
+
+@pytest.mark.parametrize('device', devices.DEVICES)
+def test_roofline_never_falls_with_the_bits_of_a_family(device, resnet18):
+  model = get_cost_model('roofline', device=device)
+  for family in (('int2', 'int4', 'int6', 'int8', 'bf16'), ('e2m1', 'e4m3', 'bf16')):
+    for other in SEARCHED:
+      costs = []
+      for name in family:
+        operands = (
+          {'weights': name, 'activations': other},
+          dict.fromkeys(search_space.OPERANDS, name),
+        )
+        spaces = (
+          search_space.fixed_space(resnet18, {layer.path: o for layer in resnet18})
+          for o in operands
+        )
+        costs.append([model.per_layer(space, NO_CHOICES) for space in spaces])
+      assert (np.diff(costs, axis=0) >= 0).all()
 
 
 @pytest.mark.parametrize('name', WITHOUT_FILES)

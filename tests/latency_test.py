@@ -66,6 +66,25 @@ def test_every_distinct_layer_is_timed_once_in_every_format(config, measured):
   assert measured['batch_size'] == BATCH_SIZE and measured['device'] == 'cpu'
 
 
+def test_native_types_are_timed_where_the_device_has_them(config, monkeypatch):
+  # What XLA compiles for a CPU, taken for a device that has int8 and fp8.
+  monkeypatch.setattr(devices, 'find_device', lambda kind: devices.DEVICES['h200'])
+  narrow = copy.deepcopy(config)
+  narrow.search.formats = 'int4,e4m3,e5m2'
+  entries = measure.measure(narrow, BATCH_SIZE, repeats=1)['entries']
+  for entry in entries:
+    if entry['kind'] == 'dense':
+      found = {
+        name: timed['implementation'] for name, timed in entry['formats'].items()
+      }
+      assert found == {
+        'int4': 'int8',
+        'e4m3': 'float8_e4m3fn',
+        'e5m2': 'float8_e5m2',
+        'bf16': 'bfloat16',
+      }
+
+
 def test_strides_tell_layers_apart(config):
   (layer, *_) = assembly.discover_layers(config)
   other = layer._replace(
