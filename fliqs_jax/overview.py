@@ -121,7 +121,10 @@ def main(argv):
   if _JSON.value:
     print(json.dumps(content))
   else:
-    print_overview(config, assignment, content)
+    try:
+      print_overview(config, assignment, content)
+    except ValueError as error:  # a table of latencies without a searched format
+      raise ConfigError(str(error)) from None
 
 
 if __name__ == '__main__':
