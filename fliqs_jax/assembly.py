@@ -9,11 +9,14 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, formats, models, rewards, search_space, steps
-from fliqs_jax.budget import cost_range
+from fliqs_jax import cost_models, formats, latency, models, rewards, search_space
+from fliqs_jax import steps
+from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
+from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import ConfigError, validate
 
 Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
@@ -27,6 +30,7 @@ class Setup(NamedTuple):
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
+  caps: tuple[Budget, ...]  # other costs that the final formats keep within
   objective: steps.Objective
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
@@ -103,8 +107,15 @@ def build(
     raise ConfigError(*problems, *new) from None
   if problems:
     raise ConfigError(*problems)
-  cost_model = cost_models.get_cost_model(config.search.cost_model)
-  target = search_target(config, layers)
+  try:
+    cost_model = build_cost_model(config)
+    target = search_target(config, layers)
+    caps = search_caps(config, layers) if assignment is None else ()
+    # A table of latencies may lack a layer or a format.
+    for priced in (cost_model, *(cap.cost_model for cap in caps)):
+      priced(space, np.zeros(len(space.decisions), np.int32))
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
   objective = steps.classification(
     config.reward.quality, config.optimizer.label_smoothing
   )
@@ -115,13 +126,30 @@ def build(
     space=space,
     cost_model=cost_model,
     target=target,
+    caps=caps,
     objective=objective,
     optimizer=_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     problem=None
     if assignment is not None
-    else _problem(config, space, cost_model, target),
+    else _problem(config, space, cost_model, target, caps),
   )
+
+
+def build_cost_model(
+  config: ml_collections.ConfigDict, name: str | None = None
+) -> cost_models.CostModel:
+  """Returns the cost model of that name, by default the one that is searched for.
+
+  Raises:
+    ValueError: where there is none, or its table cannot be read.
+  """
+  search = config.search
+  name = name or search.cost_model
+  settings = {'device': search.device}
+  if name == 'latency_table':
+    settings['table'] = latency.read_table(search.latency_table)
+  return cost_models.get_cost_model(name, **settings)
 
 
 def search_target(
@@ -131,8 +159,23 @@ def search_target(
   search = config.search
   if search.target is not None:
     return search.target
-  cost_model = cost_models.get_cost_model(search.cost_model)
-  return search.target_scale * cost_model.uniform(layers, search.target_format)
+  return search.target_scale * build_cost_model(config).uniform(
+    layers, search.target_format
+  )
+
+
+def search_caps(
+  config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
+) -> tuple[Budget, ...]:
+  """Returns the caps on other costs than the target's, in those costs' units."""
+  search = config.search
+  if not search.cap_cost_model:
+    return ()
+  cost_model = build_cost_model(config, search.cap_cost_model)
+  limit = search.cap
+  if limit is None:
+    limit = search.cap_scale * cost_model.uniform(layers, search.cap_format)
+  return (Budget(cost_model, limit),)
 
 
 def build_space(
@@ -169,16 +212,20 @@ def build_space(
   return space
 
 
-def _problem(config, space, cost_model, target):
+# The sums of a float32 target written in decimals are given a rounding's leeway.
+_LEEWAY = 1e-6
+
+
+def _problem(config, space, cost_model, target, caps):
   low, high = cost_range(space, cost_model)
-  # The sums of a float32 target written in decimals are given a rounding's leeway.
-  if not low * (1 - 1e-6) <= target <= high * (1 + 1e-6):
+  if not low * (1 - _LEEWAY) <= target <= high * (1 + _LEEWAY):
     raise ConfigError(
       f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
       f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
       f'{config.search.formats!r}; change search.target_scale, search.target_format, '
       'search.target or search.formats'
     )
+  _check_caps(config, space, cost_model, target, caps)
   reward = functools.partial(
     rewards.REWARDS[config.reward.name].function,
     target=target,
@@ -206,6 +253,33 @@ def _problem(config, space, cost_model, target):
     activation_delay=config.search.activation_delay,
     held_out=config.reward.split == 'validation',
   )
+
+
+def _check_caps(config, space, cost_model, target, caps):
+  """Raises ConfigError where no formats are within the target and the caps."""
+  for cap in caps:
+    name, unit = cap.cost_model.name, cap.cost_model.unit
+    low, high = cost_range(space, cap.cost_model)
+    if cap.limit < low * (1 - _LEEWAY):
+      raise ConfigError(
+        f'the cap of {cap.limit:.6g} {unit} ({name}) cannot be met: expected '
+        f'{low:.6g} {unit} or more, where search.formats={config.search.formats!r} '
+        f'reaches {low:.6g} to {high:.6g} {unit}; change search.cap_scale, '
+        'search.cap_format, search.cap or search.formats'
+      )
+    budgets = Budget(cost_model, target * (1 + _LEEWAY)), cap
+    lowest = lowest_within(space, cost_model, [cap])
+    any_policy = np.zeros(space.valid.shape)
+    likeliest = most_likely_within(
+      space, cost_model, any_policy, budgets[0].limit, [cap]
+    )
+    if not fits(space, lowest, budgets) and not fits(space, likeliest, budgets):
+      reached = float(cost_model(space, lowest))
+      raise ConfigError(
+        f'the target of {target:.6g} {cost_model.unit} cannot be met within the cap of '
+        f'{cap.limit:.6g} {unit} ({name}), which leaves {reached:.6g} '
+        f'{cost_model.unit} and more: raise one of the two'
+      )
 
 
 def _learning_rate(config):

@@ -6,7 +6,7 @@ import math
 import ml_collections
 from ml_collections import config_dict
 
-from fliqs_jax import cost_models, formats, quantizers
+from fliqs_jax import cost_models, devices, formats, quantizers
 from fliqs_jax.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.rewards import REWARDS
 from fliqs_jax.search_space import SEARCHED_OPERANDS
@@ -81,6 +81,12 @@ def default_config() -> ml_collections.ConfigDict:
         'target': config_dict.placeholder(float),  # absolute; wins where given
         'target_format': 'int4',  # or this multiple of a uniform model's cost
         'target_scale': 1.0,
+        'cap_cost_model': '',  # a second cost that the commitment keeps; empty for none
+        'cap': config_dict.placeholder(float),  # absolute; wins where given
+        'cap_format': 'int4',  # or this multiple of a uniform model's cost
+        'cap_scale': 1.0,
+        'device': 'tpu_v5e',  # of the cost model roofline
+        'latency_table': '',  # path, of the cost model latency_table
         'activation_delay': step(),  # default: 10 % of num_steps
         'policy_delay': step(),  # default: 25 % of num_steps
         'hard_budget': True,  # commit to the likeliest formats within the target
@@ -123,7 +129,8 @@ _POSITIVE = (
     'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
     'optimizer.epsilon', 'search.num_samples', 'search.target', 'search.target_scale',
-    'search.statistics_batches', 'controller.learning_rate',
+    'search.cap', 'search.cap_scale', 'search.statistics_batches',
+    'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'seed', 'optimizer.warmup_steps', 'optimizer.weight_decay',
@@ -144,6 +151,8 @@ _NAMES = {
   'quantizer.calibration': quantizers.CALIBRATIONS,
   'search.weights_and_activations': SEARCHED_OPERANDS,
   'search.cost_model': tuple(cost_models.COST_MODELS),
+  'search.cap_cost_model': ('', *cost_models.COST_MODELS),
+  'search.device': tuple(devices.DEVICES),
   'reward.name': tuple(REWARDS),
   'reward.quality': ('accuracy', 'minus_loss'),
   'reward.split': ('train', 'validation'),
@@ -163,8 +172,10 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   """
   problems = _check_names(config) + _check_numbers(config)
   problems += _check_batches(config, num_devices) + _check_image(config)
+  problems += _check_latency_table(config)
   if config.mode == 'search':
-    problems += _check_delays(config) + _check_formats(config) + _check_reward(config)
+    problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
+    problems += _check_reward(config)
   return problems
 
 
@@ -181,8 +192,8 @@ def _check_names(config):
     if value not in names:
       nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
       problems.append(
-        f'{field}={value!r}: expected one of {", ".join(names)}; the nearest is '
-        f'{nearest[0]!r}'
+        f'{field}={value!r}: expected one of {", ".join(filter(None, names))}; '
+        f'the nearest is {nearest[0]!r}'
       )
   return problems
 
@@ -267,6 +278,8 @@ def _check_formats(config):
   named = [name for _, name in search.pins]
   if search.target is None:
     named.append(search.target_format)
+  if search.cap_cost_model and search.cap is None:
+    named.append(search.cap_format)
   for check, argument in (
     (formats.parse_names, search.formats),
     *((formats.get_format, name) for name in named),
@@ -276,6 +289,29 @@ def _check_formats(config):
     except ValueError as error:
       problems.append(str(error))
   return problems
+
+
+def _check_latency_table(config):
+  search = config.search
+  for field in ('cost_model', 'cap_cost_model'):
+    if search[field] == 'latency_table' and not search.latency_table:
+      return [
+        f'search.{field}=latency_table: expected the path of a file from python -m '
+        'fliqs_jax.measure in search.latency_table'
+      ]
+  return []
+
+
+def _check_cap(config):
+  search = config.search
+  if search.cap_cost_model and not search.hard_budget:
+    return [
+      f'search.cap_cost_model={search.cap_cost_model!r}: expected '
+      'search.hard_budget=True, whose commitment keeps the cap'
+    ]
+  if search.cap is not None and not search.cap_cost_model:
+    return [f'search.cap={search.cap}: expected the cost in search.cap_cost_model']
+  return []
 
 
 def _check_reward(config):

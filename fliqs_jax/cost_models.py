@@ -3,21 +3,28 @@
 Convention, which reproduces the costs that FLIQS publishes: every convolution and dense
 layer counts, the stem, shortcuts and classifier included, each at its own formats;
 attention products, biases, normalisation and pooling do not. A layer that is not
-quantized counts 16 bits.
+quantized counts 16 bits. Sizes and times are those of a batch of one example.
 
     @register('linear_compute', unit='Gbit·MACs')
     def linear_compute(layers):
-      return layers.macs * np.maximum(layers.weight_bits, layers.activation_bits) / 1e9
+      return layers.macs * maximum(layers.weight_bits, layers.activation_bits) / 1e9
+
+What a model needs besides the layers are keyword arguments, which `get_cost_model`
+binds. docs/costs.md lists the models.
 """
 
 from collections.abc import Callable
 import difflib
-from typing import NamedTuple
+import functools
+import inspect
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax import devices, latency
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.search_space import Layer, SearchSpace, uniform_space
 
@@ -31,16 +38,27 @@ class LayerQuantities(NamedTuple):
 
   macs: Array  # [L] multiply-accumulates for one example
   weights: Array  # [L] elements of the kernel
+  inputs: Array  # [L] elements of the input of one example
+  outputs: Array  # [L] elements of the output of one example
   weight_bits: Array  # [..., L] bits of one weight
   activation_bits: Array  # [..., L] bits of one input activation
+  weight_formats: Array  # int32[..., L] index in `format_names`
+  activation_formats: Array  # int32[..., L] index in `format_names`
+  format_names: tuple[str, ...]
+  layers: tuple[Layer, ...]
+
+  def asarray(self, values: np.ndarray) -> Array:
+    """Returns constants as the other fields are: numpy float64, or jax float32."""
+    return _asarray(values, like=self.weight_formats)
 
 
 class CostModel(NamedTuple):
-  """A hardware cost, the sum of the costs of the layers."""
+  """A hardware cost, from the costs of the layers."""
 
   name: str
   unit: str
   layer_costs: Callable[[LayerQuantities], Array]  # -> [..., L]
+  combine: str = 'sum'  # how layers make up a network: sum, or max for a peak
 
   def per_layer(self, space: SearchSpace, choices: Array) -> Array:
     """Returns the cost of each layer, `[..., L]`, under choices `int32[..., N]`.
@@ -51,7 +69,11 @@ class CostModel(NamedTuple):
 
   def __call__(self, space: SearchSpace, choices: Array) -> Array:
     """Returns the cost of the network, `[...]`."""
-    return self.per_layer(space, choices).sum(axis=-1)
+    return self.total(self.per_layer(space, choices))
+
+  def total(self, layer_costs: Array) -> Array:
+    """Returns the cost of a network, `[...]`, whose layers cost `[..., L]`."""
+    return getattr(layer_costs, self.combine)(axis=-1)
 
   def uniform(self, layers: tuple[Layer, ...], name: str) -> float:
     """Returns the cost of the network with every layer in one format."""
@@ -61,21 +83,26 @@ class CostModel(NamedTuple):
 COST_MODELS: dict[str, CostModel] = {}
 
 
-def register(name: str, unit: str):
+def register(name: str, unit: str, combine: str = 'sum'):
   """Decorates `LayerQuantities -> [..., L]` to be found by `get_cost_model`.
 
   The function must use operators and functions that serve numpy and jax alike.
   """
 
   def decorate(layer_costs):
-    COST_MODELS[name] = CostModel(name, unit, layer_costs)
+    COST_MODELS[name] = CostModel(name, unit, layer_costs, combine)
     return layer_costs
 
   return decorate
 
 
-def get_cost_model(name: str) -> CostModel:
+def get_cost_model(name: str, **settings: Any) -> CostModel:
   """Returns the cost model of that name.
+
+  Args:
+    name: one of `COST_MODELS`.
+    **settings: of cost models, `device` and `table`; those that this one takes are
+      bound, the others ignored.
 
   Raises:
     ValueError: where there is none; the message names the nearest one.
@@ -86,7 +113,19 @@ def get_cost_model(name: str) -> CostModel:
       f'unknown cost model {name!r}: expected one of {", ".join(COST_MODELS)}; '
       f'the nearest is {nearest[0]!r}'
     )
-  return COST_MODELS[name]
+  model = COST_MODELS[name]
+  taken = inspect.signature(model.layer_costs).parameters.keys() & settings.keys()
+  if not taken:
+    return model
+  bound = functools.partial(
+    model.layer_costs, **{setting: settings[setting] for setting in taken}
+  )
+  return model._replace(layer_costs=bound)
+
+
+def maximum(a: Array, b: Array) -> Array:
+  """Returns the larger of two numpy or (traced) jax arrays, elementwise."""
+  return (np if isinstance(a, np.ndarray) else jnp).maximum(a, b)
 
 
 @register('bops', unit='GBOPs')
@@ -101,21 +140,83 @@ def model_size(layers: LayerQuantities) -> Array:
   return layers.weights * layers.weight_bits / 8
 
 
+@register('linear_compute', unit='Gbit·MACs')
+def linear_compute(layers: LayerQuantities) -> Array:
+  """Multiply-accumulates at the wider operand, `MACs · max(bits_w, bits_a)`, in 10⁹."""
+  return layers.macs * maximum(layers.weight_bits, layers.activation_bits) / 1e9
+
+
+@register('activation_bytes', unit='bytes')
+def activation_bytes(layers: LayerQuantities) -> Array:
+  """Bytes of the inputs of all layers."""
+  return layers.inputs * layers.activation_bits / 8
+
+
+@register('peak_activation_bytes', unit='bytes', combine='max')
+def peak_activation_bytes(layers: LayerQuantities) -> Array:
+  """Bytes that one layer needs at once: its input and its output.
+
+  The output counts at the width of the input, since what follows a layer is fused with
+  it up to the next rounding. Tensors kept for a shortcut meanwhile are not counted.
+  """
+  return (layers.inputs + layers.outputs) * layers.activation_bits / 8
+
+
+@register('roofline', unit='ms')
+def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
+  """Time on a device, `max(2 · MACs / peak rate, bytes / bandwidth)`, for one example.
+
+  Bytes are those of the weights, the input and the output, each once, at the widths
+  that the device has; the output is as wide as the input's format. Layers run one after
+  the other (Williams et al., 2009, "Roofline").
+  """
+  accelerator = devices.get_device(device)
+  tables = devices.format_tables(accelerator, layers.format_names)
+  rates, bits = map(layers.asarray, (tables.rates / 1e12, tables.bits))
+  weights = layers.weights * bits[layers.weight_formats]
+  activations = (layers.inputs + layers.outputs) * bits[layers.activation_formats]
+  compute = layers.macs / rates[layers.weight_formats, layers.activation_formats]
+  memory = (weights + activations) / 8 / (accelerator.bandwidth / 1e12)
+  return maximum(2 * compute, memory) / 1e9  # from 10⁻¹² s
+
+
+@register('latency_table', unit='ms')
+def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array:
+  """Measured time of one example; with two formats, that of the slower one."""
+  times = layers.asarray(latency.layer_times(table, layers.layers, layers.format_names))
+  each = np.arange(len(layers.layers))
+  return maximum(
+    times[each, layers.weight_formats], times[each, layers.activation_formats]
+  )
+
+
 def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
   """Returns the quantities of every layer under choices `int32[..., N]`.
 
   In float64 for numpy choices, in float32 for (traced) jax arrays.
   """
-  if isinstance(choices, np.ndarray):
-    asarray = lambda values: np.asarray(values, np.float64)
-  else:
-    asarray = lambda values: jnp.asarray(values, jnp.float32)
+  asarray = functools.partial(_asarray, like=choices)
   stored_bits = formats_lib.stack(space.format_names).bits
   bits = asarray(np.minimum(stored_bits, UNQUANTIZED_BITS))
   ids = space.format_ids(choices)
+  if isinstance(choices, np.ndarray):
+    # In one memory order, so that sums round alike for one row of choices and many.
+    ids = type(ids)(*map(np.ascontiguousarray, ids))
   return LayerQuantities(
     macs=asarray([layer.macs for layer in space.layers]),
-    weights=asarray([np.prod(layer.kernel_shape) for layer in space.layers]),
+    weights=asarray([math.prod(layer.kernel_shape) for layer in space.layers]),
+    inputs=asarray([math.prod(layer.input_shape) for layer in space.layers]),
+    outputs=asarray([math.prod(layer.output_shape) for layer in space.layers]),
     weight_bits=bits[ids.weights],
     activation_bits=bits[ids.activations],
+    weight_formats=ids.weights,
+    activation_formats=ids.activations,
+    format_names=space.format_names,
+    layers=space.layers,
   )
+
+
+def _asarray(values, like):
+  if isinstance(like, np.ndarray):
+    return np.asarray(values, np.float64)
+  return jnp.asarray(values, jnp.float32)

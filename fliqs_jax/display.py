@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fliqs_jax import assembly, cost_models, search_space
+from fliqs_jax import assembly, budget, search_space
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def layer_table(
   layers: tuple[search_space.Layer, ...],
   formats: Mapping[str, Mapping[str, str]],
   costs: np.ndarray,
+  total: float,
   confidence: Mapping[str, str],
 ) -> Table:
   """Returns the table with a row for each layer.
@@ -84,6 +85,7 @@ def layer_table(
     layers: the L layers.
     formats: of each layer's operands, by path.
     costs: float[L].
+    total: the network's cost, of which shares are shown.
     confidence: text for each layer path; empty for no such column.
   """
   table = Table(box=box.SIMPLE_HEAD)
@@ -95,7 +97,7 @@ def layer_table(
   if confidence:
     table.add_column('policy', justify='right', no_wrap=True)
   table.add_column('cost share', justify='right', no_wrap=True)
-  total = max(float(costs.sum()), np.finfo(float).tiny)
+  total = max(total, np.finfo(float).tiny)
   for layer, cost in zip(layers, costs):
     row = [
       layer.path,
@@ -115,14 +117,16 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   config = ml_collections.ConfigDict(result['config'])
   layers = assembly.discover_layers(config)
   space = search_space.fixed_space(layers, result['formats'])
-  costs = cost_models.get_cost_model(result['cost_model']).per_layer(
-    space, np.zeros(0, np.int32)
-  )
+  costs = assembly.build_cost_model(config).per_layer(space, np.zeros(0, np.int32))
   console = make_console()
   confidence = _confidence(config, layers, result)
-  console.print(layer_table(layers, result['formats'], costs, confidence))
+  table = layer_table(layers, result['formats'], costs, result['cost'], confidence)
+  console.print(table)
   for line in summary_lines(result):
     console.print(line, markup=False)
+  if config.mode == 'search':
+    for cap in assembly.search_caps(config, layers):
+      console.print(cap_line(cap, space), markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
 
@@ -143,6 +147,15 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     f'(loss {evaluation["loss"]:.4f})'
   )
   return lines
+
+
+def cap_line(cap: budget.Budget, space: search_space.SearchSpace) -> str:
+  """Returns the line on a cap below the table, for a space of fixed formats."""
+  cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
+  return (
+    f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '
+    f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
+  )
 
 
 def _confidence(config, layers, result):

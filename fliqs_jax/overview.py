@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, command_line, cost_models, display, results
+from fliqs_jax import assembly, command_line, display, results
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.budget import cost_range
 from fliqs_jax.config import ConfigError, resolve
@@ -47,7 +47,7 @@ def overview(
     'cost_model': setup.cost_model.name,
     'cost_unit': setup.cost_model.unit,
     'format': label,
-    'total': float(costs.sum()),
+    'total': float(setup.cost_model.total(costs)),
     'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
     'macs': sum(layer.macs for layer in layers),
     'layers': [
@@ -75,7 +75,8 @@ def print_overview(
   )
   costs = np.array([layer['cost'] for layer in content['layers']])
   console = display.make_console()
-  console.print(display.layer_table(layers, formats, costs, confidence={}))
+  table = display.layer_table(layers, formats, costs, content['total'], confidence={})
+  console.print(table)
   unit = content['cost_unit']
   lines = [
     f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
@@ -83,7 +84,7 @@ def print_overview(
     f'({content["cost_model"]})',
   ]
   if config.mode == 'search':
-    cost_model = cost_models.get_cost_model(config.search.cost_model)
+    cost_model = assembly.build_cost_model(config)
     uniform = ', '.join(
       f'{name} {cost_model.uniform(layers, name):.6g}'
       for name in formats_lib.parse_names(config.search.formats)
@@ -95,6 +96,13 @@ def print_overview(
       f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
       f'{assembly.search_target(config, layers):.6g} {unit}',
     ]
+    for cap in assembly.search_caps(config, layers):
+      low, high = cost_range(space, cap.cost_model)
+      unit = cap.cost_model.unit
+      lines.append(
+        f'Its cap is {cap.limit:.6g} {unit} ({cap.cost_model.name}), of which it '
+        f'reaches {low:.6g} to {high:.6g} {unit}'
+      )
   for line in lines:
     console.print(line, markup=False)
 
@@ -113,7 +121,10 @@ def main(argv):
   if _JSON.value:
     print(json.dumps(content))
   else:
-    print_overview(config, assignment, content)
+    try:
+      print_overview(config, assignment, content)
+    except ValueError as error:  # a table of latencies without a searched format
+      raise ConfigError(str(error)) from None
 
 
 if __name__ == '__main__':

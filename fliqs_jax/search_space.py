@@ -36,6 +36,7 @@ class Layer(NamedTuple):
   output_shape: tuple[int, ...]
   macs: int  # multiply-accumulates
   params: int  # parameters of the layer, its bias included
+  arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
 
 
 class Decision(NamedTuple):
@@ -61,11 +62,20 @@ def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer,
     operator = context.module
     y = call(*args, **kwargs)
     if isinstance(operator, QuantizedOperator) and context.method_name == 'compute':
-      _, x, w, contracted, _ = args
+      product, x, w, contracted, _ = args
       macs = y.size * int(np.prod([w.shape[a] for a in contracted]))
       *path, name = operator.path
+      arguments = _hashable(tuple(sorted(product.keywords.items())))
       layer = Layer(
-        '/'.join(path), name, operator.kind, x.shape, w.shape, y.shape, macs, 0
+        '/'.join(path),
+        name,
+        operator.kind,
+        x.shape,
+        w.shape,
+        y.shape,
+        macs,
+        0,
+        arguments,
       )
       if layer.path in found:  # a module that is called twice
         layer = layer._replace(macs=macs + found[layer.path].macs)
@@ -86,6 +96,13 @@ def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer,
       )
       for layer in found.values()
   )  # fmt: skip
+
+
+def _hashable(value):
+  """Lists as tuples, within tuples too; named ones stay as they are."""
+  if type(value) in (list, tuple):
+    return tuple(map(_hashable, value))
+  return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _likeliest_within_target(setup, state):
   with np.errstate(divide='ignore'):
     log_policy = np.log(policy)
   return budget.most_likely_within(
-    setup.space, setup.cost_model, log_policy, setup.target
+    setup.space, setup.cost_model, log_policy, setup.target, setup.caps
   )
 
 

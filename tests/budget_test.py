@@ -5,27 +5,37 @@ import itertools
 import numpy as np
 import pytest
 
-from fliqs_jax import search_space
-from fliqs_jax.budget import cost_range, marginals, most_likely_within
+from fliqs_jax import devices, search_space
+from fliqs_jax.budget import (
+  Budget,
+  cost_range,
+  fits,
+  lowest_within,
+  marginals,
+  most_likely_within,
+)
 from fliqs_jax.cost_models import COST_MODELS, CostModel, get_cost_model
 
+WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')
 OPTIONS = ('int2', 'int3', 'int4', 'e2m1', 'int8', 'bf16')
+MIXED = ('e2m1', 'int4', 'e4m3', 'int8')
 
 
-def _space(seed, operands='tied', num_layers=5, round_macs=False):
+def _space(seed, operands='tied', num_layers=5, round_macs=False, options=OPTIONS):
   """A space of layers of random sizes, decisions with different numbers of options."""
   rng = np.random.default_rng(seed)
   layers = []
   for i in range(num_layers):
     macs = 1000 * int(rng.integers(1, 9)) if round_macs else int(rng.integers(1, 10**6))
     shape = tuple(map(int, rng.integers(1, 9, 2)))
+    inputs, outputs = ((1, int(n)) for n in rng.integers(1, 999, 2))
     layers.append(
-      search_space.Layer(f'layer{i}', 'op', 'dense', (1, 1), shape, (1, 1), macs, 0)
+      search_space.Layer(f'layer{i}', 'op', 'dense', inputs, shape, outputs, macs, 0)
     )
-  space = search_space.build_space(layers, OPTIONS, operands)
+  space = search_space.build_space(layers, options, operands)
   decisions = tuple(
     decision._replace(
-      options=tuple(rng.permutation(OPTIONS)[: rng.integers(1, len(OPTIONS))].tolist())
+      options=tuple(rng.permutation(options)[: rng.integers(1, len(options))].tolist())
     )
     for decision in space.decisions
   )
@@ -56,12 +66,24 @@ def _check_choices(space, choices):
   assert space.valid[np.arange(len(choices)), choices].all()
 
 
-@pytest.mark.parametrize('cost_name', COST_MODELS)
+@pytest.mark.parametrize('cost_name', WITHOUT_FILES)
 @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
 def test_cost_range_equals_brute_force(cost_name, operands):
   model = get_cost_model(cost_name)
   for seed in range(20):
     space = _space(seed, operands, num_layers=2 if operands == 'separate' else 4)
+    costs = model(space, _all_choices(space))
+    low, high = cost_range(space, model)
+    assert low == pytest.approx(costs.min(), rel=1e-12)
+    assert high == pytest.approx(costs.max(), rel=1e-12)
+
+
+@pytest.mark.parametrize('device', devices.DEVICES)
+def test_cost_range_of_several_families_of_formats(device):
+  # The best format of a layer's weights depends on that of its activations.
+  model = get_cost_model('roofline', device=device)
+  for seed in range(10):
+    space = _space(seed, 'separate', num_layers=2, options=MIXED)
     costs = model(space, _all_choices(space))
     low, high = cost_range(space, model)
     assert low == pytest.approx(costs.min(), rel=1e-12)
@@ -122,7 +144,7 @@ def _check_against_brute_force(space, model, log_policy, rng):
     assert _likelihood(log_policy, choices) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize('cost_name', COST_MODELS)
+@pytest.mark.parametrize('cost_name', WITHOUT_FILES)
 @pytest.mark.parametrize('operands', ['tied', 'weights'])
 @pytest.mark.parametrize('round_macs', [False, True])
 def test_the_likeliest_within_a_target_is_exact(cost_name, operands, round_macs):
@@ -179,6 +201,65 @@ def test_a_cost_that_is_no_sum_stays_within_the_target():
         changed[i] = k
         if bops(space, changed) <= target:
           assert _likelihood(log_policy, changed) <= _likelihood(log_policy, choices)
+
+
+CAPPED = [  # the cost with a target, the one with a cap
+  ('bops', 'model_size'),
+  ('model_size', 'activation_bytes'),
+  ('roofline', 'peak_activation_bytes'),
+  ('peak_activation_bytes', 'linear_compute'),
+]
+
+
+@pytest.mark.parametrize('names', CAPPED)
+def test_the_likeliest_within_a_target_and_a_cap_is_exact(names):
+  model, capped = map(get_cost_model, names)
+  for seed in range(8):
+    space, rng = _space(seed, num_layers=4), np.random.default_rng(seed)
+    everything, log_policy = _all_choices(space), _log_policy(space, seed)
+    costs, capped_costs = model(space, everything), capped(space, everything)
+    likelihoods = _likelihood(log_policy, everything)
+    for cap in _targets(rng, capped_costs):
+      within = capped_costs <= cap
+      caps = (Budget(capped, float(cap)),)
+      lowest = lowest_within(space, model, caps)
+      _check_choices(space, lowest)
+      assert fits(space, lowest, caps)
+      if model.combine == 'sum':
+        assert model(space, lowest) == pytest.approx(costs[within].min(), rel=1e-6)
+      for target in _targets(rng, costs[within])[2:]:
+        choices = most_likely_within(space, model, log_policy, float(target), caps)
+        _check_choices(space, choices)
+        assert model(space, choices) <= target and capped(space, choices) <= cap
+        best = likelihoods[within & (costs <= target)].max()
+        assert _likelihood(log_policy, choices) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize('names', [('bops', 'model_size'), ('roofline', 'bops')])
+def test_costs_that_are_no_sums_stay_within_a_target_and_a_cap(names):
+  model, capped = map(get_cost_model, names)
+  for seed in range(20):
+    space, rng = _space(seed, 'separate', num_layers=3), np.random.default_rng(seed)
+    everything, log_policy = _all_choices(space), _log_policy(space, seed)
+    costs, capped_costs = model(space, everything), capped(space, everything)
+    low, high = capped_costs.min(), capped_costs.max()
+    for cap in [low, *rng.uniform(low, high, 3), high]:
+      caps = (Budget(capped, float(cap)),)
+      reachable = model(space, lowest_within(space, model, caps))
+      assert costs[capped_costs <= cap].min() <= reachable <= costs.max()
+      for target in [reachable, *rng.uniform(reachable, costs.max(), 3)]:
+        choices = most_likely_within(space, model, log_policy, float(target), caps)
+        _check_choices(space, choices)
+        assert model(space, choices) <= target and capped(space, choices) <= cap
+
+
+def test_a_peak_is_bounded_layer_by_layer():
+  # A sum over decisions in each layer, though their maximum is none.
+  model = get_cost_model('peak_activation_bytes')
+  for seed in range(12):
+    space = _space(seed, 'separate', num_layers=2)
+    rng, log_policy = np.random.default_rng(seed), _log_policy(space, seed)
+    _check_against_brute_force(space, model, log_policy, rng)
 
 
 def test_a_cost_that_falls_as_another_rises_stays_within_the_target():

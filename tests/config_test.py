@@ -45,6 +45,14 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
     ({'input.image_shape': (8, 8)}, 'input.image_shape=(8, 8)'),
     ({'input.mean': (0.5, 0.5)}, 'input.mean=(0.5, 0.5)'),
     ({'search.cost_model': 'bop'}, "the nearest is 'bops'"),
+    ({'search.cap_cost_model': 'bop'}, "the nearest is 'bops'"),
+    ({'search.device': 'tpu_v5'}, "the nearest is 'tpu_v5"),
+    ({'search.cap': 3.0}, 'search.cap_cost_model'),
+    ({'search.cap_cost_model': 'bops', 'search.cap_format': 'e9m9'}, "'e9m9'"),
+    (
+      {'search.cap_cost_model': 'bops', 'search.hard_budget': False},
+      'expected search.hard_budget=True',
+    ),
     ({'search.formats': 'int4,int9'}, "the nearest is 'int8'"),
     ({'search.target_format': 'e9m9'}, "unknown format 'e9m9'"),
     ({'search.pins': (('a', 'int1'),)}, "unknown format 'int1'"),
@@ -111,6 +119,17 @@ def test_placeholders_keep_their_type():
     ({'search.groups': ('.*', 'conv_init')}, 'conv_init is matched by both'),
     ({'search.pins': (('.*', 'int8'),)}, 'nothing to search'),
     ({'search.target': 1e9}, 'cannot be reached'),
+    ({'search.cap_cost_model': 'model_size', 'search.cap': 10.0}, 'cannot be met'),
+    (
+      {
+        'search.cap_cost_model': 'linear_compute',
+        'search.cap_scale': 1.01,
+        'search.cost_model': 'roofline',
+        'search.formats': 'e2m1,int8',  # of which only the wider is fast there
+        'search.target_format': 'int8',
+      },
+      'cannot be met within the cap',
+    ),
   ],
 )
 def test_problems_that_need_the_network(changes, expected):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import cost_models, formats, models, search_space
+from fliqs_jax import cost_models, devices, formats, models, search_space
 from fliqs_jax.cost_models import COST_MODELS, get_cost_model
 
+WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')
 NO_CHOICES = np.zeros(0, np.int32)
 SEARCHED = ('int2', 'int4', 'e2m1', 'e4m3', 'int8', 'bf16', 'float32')
 
@@ -98,7 +99,7 @@ def test_model_size_of_resnet18_in_int8_is_its_kernels(resnet18):
 
 
 def test_float32_counts_as_bfloat16():
-  for model in COST_MODELS.values():
+  for model in map(get_cost_model, WITHOUT_FILES):
     assert model.uniform(TOY, 'float32') == model.uniform(TOY, 'bf16')
 
 
@@ -110,17 +111,119 @@ def test_an_unknown_model_names_the_nearest():
 def test_a_registered_model_is_found(monkeypatch):
   monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
 
-  @cost_models.register('linear_compute', unit='Gbit·MACs')
-  def linear_compute(layers):
-    return layers.macs * np.maximum(layers.weight_bits, layers.activation_bits) / 1e9
+  @cost_models.register('mean_compute', unit='Gbit·MACs')
+  def mean_compute(layers):
+    return layers.macs * (layers.weight_bits + layers.activation_bits) / 2e9
 
-  model = get_cost_model('linear_compute')
-  assert (model.name, model.unit) == ('linear_compute', 'Gbit·MACs')
+  model = get_cost_model('mean_compute')
+  assert (model.name, model.unit) == ('mean_compute', 'Gbit·MACs')
   assert model.uniform(TOY, 'int4') == pytest.approx(28_064 * 4 / 1e9, rel=1e-12)
-  assert linear_compute is model.layer_costs
+  assert mean_compute is model.layer_costs
 
 
-@pytest.mark.parametrize('name', COST_MODELS)
+def test_a_model_takes_the_settings_that_it_names(monkeypatch):
+  monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
+
+  @cost_models.register('scaled', unit='units')
+  def scaled(layers, device, scale=2.0):
+    assert device == 'somewhere'
+    return scale * layers.macs
+
+  model = get_cost_model('scaled', device='somewhere', table=None)
+  assert model.uniform(TOY, 'int4') == 2 * 28_064
+  assert get_cost_model('bops', device='somewhere') is COST_MODELS['bops']
+
+
+# A convolution of 4 to 8 channels on 5 × 5 positions, and a classifier of 4 classes.
+SIZED = (
+  search_space.Layer(
+    'conv', 'op', 'conv', (1, 5, 5, 4), (3, 3, 4, 8), (1, 5, 5, 8), 7200, 288
+  ),
+  search_space.Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
+)
+SIZED_FORMATS = {
+  'conv': {'weights': 'int4', 'activations': 'int8'},
+  'dense': {'weights': 'e4m3', 'activations': 'e2m1'},
+}
+
+
+def _sized(name, **settings):
+  model = get_cost_model(name, **settings)
+  space = search_space.fixed_space(SIZED, SIZED_FORMATS)
+  return model.unit, model.per_layer(space, NO_CHOICES), model(space, NO_CHOICES)
+
+
+def test_linear_compute_by_hand():
+  unit, layers, total = _sized('linear_compute')
+  assert unit == 'Gbit·MACs'
+  np.testing.assert_allclose(layers, [7200 * 8e-9, 800 * 8e-9], rtol=1e-12)
+  assert total == pytest.approx(8000 * 8e-9, rel=1e-12)
+
+
+def test_activation_bytes_by_hand():
+  unit, layers, total = _sized('activation_bytes')
+  assert unit == 'bytes'
+  np.testing.assert_allclose(layers, [100, 100], rtol=1e-12)  # 5·5·4·8 and 200·4 bits
+  assert total == 200
+
+
+def test_peak_activation_bytes_by_hand():
+  unit, layers, peak = _sized('peak_activation_bytes')
+  assert unit == 'bytes'
+  # The outputs, 5·5·8 and 4 elements, are as wide as the inputs.
+  np.testing.assert_allclose(layers, [100 + 200, 100 + 2], rtol=1e-12)
+  assert peak == 300
+
+
+def test_roofline_by_hand():
+  # H200: int4 in int8 at 1979 TOPS; e4m3 with e2m1 in fp8, each stored in 8 bits.
+  unit, layers, total = _sized('roofline', device='h200')
+  assert unit == 'ms'
+  conv, dense = (288 + 100 + 200) / 4.8e9, (800 + 200 + 4) / 4.8e9
+  np.testing.assert_allclose(layers, [conv, dense], rtol=1e-12)  # bound by memory
+  assert total == pytest.approx(conv + dense, rel=1e-12)
+  # TPU v5e: int4 is stored in 4 bits and multiplied with int8; no fp8, so bf16.
+  _, layers, _ = _sized('roofline', device='tpu_v5e')
+  conv, dense = (144 + 100 + 200) / 819e6, 2 * (800 + 200 + 4) / 819e6
+  np.testing.assert_allclose(layers, [conv, dense], rtol=1e-12)
+
+
+def test_roofline_bound_by_compute():
+  # A convolution of 256 to 256 channels on 56² positions.
+  macs = 56**2 * 9 * 256**2
+  shape = (1, 56, 56, 256)
+  layer = search_space.Layer(
+    'conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0
+  )
+  for device, name, peak in (
+    ('a100', 'int8', 624e12),
+    ('a100', 'e4m3', 312e12),
+    ('tpu_v5e', 'bf16', 197e12),
+  ):
+    model = get_cost_model('roofline', device=device)
+    assert model.uniform((layer,), name) == pytest.approx(2e3 * macs / peak, rel=1e-12)
+
+
+@pytest.mark.parametrize('device', devices.DEVICES)
+def test_roofline_never_falls_with_the_bits_of_a_family(device, resnet18):
+  model = get_cost_model('roofline', device=device)
+  for family in (('int2', 'int4', 'int6', 'int8', 'bf16'), ('e2m1', 'e4m3', 'bf16')):
+    for other in SEARCHED:
+      costs = []
+      for name in family:
+        operands = (
+          {'weights': name, 'activations': other},
+          dict.fromkeys(search_space.OPERANDS, name),
+        )
+        spaces = (
+          search_space.fixed_space(resnet18, {layer.path: o for layer in resnet18})
+          for o in operands
+        )
+        costs.append([model.per_layer(space, NO_CHOICES) for space in spaces])
+      assert (np.diff(costs, axis=0) >= 0).all()
+
+
+@pytest.mark.parametrize('name', WITHOUT_FILES)
 class TestEveryCostModel:
   def test_costs_are_not_negative(self, name, resnet18):
     model = get_cost_model(name)
@@ -134,6 +237,11 @@ class TestEveryCostModel:
     model = get_cost_model(name)
     space = search_space.build_space(resnet18, SEARCHED, operands)
     bits = np.minimum(formats.stack(SEARCHED).bits, 16)
+    # On a device an integer may be faster than a float of fewer bits.
+    integer = np.array([option.startswith('int') for option in SEARCHED])
+    comparable = (integer[:, None] == integer) | (bits == 16)
+    if name != 'roofline':
+      comparable[:] = True
     rng = np.random.default_rng(0)
     for _ in range(20):
       choices = rng.integers(len(SEARCHED), size=len(space.decisions)).astype(np.int32)
@@ -144,10 +252,10 @@ class TestEveryCostModel:
         costs.append(model(space, choices))
       for a in range(len(SEARCHED)):
         for b in range(len(SEARCHED)):
-          if bits[a] <= bits[b]:
+          if bits[a] <= bits[b] and comparable[a, b]:
             assert costs[a] <= costs[b]
 
-  def test_costs_add_up_over_layers(self, name, resnet18):
+  def test_costs_combine_over_layers(self, name, resnet18):
     model = get_cost_model(name)
     rng = np.random.default_rng(1)
     assignment = {
@@ -165,7 +273,8 @@ class TestEveryCostModel:
       for layer in resnet18
     ]
     np.testing.assert_allclose(model.per_layer(space, NO_CHOICES), alone, rtol=1e-12)
-    assert model(space, NO_CHOICES) == pytest.approx(sum(alone), rel=1e-12)
+    combined = {'sum': sum, 'max': max}[model.combine](alone)
+    assert model(space, NO_CHOICES) == pytest.approx(combined, rel=1e-12)
 
   @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
   def test_numpy_in_float64_and_traced_in_float32_agree(self, name, operands, resnet18):

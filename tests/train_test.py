@@ -4,11 +4,13 @@ import json
 
 from etils import epath
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from conftest import TINY_LAYERS
 
-from fliqs_jax import assembly, budget, display, results, rewards, train, workdirs
+from fliqs_jax import assembly, budget, display, results, rewards, search_space
+from fliqs_jax import train, workdirs
 from fliqs_jax.config import ConfigError, resolve
 
 RESULT_FIELDS = {
@@ -195,6 +197,25 @@ def test_commitment_is_the_likeliest_choice_within_the_target(finished, tiny_con
     setup.space, setup.cost_model, np.log(policy), setup.target
   )
   np.testing.assert_array_equal(setup.space.choices_of(result['formats']), expected)
+
+
+def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
+  changes = {
+    'search.cap_cost_model': 'model_size',
+    'search.cap_format': 'int3',
+    'search.cap_scale': 1.1,
+  }
+  result = run('capped', **changes)
+  assert set(result) == RESULT_FIELDS and result['cost'] <= result['target']
+  assert result['config']['search']['cap_scale'] == 1.1
+  config = ml_collections.ConfigDict(result['config'])
+  layers = assembly.discover_layers(config)
+  ((size, limit),) = assembly.search_caps(config, layers)
+  space = search_space.fixed_space(layers, result['formats'])
+  assert size(space, np.zeros(0, np.int32)) <= limit
+  assert limit == pytest.approx(1.1 * size.uniform(layers, 'int3'))
+  display.print_result(result, str(tmp_path))
+  assert f'of the cap {limit:.6g}' in capsys.readouterr().out
 
 
 def test_non_finite_loss_names_its_step(run):

@@ -1,0 +1,143 @@
+"""Accelerators: peak rates by number type, and memory bandwidth, as published.
+
+All rates are dense, of one chip or GPU. What a vendor does not publish is left out, and
+the formats that would use it run in the next wider type that the device has.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from fliqs_jax import formats as formats_lib
+
+# What matrix units multiply, narrowest first, and the bits that a value is stored in.
+TYPE_BITS = {'int4': 4, 'fp4': 4, 'int8': 8, 'fp8': 8, 'bf16': 16}
+
+
+class Device(NamedTuple):
+  """What the roofline of a device depends on."""
+
+  peaks: Mapping[str, float]  # operations a second by number type; bf16 is a must
+  bandwidth: float  # bytes a second between the chip and its memory
+
+
+class FormatTables(NamedTuple):
+  """How fast and how wide K formats are on a device."""
+
+  rates: np.ndarray  # [K, K] operations a second, by weights' and activations' format
+  bits: np.ndarray  # [K] bits in which a value is stored
+
+
+# TPUs: bf16, int8 and bandwidth from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, int8
+# of v5p from the announcement of v5p (Google Cloud blog, December 2023). Int4, and fp8
+# of v6e (at the rate of bf16), from JAX's own table, jax/_src/pallas/mosaic/tpu_info.py
+# of JAX 0.10.
+# GPUs: the SXM variants, from NVIDIA's data sheets and architecture papers; where those
+# quote only rates with 2:4 sparsity, half of it. fp4 is NVFP4 and MXFP4; Hopper and
+# Blackwell have no int4.
+DEVICES = {
+  # "275 teraflops (bf16 or int8)"; 1228 GBps.
+  'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
+  # 197 TFLOPs, 393 TOPs (Int8); 819 GBps.
+  'tpu_v5e': Device({'int4': 788e12, 'int8': 393e12, 'bf16': 197e12}, 819e9),
+  # 459 TFLOPs, 918 TOPs (Int8); 2765 GBps.
+  'tpu_v5p': Device({'int4': 1840e12, 'int8': 918e12, 'bf16': 459e12}, 2765e9),
+  # 918 TFLOPs, 1836 TOPs (Int8); 1638 GBps.
+  'tpu_v6e': Device(
+    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1638e9
+  ),
+  # A100 80GB data sheet: 312 TFLOPS, 624 TOPS, 2039 GB/s; int4 from the Ampere
+  # architecture paper, table of peak rates: 1248 TOPS.
+  'a100': Device({'int4': 1248e12, 'int8': 624e12, 'bf16': 312e12}, 2039e9),
+  # H100 data sheet, halves of 3958, 3958 and 1979; 3.35 TB/s.
+  'h100': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 3.35e12),
+  # H200 data sheet, as the H100; 4.8 TB/s.
+  'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 4.8e12),
+  # Blackwell architecture technical brief, HGX B200: dense 9, 4.5, 4.5 and 2.25
+  # petaFLOPS or petaOPS; up to 8 TB/s.
+  'b200': Device(
+    {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8e12
+  ),
+}
+
+
+_TPU_KINDS = {
+  'TPU v4': 'tpu_v4',
+  'TPU v5 lite': 'tpu_v5e',
+  'TPU v5e': 'tpu_v5e',
+  'TPU v5': 'tpu_v5p',
+  'TPU v5p': 'tpu_v5p',
+  'TPU v6 lite': 'tpu_v6e',
+  'TPU v6e': 'tpu_v6e',
+}
+
+
+def get_device(name: str) -> Device:
+  """Returns the device of that name.
+
+  Raises:
+    ValueError: where there is none; the message names the nearest one.
+  """
+  if name not in DEVICES:
+    nearest = difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.0)
+    raise ValueError(
+      f'unknown device {name!r}: expected one of {", ".join(DEVICES)}; the nearest is '
+      f'{nearest[0]!r}'
+    )
+  return DEVICES[name]
+
+
+def find_device(kind: str) -> Device | None:
+  """Returns the device of a `jax.Device.device_kind`, None for an unknown one."""
+  named = _TPU_KINDS.get(kind)
+  gpu = re.search(r'\b(A100|H100|H200|B200)\b', kind)
+  return DEVICES.get(gpu.group().lower() if gpu else named)
+
+
+@functools.lru_cache
+def holding_types(format_name: str) -> tuple[str, ...]:
+  """Returns the types that a format can run in, best first.
+
+  Each holds all of its values, up to a power of two: integers try int4, int8, then
+  floats; floats try fp4 (e2m1), fp8 (e4m3 or e5m2), then bf16. Formats with more than
+  the three mantissa bits of fp8 need bf16, and float32 counts as bf16.
+  """
+  row = formats_lib.get_format(format_name)
+  bits, mantissa = int(row.bits), int(row.mantissa_bits)
+  if format_name in formats_lib.INTEGER_NAMES:
+    # An integer of up to 5 bits has at most 4 significant ones, as fp8 has.
+    holds = {'int4': bits <= 4, 'int8': True, 'fp8': bits <= 5}
+  else:
+    exponent = bits - 1 - mantissa
+    holds = {
+      'fp4': exponent <= 2 and mantissa <= 1,
+      'fp8': exponent <= 4 and mantissa <= 3 or exponent <= 5 and mantissa <= 2,
+    }
+  return (*(name for name, held in holds.items() if held), 'bf16')
+
+
+def native_type(device: Device, *format_names: str) -> str:
+  """Returns the type in which a device runs the product of values in these formats.
+
+  The first one that the device has and that holds them all.
+  """
+  first, *others = map(holding_types, format_names)
+  return next(
+    name
+    for name in first
+    if name in device.peaks and all(name in types for types in others)
+  )
+
+
+def format_tables(device: Device, names: tuple[str, ...]) -> FormatTables:
+  """Returns the rates and widths of these formats and pairs of them, in float64."""
+  return FormatTables(
+    rates=np.array(
+      [[device.peaks[native_type(device, w, a)] for a in names] for w in names]
+    ),
+    bits=np.array([TYPE_BITS[native_type(device, name)] for name in names], float),
+  )
