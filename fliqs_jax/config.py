@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 def default_config() -> ml_collections.ConfigDict:
   """Returns the config that the files in `configs/` start from: all fields there are.
 
-  Steps that are None follow from `num_steps`; `resolve` fills them in.
+  Fields that are None follow from others; `resolve` fills them in.
   """
   step = lambda: config_dict.placeholder(int)
   return ml_collections.ConfigDict(
@@ -101,7 +101,8 @@ def default_config() -> ml_collections.ConfigDict:
       },
       'controller': {
         'learning_rate': 5e-2,
-        'baseline': 'leave_one_out',  # or moving
+        # leave_one_out or moving; default: the first, where there are several samples
+        'baseline': config_dict.placeholder(str),
         'baseline_momentum': 0.95,
         'entropy_schedule': 'cosine',
         'entropy_weight': 0.1,  # at the end
@@ -111,16 +112,22 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Returns a copy whose steps are numbers."""
+  """Returns a copy in which the fields that follow from others are filled in."""
   config = config.copy_and_resolve_references()
+  search, controller = config.search, config.controller
   for section, field, fraction in (
     (config.optimizer, 'warmup_steps', 0.05),
-    (config.search, 'activation_delay', 0.1),
-    (config.search, 'policy_delay', 0.25),
-    (config.search, 'commit_step', 0.9),
+    (search, 'activation_delay', 0.1),
+    (search, 'policy_delay', 0.25),
   ):
     if section[field] is None:
       section[field] = int(fraction * config.num_steps)
+  if search.commit_step is None:
+    # However late the policy starts, it has half of what is left.
+    halfway = (search.policy_delay + config.num_steps) // 2
+    search.commit_step = max(int(0.9 * config.num_steps), halfway)
+  if controller.baseline is None:
+    controller.baseline = 'leave_one_out' if search.num_samples > 1 else 'moving'
   return config
 
 
@@ -251,23 +258,22 @@ def _check_delays(config):
   search, problems = config.search, []
   if config.num_steps < 1:
     return []  # reported as a number
-  if search.policy_delay >= config.num_steps:
-    problems.append(
-      f'search.policy_delay={search.policy_delay}: expected fewer than '
-      f'num_steps={config.num_steps}, or the policy never learns'
-    )
   if search.activation_delay >= config.num_steps:
     problems.append(
       f'search.activation_delay={search.activation_delay}: expected fewer than '
       f'num_steps={config.num_steps}, or activations are never quantized'
     )
-  if (
-    search.hard_budget
-    and not search.policy_delay < search.commit_step < config.num_steps
+  if search.policy_delay >= config.num_steps:
+    problems.append(
+      f'search.policy_delay={search.policy_delay}: expected fewer than '
+      f'num_steps={config.num_steps}, or the policy never learns'
+    )
+  elif search.hard_budget and not (
+    search.policy_delay <= search.commit_step < config.num_steps
   ):
     problems.append(
-      f'search.commit_step={search.commit_step}: expected a step after '
-      f'search.policy_delay={search.policy_delay} and before '
+      f'search.commit_step={search.commit_step}: expected a step from '
+      f'search.policy_delay={search.policy_delay} on, before '
       f'num_steps={config.num_steps}'
     )
   return problems

@@ -27,8 +27,21 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
   assert resolved.search.policy_delay == 250  # T / 4
   assert resolved.search.commit_step == 900  # 0.9 · T
   assert config.search.policy_delay is None
-  config.search.policy_delay = 10
-  assert resolve(config).search.policy_delay == 10
+  config.search.policy_delay = 980
+  assert resolve(config).search.policy_delay == 980
+  assert resolve(config).search.commit_step == 990  # half of what is left
+
+
+@pytest.mark.parametrize('num_samples, baseline', [(1, 'moving'), (2, 'leave_one_out')])
+def test_baseline_follows_the_samples(num_samples, baseline):
+  config = default_config()
+  config.search.num_samples = num_samples
+  assert resolve(config).controller.baseline == baseline
+
+
+@pytest.mark.parametrize('num_steps', [1, 2, 3, 10])
+def test_short_runs_are_valid(num_steps):
+  assert problems_of(num_steps=num_steps) == []
 
 
 @pytest.mark.parametrize(
@@ -57,15 +70,18 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
     ({'search.target_format': 'e9m9'}, "unknown format 'e9m9'"),
     ({'search.pins': (('a', 'int1'),)}, "unknown format 'int1'"),
     ({'search.target': 0.0}, 'search.target=0.0'),
-    ({'search.policy_delay': 1000, 'search.hard_budget': False}, 'never learns'),
+    ({'search.policy_delay': 1000}, 'never learns'),
     ({'search.activation_delay': 1000}, 'never quantized'),
-    ({'search.commit_step': 250}, 'search.commit_step=250'),
+    ({'search.commit_step': 249}, 'search.commit_step=249'),
     ({'search.commit_step': 1000}, 'search.commit_step=1000'),
     ({'reward.name': 'abs'}, "reward.name='abs'"),
     ({'reward.beta': -1.0}, 'expected a number above 0'),
     ({'reward.name': 'soft_exponential'}, 'expected a number below 0'),
     ({'reward.split': 'validation'}, 'input.reward_split'),
-    ({'search.num_samples': 1}, 'the baseline `moving`'),
+    (
+      {'search.num_samples': 1, 'controller.baseline': 'leave_one_out'},
+      'the baseline `moving`',
+    ),
   ],
 )
 def test_one_line_for_each_mistake(changes, expected):
