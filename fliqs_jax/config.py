@@ -1,6 +1,5 @@
 """The fields of a config, their defaults, and all that can be wrong with them."""
 
-import difflib
 import math
 
 import ml_collections
@@ -8,6 +7,7 @@ from ml_collections import config_dict
 
 from fliqs_jax import cost_models, devices, formats, quantizers
 from fliqs_jax.controller import BASELINES, ENTROPY_SCHEDULES
+from fliqs_jax.names import not_among
 from fliqs_jax.rewards import REWARDS
 from fliqs_jax.search_space import SEARCHED_OPERANDS
 
@@ -197,11 +197,7 @@ def _check_names(config):
   for field, names in _NAMES.items():
     value = _field(config, field)
     if value not in names:
-      nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
-      problems.append(
-        f'{field}={value!r}: expected one of {", ".join(filter(None, names))}; '
-        f'the nearest is {nearest[0]!r}'
-      )
+      problems.append(not_among(f'{field}={value!r}', value, filter(None, names)))
   return problems
 
 

@@ -14,7 +14,6 @@ binds. docs/costs.md lists the models.
 """
 
 from collections.abc import Callable
-import difflib
 import functools
 import inspect
 import math
@@ -26,6 +25,7 @@ import numpy as np
 
 from fliqs_jax import devices, latency
 from fliqs_jax import formats as formats_lib
+from fliqs_jax.names import not_among
 from fliqs_jax.search_space import Layer, SearchSpace, uniform_space
 
 UNQUANTIZED_BITS = 16
@@ -108,11 +108,7 @@ def get_cost_model(name: str, **settings: Any) -> CostModel:
     ValueError: where there is none; the message names the nearest one.
   """
   if name not in COST_MODELS:
-    nearest = difflib.get_close_matches(name, COST_MODELS, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown cost model {name!r}: expected one of {", ".join(COST_MODELS)}; '
-      f'the nearest is {nearest[0]!r}'
-    )
+    raise ValueError(not_among(f'unknown cost model {name!r}', name, COST_MODELS))
   model = COST_MODELS[name]
   taken = inspect.signature(model.layer_costs).parameters.keys() & settings.keys()
   if not taken:

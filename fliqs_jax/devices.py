@@ -4,7 +4,6 @@ All rates are dense, of one chip or GPU. What a vendor does not publish is left 
 the formats that would use it run in the next wider type that the device has.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fliqs_jax import formats as formats_lib
+from fliqs_jax.names import not_among
 
 # What matrix units multiply, narrowest first, and the bits that a value is stored in.
 TYPE_BITS = {'int4': 4, 'fp4': 4, 'int8': 8, 'fp8': 8, 'bf16': 16}
@@ -83,11 +83,7 @@ def get_device(name: str) -> Device:
     ValueError: where there is none; the message names the nearest one.
   """
   if name not in DEVICES:
-    nearest = difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown device {name!r}: expected one of {", ".join(DEVICES)}; the nearest is '
-      f'{nearest[0]!r}'
-    )
+    raise ValueError(not_among(f'unknown device {name!r}', name, DEVICES))
   return DEVICES[name]
 
 

@@ -4,12 +4,13 @@ A format is not a Python branch but a row of numbers, so that a compiled step ca
 choose between formats by a gather, and is compiled once for all of them.
 """
 
-import difflib
 import re
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from fliqs_jax.names import not_among
 
 # float32's smallest exponent. A format that reaches down to it is used unscaled.
 FLOAT32_MIN_EXPONENT = -126
@@ -119,11 +120,8 @@ def get_format(name: str) -> NumericFormat:
     ValueError: for any other name; the message names the nearest one.
   """
   if name not in NAMES:
-    nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown format {name!r}: expected one of int2..int8, eXmY of 4 to 8 bits, '
-      f'bf16, float32; the nearest is {nearest[0]!r}'
-    )
+    expected = 'one of int2..int8, eXmY of 4 to 8 bits, bf16, float32'
+    raise ValueError(not_among(f'unknown format {name!r}', name, NAMES, expected))
   if name == 'float32':
     return _make(23, FLOAT32_MIN_EXPONENT, 127, np.inf, 32, 0.0)
   if name == 'bf16':

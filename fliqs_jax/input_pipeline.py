@@ -5,7 +5,6 @@ and so the state of an iterator, which is a few bytes in a checkpoint.
 """
 
 from collections.abc import Iterator
-import difflib
 import functools
 import importlib
 import io
@@ -16,6 +15,8 @@ import ml_collections
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
+
+from fliqs_jax.names import not_among
 
 # Datasets that this package builds itself, on first use.
 PACKAGED = {'digits': 'fliqs_jax.datasets.digits'}
@@ -41,11 +42,13 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
   except tfds.core.DatasetNotFoundError:
-    names = [*PACKAGED, *tfds.list_builders()]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     raise ValueError(
-      f'unknown dataset {name!r}: expected one of TFDS or of '
-      f'{", ".join(PACKAGED)}; the nearest is {nearest[0]!r}'
+      not_among(
+        f'unknown dataset {name!r}',
+        name,
+        [*PACKAGED, *tfds.list_builders()],
+        expected=f'one of TFDS or of {", ".join(PACKAGED)}',
+      )
     ) from None
   if name not in PACKAGED and not builder.is_prepared():
     raise ValueError(_unprepared(name, data_dir))

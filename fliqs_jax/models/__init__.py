@@ -1,6 +1,5 @@
 """Networks in plain Flax. They know nothing of quantization: layers are injected."""
 
-import difflib
 import functools
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from fliqs_jax import layers
 from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
+from fliqs_jax.names import not_among
 
 MODELS = {
   'resnet18': resnet.ResNet18,
@@ -51,11 +51,7 @@ def create_model(
     ValueError: where there is no such network; the message names the nearest one.
   """
   if name not in MODELS:
-    nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown model {name!r}: expected one of {", ".join(MODELS)}; the nearest '
-      f'is {nearest[0]!r}'
-    )
+    raise ValueError(not_among(f'unknown model {name!r}', name, MODELS))
   if quantized:
     operator = operator or {}
     options['conv'] = functools.partial(nn.Conv, **layers.conv_hooks(**operator))
