@@ -5,7 +5,7 @@
 Over {int2, int3, int4, int8} at the cost of the uniform int3 model, for each seed: the
 search's one-shot accuracy, the uniform int3 model's, and that of the found formats
 trained again from random weights for as many steps. A workdir that holds some of the
-runs is continued. Takes about half an hour on two cores.
+runs is continued. Takes about twenty minutes on two cores.
 """
 
 import argparse

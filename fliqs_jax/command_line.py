@@ -1,7 +1,6 @@
 """What the commands share: the config flag, and errors in one line with status 2."""
 
 from collections.abc import Callable, Sequence
-import difflib
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.config import ConfigError
+from fliqs_jax.names import not_among
 
 _USER_ERROR_STATUS = 2
 
@@ -93,8 +93,8 @@ def _unknown_field(argv):
   for argument in argv:
     name = argument.removeprefix('--config.').partition('=')[0]
     if argument.startswith('--config.') and name not in fields:
-      nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
-      return f'unknown config field {name!r}: the nearest is {nearest[0]!r}'
+      given, expected = f'unknown config field {name!r}', 'a field of the config'
+      return not_among(given, name, fields, expected)
 
 
 def _fields(config, prefix=''):

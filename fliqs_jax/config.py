@@ -131,7 +131,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config
 
 
-# Fields with a number, and the smallest value that each may have.
+# Fields with a number, by the range that it must be in.
 _POSITIVE = (
     'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',

@@ -21,8 +21,6 @@ from fliqs_jax.names import not_among
 # Datasets that this package builds itself, on first use.
 PACKAGED = {'digits': 'fliqs_jax.datasets.digits'}
 
-AUGMENTATIONS = ('none', 'crop_flip')
-
 # The part of the image's area and the aspect ratios of a random resized crop
 # (Szegedy et al., 2015), and what of the image evaluation sees.
 _CROP_AREA, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -18,6 +18,7 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 
 
 def main(argv):
+  """Runs the config in the workdir and prints the result."""
   del argv
   from fliqs_jax import train  # after the flags, whose errors need no TensorFlow
 

@@ -179,6 +179,7 @@ def _emulated(layer: Layer, x, w) -> Callable[[formats_lib.NumericFormat], jax.A
 
 
 def main(argv):
+  """Measures the config's network and writes the table."""
   del argv
   config = resolve(_CONFIG.value)
   # The table that is about to be written cannot be asked for yet.

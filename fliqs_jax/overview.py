@@ -108,6 +108,7 @@ def print_overview(
 
 
 def main(argv):
+  """Prints the overview of the config's network."""
   del argv
   config = resolve(_CONFIG.value)
   if _FORMAT.value and config.formats:
