@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import json
 import logging
 from typing import Any
 import zlib
@@ -10,7 +11,6 @@ from etils import epath
 import grain
 import jax
 import jax.numpy as jnp
-import json
 import orbax.checkpoint as ocp
 
 from fliqs_jax.errors import RunError
@@ -23,7 +23,7 @@ _NUM_KEPT = 3
 # optimizer's and the controller's state, whose shapes depend on the run.
 _ITEMS = {
   'variables': ('params', 'batch_stats', 'quant_stats'),
-  'training': ('step', 'opt_state', 'controller', 'key'),
+  'training': ('step', 'opt_state', 'controller', 'skipped', 'key'),
 }
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ class Checkpoints:
 
   def __exit__(self, error_type, *_) -> None:
     # What stopped the run is not hidden by what that did to the checkpoint.
-    suppressed = contextlib.suppress(RunError) if error_type else contextlib.nullcontext()
+    suppressed = (
+      contextlib.suppress(RunError) if error_type else contextlib.nullcontext()
+    )
     with suppressed, self._failures_named():
       self._manager.close()
 
@@ -79,7 +81,7 @@ class Checkpoints:
       )
 
   def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-    """Returns the newest sound checkpoint's state and sets the iterator to its position.
+    """Returns the newest sound checkpoint's state, and sets the iterator as it was.
 
     Damaged ones that are newer are deleted, so that they can be saved again.
 
@@ -156,8 +158,8 @@ class Checkpoints:
     except (OSError, ValueError, RuntimeError) as error:
       lines = str(error).splitlines() or [type(error).__name__]
       raise RunError(
-        f'cannot write a checkpoint to {str(self._folder)!r}: {lines[0][:300]}; the ones '
-        'before are as they were: make room, and start the run again'
+        f'cannot write a checkpoint to {str(self._folder)!r}: {lines[0][:300]}; the '
+        'ones before are as they were: make room, and start the run again'
       ) from error
 
 
@@ -172,6 +174,8 @@ def _fingerprint(tree) -> jax.Array:
   for leaf in jax.tree.leaves(tree):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+      leaf = leaf.astype(jnp.uint8)
     content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).ravel().astype(jnp.uint32)
     odd = 2 * jnp.arange(content.size, dtype=jnp.uint32) + 1
     total = 31 * total + jnp.sum(content * odd)

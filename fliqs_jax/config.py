@@ -44,6 +44,8 @@ def default_config() -> ml_collections.ConfigDict:
       'formats': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
       'checkpoint_every': 500,
+      'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
+      'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none
       'log_every': 50,
       'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network
       'input': {
@@ -141,7 +143,7 @@ _POSITIVE = (
     'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'seed', 'optimizer.warmup_steps', 'optimizer.weight_decay',
+    'seed', 'max_skipped_steps', 'optimizer.warmup_steps', 'optimizer.weight_decay',
     'optimizer.auxiliary_weight',
     'search.activation_delay', 'search.policy_delay', 'search.commit_step',
     'controller.entropy_weight',

@@ -26,7 +26,7 @@ def initialize(
     detect: find the three in the environment, as TPU VMs, GKE and Slurm have them.
 
   Raises:
-    ConfigError: where the arguments make no sense together, or the others are not there.
+    ConfigError: where the arguments make no sense together, or nobody answers.
   """
   given = {
     'coordinator': coordinator,
@@ -58,10 +58,14 @@ def _problem(detect, coordinator, num_processes, process_id):
   missing = [flag for flag, value in given.items() if value is None]
   if detect:
     if len(missing) < len(given):
-      return '--distributed finds the processes by itself: expected no other flag of them'
+      return (
+        '--distributed finds the processes by itself: expected no other flag of them'
+      )
   elif missing:
     return f'{", ".join(missing)} missing: expected all of {", ".join(given)}, or none'
-  elif not coordinator.rpartition(':')[0] or not coordinator.rpartition(':')[2].isdigit():
+  elif (
+    not coordinator.rpartition(':')[0] or not coordinator.rpartition(':')[2].isdigit()
+  ):
     return f'--coordinator={coordinator}: expected HOST:PORT of process 0'
   elif num_processes < 1:
     return f'--num_processes={num_processes}: expected 1 or more'

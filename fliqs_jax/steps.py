@@ -119,11 +119,28 @@ def make_mesh(num_samples: int, devices: list[jax.Device] | None = None) -> Mesh
   """Returns the mesh `('sample', 'data')` over all devices.
 
   As many devices as divide the samples are on the sample axis; the rest splits the
-  examples of each sample.
+  examples of each sample. A process holds whole samples, or a part of one.
   """
-  devices = np.asarray(jax.devices() if devices is None else devices)
-  samples = math.gcd(num_samples, devices.size)
-  return Mesh(devices.reshape(samples, -1), ('sample', 'data'))
+  devices = jax.devices() if devices is None else devices
+  devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+  num_processes = len({device.process_index for device in devices})
+  samples = sample_axis_size(num_samples, len(devices), num_processes)
+  return Mesh(np.asarray(devices).reshape(samples, -1), ('sample', 'data'))
+
+
+def sample_axis_size(num_samples: int, num_devices: int, num_processes: int) -> int:
+  """Returns the most rows of the mesh whose ends are also those of processes.
+
+  Then what a process holds of a batch `[S, B]` is a rectangle, as JAX expects it.
+  """
+  local = num_devices // num_processes
+  common = math.gcd(num_samples, num_devices)
+  return max(
+    rows
+    for rows in range(1, common + 1)
+    if common % rows == 0
+    and (local % (num_devices // rows) == 0 or (num_devices // rows) % local == 0)
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -247,7 +264,8 @@ def make_search_step(
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
-    averaged over samples, and `choices`, int32[S, N].
+    averaged over samples, and of each sample `sample_loss`, float32[S], and `choices`,
+    int32[S, N].
   """
   space = problem.space
 
@@ -282,6 +300,7 @@ def make_search_step(
       'cost_ratio': jnp.mean(costs) / problem.target,
       'reward': jnp.mean(rewards),
       'gradient_norm': optax.tree.norm(gradients),
+      'sample_loss': metrics['loss'],
       'choices': choices,
     }
 
@@ -319,6 +338,32 @@ def make_train_step(
     }
 
   return _jit_step(train_step, mesh)
+
+
+def skip_unsound(
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns a step that leaves the state as it is where its numbers are not finite.
+
+  Only the counts of steps go on. The metrics get `skipped_in_a_row`, int32[].
+
+  Args:
+    step: from `make_search_step` or `make_train_step`.
+    mesh: from `make_mesh`.
+  """
+
+  def guarded(state, batch):
+    new_state, metrics = step(state, batch)
+    checked = [
+      metrics[name] for name in ('loss', 'gradient_norm', 'reward') if name in metrics
+    ]
+    sound = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    kept = state.replace(step=new_state.step, skipped=state.skipped + 1)
+    taken = new_state.replace(skipped=jnp.zeros_like(state.skipped))
+    state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), taken, kept)
+    return state, {**metrics, 'skipped_in_a_row': state.skipped}
+
+  return _jit_step(guarded, mesh)
 
 
 def make_statistics_step(
