@@ -96,12 +96,12 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 
 def _lock(workdir, stack):
   """Takes the lock until the stack unwinds; returns who else holds it, if anyone."""
-  file = stack.enter_context((workdir / LOCK_FILE).open('a+'))
+  path = workdir / LOCK_FILE
+  file = stack.enter_context(path.open('a'))
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    file.seek(0)
-    holder = file.read().strip() or 'another process'
+    holder = path.read_text().strip() or 'another process'
     return (
       f'workdir {str(workdir)!r} is in use by {holder}: wait until that run ends, or '
       'name another --workdir'
