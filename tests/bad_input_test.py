@@ -25,8 +25,8 @@ floats = st.sampled_from(
 names = st.sampled_from(
     ['', 'int4', 'bf16', 'int2,,int4', 'e4m3', 'nonsense', 'a\nb', '(', 'é', '/', '.',
      'train', 'eval', 'train[:10]', 'train[:0]', 'test[', 'adamw', 'smallest', 'digits',
-     'mnist', 'model_size', 'latency_table', 'roofline', 'separate', 'weights', 'moving',
-     'validation', 'minus_loss', 'soft_exponential', 'bfloat16', 'rms', 'linear'],
+     'mnist', 'model_size', 'latency_table', 'roofline', 'separate', 'weights',
+     'moving', 'validation', 'minus_loss', 'soft_exponential', 'bfloat16', 'rms', 'linear'],
 )  # fmt: skip
 entries = st.one_of(numbers, floats, names, st.tuples(names, names), st.none())
 tuples = st.one_of(
