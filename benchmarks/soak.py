@@ -7,7 +7,7 @@ then stopped by SIGTERM, and its checkpoint evaluated. Resident memory, open fil
 threads and the time of a step are sampled every 5 seconds on Linux. Exit status 1
 where, past a warm-up of 5 minutes (a third of the time, where that is less), memory
 grew by more than 2 %, more files or threads are open than ever in the middle third, or
-the median step takes more than 1.1 times as long in the last third as in the middle one.
+the median step of the last third is more than 1.1 times that of the middle one.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from fliqs_jax import cost_models, formats, latency, models, rewards, search_spa
 from fliqs_jax import steps
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
-from fliqs_jax.config import ConfigError, validate
+from fliqs_jax.config import DTYPES, ConfigError, validate
 
 Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
 
@@ -97,6 +97,8 @@ def build(
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
+  if config.dtype not in DTYPES:  # the network cannot be built
+    raise ConfigError(*problems)
   try:
     model, inputs = build_model(config)
     layers = discover_layers(config)

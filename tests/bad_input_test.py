@@ -83,7 +83,7 @@ def base(tiny_config, monkeypatch, tmp_path):
 
 
 @settings(
-  max_examples=25,
+  max_examples=20,
   deadline=None,
   derandomize=True,
   suppress_health_check=list(HealthCheck),
