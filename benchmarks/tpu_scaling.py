@@ -90,7 +90,9 @@ def compile_step(network, topology, batch_per_chip):
   batch = resnet_steps.batch_shapes(
     batch_per_chip * len(chips), IMAGE_SIZE, jnp.bfloat16, NUM_SAMPLES
   )
-  gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+  gradients = sum(
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)
+  )
   return step.lower(state, batch).compile(), gradients, chips
 
 
@@ -216,7 +218,9 @@ def main():
   results = {'network': args.network, 'steps': []}
   for name in args.topologies.split(','):
     topology, _, batch = name.partition('/')
-    row = measured(f'{args.network} {name}', figures, args.network, topology, int(batch))
+    row = measured(
+      f'{args.network} {name}', figures, args.network, topology, int(batch)
+    )
     results['steps'].append({'topology': topology, **row})
   results['controller'] = {
     'decisions': args.decisions,

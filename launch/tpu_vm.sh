@@ -104,8 +104,8 @@ setsid nohup bash -c $(quoted "$(job)") >>~/fliqs_jax.log 2>&1 </dev/null &"
 
 # Prints the log of worker 0 until its job has ended.
 follow() {
-  on_workers 0 'tail -n 100 -F ~/fliqs_jax.log 2>/dev/null &
-flock ~/fliqs_jax.lock sleep 1; kill $!'
+  on_workers 0 'tail -n 100 --pid=$$ -F ~/fliqs_jax.log 2>/dev/null &
+flock ~/fliqs_jax.lock sleep 0.3; kill $!'
 }
 
 # Runs main once. Sets outcome: done, again, failed, or lost where workers went silent.
