@@ -187,22 +187,22 @@ def _mean_over_samples(function, mesh, *per_sample):
 
 
 def _split_over_data(tree, mesh):
-  """Splits the sums of a tree over the `data` axis where there is one.
+  """Splits the sums of a tree over the `data` axis.
 
   The compiler sums a kernel's gradient over `data` before it is averaged over
-  `sample`. Split, the first sum is a reduce-scatter and the second one is of a part,
-  so that a chip sends what one sum over all devices would take, and not twice that.
+  `sample`. Split, the first sum is a reduce-scatter and the second one is of a part, so
+  that a chip sends no more than for one sum over all devices, and not twice that.
   """
   size = mesh.shape['data']
 
   def split(array):
     axes = [i for i, n in enumerate(array.shape) if n % size == 0]
-    if array.ndim < 2 or not axes:
+    if array.ndim < 2 or not axes:  # vectors are small
       return array
     whole = lax.with_sharding_constraint(array, P())
     return lax.with_sharding_constraint(whole, P(*[None] * axes[0], 'data'))
 
-  return jax.tree.map(split, tree) if size > 1 else tree
+  return jax.tree.map(split, tree) if min(mesh.devices.shape) > 1 else tree
 
 
 def _apply(state, gradients, stats):
