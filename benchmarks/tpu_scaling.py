@@ -38,7 +38,6 @@ FORMATS = (
     'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8', 'bf16',
     'e2m1', 'e2m3', 'e3m2', 'e3m4', 'e4m3', 'e5m2', 'e2m2', 'e3m1',
 )  # fmt: skip
-IMAGE_SIZE = 224
 NUM_SAMPLES = 8
 EXAMPLES = 90 * 1_281_167  # 90 epochs of ImageNet, the recipe's
 
@@ -79,16 +78,16 @@ def traffic(program):
   return total
 
 
-def compile_step(network, topology, batch_per_chip):
+def compile_step(network, image_size, topology, batch_per_chip):
   """Returns the compiled search step, the bytes of its gradients and the chip."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = steps.make_mesh(NUM_SAMPLES, chips)
   step, init = resnet_steps.make_step(
-    'search', mesh, IMAGE_SIZE, jnp.bfloat16, num_samples=NUM_SAMPLES, network=network
+    'search', mesh, image_size, jnp.bfloat16, num_samples=NUM_SAMPLES, network=network
   )
   state = jax.eval_shape(init, jax.random.key(0))
   batch = resnet_steps.batch_shapes(
-    batch_per_chip * len(chips), IMAGE_SIZE, jnp.bfloat16, NUM_SAMPLES
+    batch_per_chip * len(chips), image_size, jnp.bfloat16, NUM_SAMPLES
   )
   gradients = sum(
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)
@@ -96,9 +95,11 @@ def compile_step(network, topology, batch_per_chip):
   return step.lower(state, batch).compile(), gradients, chips
 
 
-def figures(network, topology, batch_per_chip):
+def figures(network, image_size, topology, batch_per_chip):
   """Returns the figures of one topology, of one chip."""
-  compiled, gradients, chips = compile_step(network, topology, batch_per_chip)
+  compiled, gradients, chips = compile_step(
+    network, image_size, topology, batch_per_chip
+  )
   cost = compiled.cost_analysis()
   return {
     'chips': len(chips),
@@ -193,6 +194,7 @@ def print_table(results, efficiency):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--network', default='resnet50')
+  parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument(
     '--topologies',
     default='v5e:2x4/128,v5e:8x8/128,v5e:16x16/128,v5e:16x16/32,v6e:8x8/128',
@@ -215,12 +217,13 @@ def main():
         args.results.write_text(json.dumps(kept, indent=2))
     return kept[name]
 
-  results = {'network': args.network, 'steps': []}
+  results = {'network': args.network, 'image_size': args.image_size, 'steps': []}
   for name in args.topologies.split(','):
     topology, _, batch = name.partition('/')
     row = measured(
-      f'{args.network} {name}', figures, args.network, topology, int(batch)
-    )
+        f'{args.network} {args.image_size} {name}', figures,
+        args.network, args.image_size, topology, int(batch),
+    )  # fmt: skip
     results['steps'].append({'topology': topology, **row})
   results['controller'] = {
     'decisions': args.decisions,
