@@ -56,8 +56,8 @@ DEVICES = {
   # int4 1.84e15, and 2.46e12 bytes a second, which no page of Google's has.
   'tpu_v5p': Device({'int4': 1840e12, 'int8': 918e12, 'bf16': 459e12}, 2765e9),
   # [TPU v6e] 918 TFLOPs, 1836 TOPs (Int8), 1640 GBps (1600 on later versions of the
-  # page); [JAX] 1.64e12, int4 3.68e15, and fp8 at the rate of bf16: e5m2 and
-  # e4m3b11fnuz, which is e4m3 but for a power of two, are stored in 8 bits, not sped up.
+  # page); [JAX] 1.64e12, int4 3.68e15, and fp8 at the rate of bf16: e5m2, and
+  # e4m3b11fnuz, which is e4m3 but for a power of two, take 8 bits but save no time.
   'tpu_v6e': Device(
     {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1640e9
   ),
