@@ -78,6 +78,8 @@ def _prepare(config, folder, targets, widths):
       train.check(run, folder / name)
     except ConfigError as error:
       for problem in error.problems:
+        # Without the run's name, problems of many runs are one.
+        problem = problem.replace(str(folder / name), str(folder))
         found.setdefault(problem, []).append(name)
   for problem, names in found.items():
     others = f' and {len(names) - 1} more' if names[1:] else ''

@@ -126,6 +126,7 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
   config.num_steps += 1
   with pytest.raises(ConfigError, match='another'):
     pareto.sweep(config, str(folder), ['0.6*int4'], ['0.25'])
+  assert len(json.loads((folder / 'pareto.json').read_text())) == len(points)
 
 
 def test_all_that_is_wrong_is_said_before_the_first_run(
