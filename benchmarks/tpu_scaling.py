@@ -9,7 +9,7 @@ gigabytes of an all-reduce that would take as long: an all-reduce of n bytes cou
 reduce-scatter or an all-gather of n bytes n/2. Hours are those of a whole training at
 half of the chip's roofline (`--efficiency`), data and compilation excluded.
 
-A compilation takes minutes on two cores; `--results` keeps the figures, and topologies
+A compilation takes ten minutes or more on two cores; `--results` keeps the figures, and topologies
 that are in it already are not compiled again.
 """
 
