@@ -4,13 +4,13 @@
     python benchmarks/tpu_scaling.py [--results=FILE] [--json]
 
 Compiled by XLA ahead of time, without a TPU, at a fixed batch a chip. All figures are
-those of one chip and deterministic. Traffic is what a chip must send in a ring, in
-gigabytes of an all-reduce that would take as long: an all-reduce of n bytes counts n, a
+those of one chip and deterministic. Traffic is what a chip must send in a ring, as the
+bytes of an all-reduce that sends as much: an all-reduce of n bytes counts n, a
 reduce-scatter or an all-gather of n bytes n/2. Hours are those of a whole training at
 half of the chip's roofline (`--efficiency`), data and compilation excluded.
 
-A compilation takes ten minutes or more on two cores; `--results` keeps the figures, and topologies
-that are in it already are not compiled again.
+A compilation takes ten minutes or more on two cores; `--results` keeps the figures, and
+topologies that are in it already are not compiled again.
 """
 
 import argparse
