@@ -116,7 +116,7 @@ def figures(network, image_size, topology, batch_per_chip):
 def controller_figures(topology, num_decisions, num_samples):
   """Returns flops and bytes of sampling, costs, rewards and the policy's update.
 
-  All that a search step does beside the network, for so many decisions among the 16
+  What a search step does beside the network, for so many decisions among the 16
   formats, compiled alone for one chip: every chip does the whole of it.
   """
   chip = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
@@ -139,8 +139,7 @@ def controller_figures(topology, num_decisions, num_samples):
     choices = controller.sample(state, keys)
     costs = cost_model(space, choices)
     reward = rewards.absolute(quality, costs, target=target, beta=1.0)
-    formats = [space.bind(choices[s]) for s in range(num_samples)]
-    return controller.update(state, choices, reward, step), costs, formats
+    return controller.update(state, choices, reward, step), costs
 
   shapes = (
     jax.eval_shape(controller.init),
