@@ -1,10 +1,13 @@
-"""What training and evaluation do to one image, with PIL and NumPy.
+"""What training and evaluation do to one image, `uint8[H, W, C]`, on the host.
 
-Images are PIL's, `L` or `RGB`; sizes are `(width, height)`, as PIL has them.
+Sizes are `(width, height)`, as OpenCV and PIL have them.
 """
 
+import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+cv2.setNumThreads(0)  # what runs in parallel is images
 
 # The part of the image's area and the aspect ratios of a random resized crop
 # (Szegedy et al., 2015), and what of the image evaluation sees.
@@ -20,38 +23,64 @@ MAX_LEVEL = 10
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
+def decode(encoded: bytes, num_channels: int) -> np.ndarray:
+  """Returns the pixels of a JPEG or PNG file, in RGB or, of one channel, in grey.
+
+  Raises:
+    ValueError: where there is no image in it.
+  """
+  colour = cv2.IMREAD_GRAYSCALE if num_channels == 1 else cv2.IMREAD_COLOR_RGB
+  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION
+  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+  if image is None:
+    raise ValueError('an image cannot be decoded: expected a JPEG or a PNG file')
+  return image.reshape(*image.shape[:2], num_channels)
+
+
 def random_resized_crop(
-  image: Image.Image, size: tuple[int, int], rng: np.random.Generator
-) -> Image.Image:
+  image: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
   """A crop of random area and aspect ratio, resized; the largest where none fits."""
-  width, height = image.size
+  height, width, _ = image.shape
   for _ in range(10):
     w, h = _random_sides(width * height, _CROP_AREA, _CROP_RATIO, rng)
     if 0 < w <= width and 0 < h <= height:
       left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-      return _resize(image, size, (left, top, left + w, top + h))
+      return resized_crop(image, (left, top, w, h), size)
   return central_crop(image, size)
 
 
-def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """The image, or its mirror image, left to right."""
-  if rng.random() < 0.5:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return image
-
-
-def central_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """The central part of an image, resized; images of the right size stay whole."""
-  if image.size == size:
+  height, width, _ = image.shape
+  if (width, height) == size:
     return image
-  side = min(image.size[0] / size[0], image.size[1] / size[1]) * _CENTRAL_CROP
-  w, h = side * size[0], side * size[1]
-  left, top = (image.size[0] - w) / 2, (image.size[1] - h) / 2
-  return _resize(image, size, (left, top, left + w, top + h))
+  scale = min(width / size[0], height / size[1]) * _CENTRAL_CROP
+  w, h = (max(1, round(scale * side)) for side in size)
+  return resized_crop(image, ((width - w) // 2, (height - h) // 2, w, h), size)
 
 
-def _resize(image, size, box):
-  return image.resize(size, Image.Resampling.BILINEAR, box=box)
+def resized_crop(
+  image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
+) -> np.ndarray:
+  """Resizes a box `(left, top, width, height)`.
+
+  Where it shrinks, each pixel is the mean of the area that it covers; where it grows,
+  interpolation is bilinear.
+  """
+  left, top, width, height = box
+  shrinks = width >= size[0] and height >= size[1]
+  resized = cv2.resize(
+    image[top : top + height, left : left + width],
+    size,
+    interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
+  )
+  return resized.reshape(size[1], size[0], image.shape[2])
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """The image, or its mirror image, left to right."""
+  return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 def _random_sides(area, part, ratio, rng):
@@ -62,11 +91,8 @@ def _random_sides(area, part, ratio, rng):
 
 
 def rand_augment(
-  image: Image.Image,
-  rng: np.random.Generator,
-  magnitude: float,
-  fill: tuple[int, ...],
-) -> Image.Image:
+  image: np.ndarray, rng: np.random.Generator, magnitude: float, fill: tuple[int, ...]
+) -> np.ndarray:
   """RandAugment (Cubuk et al., 2020, arXiv 1909.13719), in the form of DeiT.
 
   Args:
@@ -75,14 +101,15 @@ def rand_augment(
     magnitude: the mean level of the operations, 0 … `MAX_LEVEL`.
     fill: per channel, of what moves into the image.
   """
-  names = list(OPERATIONS)
+  names, shape = list(OPERATIONS), image.shape
+  image = Image.fromarray(image[..., 0] if shape[2] == 1 else image)
   for _ in range(_NUM_OPERATIONS):
     operation = OPERATIONS[names[rng.integers(len(names))]]
     level = np.clip(rng.normal(magnitude, _LEVEL_STDDEV), 0, MAX_LEVEL) / MAX_LEVEL
     sign = rng.choice((-1, 1))
     if rng.random() < _PROBABILITY:
       image = operation(image, float(level), int(sign), fill)
-  return image
+  return np.asarray(image).reshape(shape)
 
 
 def _solarize_add(image, level, sign, fill):
@@ -113,7 +140,7 @@ def _rotate(image, level, sign, fill):
   return image.rotate(30 * sign * level, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-# `(image, level in [0, 1], sign, fill) -> image`; all grow stronger with the level.
+# `(image, level in [0, 1], sign, fill) -> image` of PIL, stronger with the level.
 OPERATIONS = {
   'auto_contrast': lambda image, *_: ImageOps.autocontrast(image),
   'equalize': lambda image, *_: ImageOps.equalize(image),
@@ -134,7 +161,7 @@ OPERATIONS = {
 
 
 def erase(
-  pixels: np.ndarray,
+  image: np.ndarray,
   rng: np.random.Generator,
   probability: float,
   mean: tuple[float, ...],
@@ -143,21 +170,21 @@ def erase(
   """Random erasing (Zhong et al., 2020, arXiv 1708.04896), with noise in every pixel.
 
   Args:
-    pixels: `uint8[H, W, C]`, not changed.
+    image: not changed.
     rng: consumed.
     probability: of there being a box of noise.
     mean: per channel, of the normal noise, whose values are pixels in [0, 1].
     stddev: per channel.
   """
   if rng.random() >= probability:
-    return pixels
-  height, width, channels = pixels.shape
+    return image
+  height, width, channels = image.shape
   for _ in range(10):
     w, h = _random_sides(width * height, _ERASED_AREA, _ERASED_RATIO, rng)
     if 0 < w < width and 0 < h < height:
       top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
       noise = rng.normal(mean, stddev, size=(h, w, channels))
-      pixels = pixels.copy()
-      pixels[top : top + h, left : left + w] = np.clip(np.rint(255 * noise), 0, 255)
+      image = image.copy()
+      image[top : top + h, left : left + w] = np.clip(np.rint(255 * noise), 0, 255)
       break
-  return pixels
+  return image

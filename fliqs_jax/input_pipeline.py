@@ -7,14 +7,12 @@ and so the state of an iterator, which is a few bytes in a checkpoint.
 from collections.abc import Iterator
 import functools
 import importlib
-import io
 import math
 
 import grain
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
 from fliqs_jax import augmentations
@@ -228,7 +226,7 @@ def _split_samples(batch, num_samples):
 
 
 def _train_example(settings, example, rng):
-  image, size = _decode(example['image'], settings), _size(settings)
+  image, size = _decode(example, settings), _size(settings)
   if settings.augmentation == 'none':
     image = augmentations.central_crop(image, size)
   else:
@@ -238,32 +236,21 @@ def _train_example(settings, example, rng):
     fill = tuple(round(255 * mean) for mean in settings.mean)
     magnitude = settings.rand_augment_magnitude
     image = augmentations.rand_augment(image, rng, magnitude, fill)
-  arrays = _to_arrays(image, example['label'], settings)
-  if settings.erasing:
-    arrays['image'] = augmentations.erase(
-      arrays['image'], rng, settings.erasing, settings.mean, settings.stddev
-    )
-  return arrays
+  image = augmentations.erase(
+    image, rng, settings.erasing, settings.mean, settings.stddev
+  )
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
 def _eval_example(settings, example):
-  image = _decode(example['image'], settings)
-  image = augmentations.central_crop(image, _size(settings))
-  return _to_arrays(image, example['label'], settings)
+  image = augmentations.central_crop(_decode(example, settings), _size(settings))
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
-def _decode(encoded, settings):
-  image = Image.open(io.BytesIO(encoded), formats=('JPEG', 'PNG'))
-  return image.convert('L' if settings.image_shape[-1] == 1 else 'RGB')
+def _decode(example, settings):
+  return augmentations.decode(example['image'], settings.image_shape[-1])
 
 
 def _size(settings):
   height, width, _ = settings.image_shape
   return width, height
-
-
-def _to_arrays(image, label, settings):
-  return {
-    'image': np.asarray(image).reshape(settings.image_shape),
-    'label': np.int32(label),
-  }
