@@ -65,15 +65,15 @@ def resized_crop(
 ) -> np.ndarray:
   """Resizes a box `(left, top, width, height)`.
 
-  Where it shrinks, each pixel is the mean of the area that it covers; where it grows,
-  interpolation is bilinear.
+  Bilinear interpolation reads 2×2 pixels. From more than twice the size it would skip
+  some, so there each pixel is the mean of the area that it covers.
   """
   left, top, width, height = box
-  shrinks = width >= size[0] and height >= size[1]
+  skips = width > 2 * size[0] and height > 2 * size[1]
   resized = cv2.resize(
     image[top : top + height, left : left + width],
     size,
-    interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
+    interpolation=cv2.INTER_AREA if skips else cv2.INTER_LINEAR,
   )
   return resized.reshape(size[1], size[0], image.shape[2])
 
@@ -112,6 +112,10 @@ def rand_augment(
   return np.asarray(image).reshape(shape)
 
 
+def _posterize(image, level, sign, fill):
+  return ImageOps.posterize(image, max(1, 4 - int(4 * level)))
+
+
 def _solarize_add(image, level, sign, fill):
   added = [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
   return image.point(added * len(image.getbands()))
@@ -146,7 +150,7 @@ OPERATIONS = {
   'equalize': lambda image, *_: ImageOps.equalize(image),
   'invert': lambda image, *_: ImageOps.invert(image),
   'rotate': _rotate,
-  'posterize': lambda image, level, *_: ImageOps.posterize(image, 4 - int(4 * level)),
+  'posterize': _posterize,
   'solarize': lambda image, level, *_: ImageOps.solarize(image, 256 - int(256 * level)),
   'solarize_add': _solarize_add,
   'color': _enhance(ImageEnhance.Color),

@@ -40,6 +40,8 @@ def mix(
   2019, arXiv 1905.04899) pastes a box. Each takes part where its alpha is above 0; of
   both, a coin decides for the batch. Labels are mixed as the pixels are.
 
+  One of the alphas at least must be above 0.
+
   Args:
     batch: `image: [B, H, W, C]`, uint8 or float32, and `label: int32[B]`; other entries
       are left alone.
@@ -52,14 +54,13 @@ def mix(
     The batch with `image: float32[B, H, W, C]` and `label: float32[B, num_classes]`.
   """
   height, width = batch['image'].shape[1:3]
-  coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
-  kept = jnp.ones((height, width))  # the part of each pixel that stays
-  if mixup_alpha:
-    kept *= jax.random.beta(mixup_key, mixup_alpha, mixup_alpha)
-  if cutmix_alpha:
-    outside = _outside_box(cutmix_key, cutmix_alpha, height, width)
-    cuts = jax.random.bernoulli(coin_key) if mixup_alpha else True
-    kept = jnp.where(cuts, outside, kept)
+  coin_key, part_key, box_key = jax.random.split(key, 3)
+  cutmix_probability = (cutmix_alpha > 0) / ((mixup_alpha > 0) + (cutmix_alpha > 0))
+  cuts = jax.random.bernoulli(coin_key, cutmix_probability)
+  alpha = jnp.where(cuts, cutmix_alpha, mixup_alpha)
+  part = jax.random.beta(part_key, alpha, alpha)
+  outside = _outside_box(box_key, jnp.sqrt(1 - part), height, width)
+  kept = jnp.where(cuts, outside, part)  # of each pixel
   labels = jax.nn.one_hot(batch['label'], num_classes)
   return {
     **batch,
@@ -68,17 +69,15 @@ def mix(
   }
 
 
-def _outside_box(key, alpha, height, width):
-  """Returns 0 within a random box and 1 elsewhere, float32[height, width]."""
-  size_key, *centre_keys = jax.random.split(key, 3)
-  side = jnp.sqrt(1 - jax.random.beta(size_key, alpha, alpha))
+def _outside_box(key, side, height, width):
+  """Returns 0 in a box somewhere, with this part of each side, and 1 elsewhere."""
 
   def within(key, length):
     half = jnp.floor(side * length) // 2
     offset = jnp.arange(length) - jax.random.randint(key, (), 0, length)
     return (-half <= offset) & (offset < half)
 
-  rows, columns = map(within, centre_keys, (height, width))
+  rows, columns = map(within, jax.random.split(key), (height, width))
   return 1.0 - (rows[:, None] & columns)
 
 
