@@ -55,8 +55,8 @@ def mix(
   """
   height, width = batch['image'].shape[1:3]
   coin_key, part_key, box_key = jax.random.split(key, 3)
-  cutmix_probability = (cutmix_alpha > 0) / ((mixup_alpha > 0) + (cutmix_alpha > 0))
-  cuts = jax.random.bernoulli(coin_key, cutmix_probability)
+  probability = (cutmix_alpha > 0) * (1 - 0.5 * (mixup_alpha > 0))
+  cuts = jax.random.bernoulli(coin_key, probability)
   alpha = jnp.where(cuts, cutmix_alpha, mixup_alpha)
   part = jax.random.beta(part_key, alpha, alpha)
   outside = _outside_box(box_key, jnp.sqrt(1 - part), height, width)
