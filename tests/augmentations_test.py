@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 import pytest
+from references import area_means
 
 from fliqs_jax import augmentations
 
@@ -16,18 +17,6 @@ SIZES = st.tuples(st.integers(8, 90), st.integers(8, 90))
 def noise(height, width, channels=3, seed=0):
   rng = np.random.default_rng(seed)
   return rng.integers(256, size=(height, width, channels), dtype=np.uint8)
-
-
-def area_means(image, size):
-  """Resizes by the mean of what each pixel covers, parts of pixels included."""
-
-  def weights(old, new):
-    edges = np.arange(new + 1)[:, None] * old / new
-    below = np.clip(edges - np.arange(old), 0, 1)  # of each old pixel, below an edge
-    return np.diff(below, axis=0) * new / old
-
-  rows, columns = weights(image.shape[0], size[1]), weights(image.shape[1], size[0])
-  return np.einsum('yh,xw,hwc->yxc', rows, columns, image.astype(float))
 
 
 @hypothesis.given(

@@ -6,7 +6,7 @@ import sys
 CORE = (
     'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
     'cost_models', 'rewards',
-    'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'controller', 'budget', 'preprocessing', 'train_state', 'steps', 'config', 'models', 'assembly',
 )  # fmt: skip
 FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
 

@@ -10,6 +10,7 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 from conftest import ROOT
+from references import area_means
 
 from fliqs_jax import input_pipeline, train
 
@@ -171,10 +172,7 @@ def test_evaluation_of_jpeg_files_is_that_of_pil(photographs):
     left, top = (pil.width - w) // 2, (pil.height - h) // 2
     cut = pil.crop((left, top, left + w, top + h))
     if w > 2 * 64 and h > 2 * 48:
-      # Exact means over areas, from an enlargement whose pixels are the parts.
-      whole = np.asarray(cut.resize((64 * w, h), Image.Resampling.NEAREST), np.float32)
-      columns = whole.reshape(h, 64, w, 3).mean(axis=2)
-      expected = np.repeat(columns, 48, axis=0).reshape(48, h, 64, 3).mean(axis=1)
+      expected = area_means(np.asarray(cut), (64, 48))
     else:
       box = (0, 0, w, h)
       how = Image.Transform.EXTENT, box, Image.Resampling.BILINEAR
@@ -221,6 +219,8 @@ def test_held_out_photographs_are_not_augmented(photographs):
 
 def test_search_on_photographs(photographs, tmp_path):
   config, _ = photographs
+  config = config.copy_and_resolve_references()
+  config.search.statistics_batches = 1
   result = train.run(config, tmp_path / 'run')
   assert result['eval']['num_examples'] == 25
   assert np.isfinite(result['eval']['loss'])
