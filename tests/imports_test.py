@@ -5,8 +5,8 @@ import sys
 
 CORE = (
     'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
-    'cost_models', 'rewards',
-    'controller', 'budget', 'preprocessing', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'cost_models', 'rewards', 'preprocessing',
+    'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
 )  # fmt: skip
 FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
 
