@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import tensorflow_datasets as tfds
 
-from fliqs_jax import assembly, budget, display, input_pipeline, results, steps
-from fliqs_jax import workdirs
+from fliqs_jax import assembly, assignments, budget, display, input_pipeline, results
+from fliqs_jax import steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -41,7 +42,9 @@ def run(
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
-  setup, builder = _prepare(config, workdir, allow_config_change)
+  setup, builder = check(config, workdir, allow_config_change)
+  if jax.process_index() == 0:
+    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
@@ -51,30 +54,46 @@ def run(
   return _train(config, workdir, setup, builder)
 
 
-def _prepare(config, workdir, allow_config_change):
-  """Returns the setup and the dataset, and makes the workdir; reports all problems."""
+def check(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  allow_config_change: bool = False,
+) -> tuple[assembly.Setup, tfds.core.DatasetBuilder]:
+  """Returns the setup and the dataset of a run; prepares a packaged dataset.
+
+  Args:
+    config: resolved, to search or to train.
+    workdir: of the run, in which nothing is written.
+    allow_config_change: accept a workdir whose config differs.
+
+  Raises:
+    ConfigError: with all that stands in the way of the run.
+  """
   attempt = _Attempts()
-  fixed = None
+  fixed = attempt(_fixed_formats, config)
   if config.mode == 'train':
-    fixed = attempt(_read_fixed_formats, config) or 'float32'
+    fixed = fixed or 'float32'
   setup = attempt(assembly.build, config, jax.device_count(), fixed)
   builder = attempt(input_pipeline.find_builder, config)
   attempt(workdirs.check, config, workdir, allow_config_change)
   attempt.raise_problems()
   attempt(input_pipeline.prepare, config, builder)
   attempt.raise_problems()
-  if jax.process_index() == 0:
-    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
   return setup, builder
 
 
-def _read_fixed_formats(config):
-  if not config.formats:
+def _fixed_formats(config):
+  if config.mode == 'search' and config.formats:
+    raise ValueError(
+      f'formats={config.formats!r} would have no effect on a search: expected them '
+      'with --config.mode=train or eval'
+    )
+  if config.mode == 'train' and not config.formats:
     raise ValueError(
       'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-      'the path of a search_result.json'
+      'the path of a formats.json or a search_result.json'
     )
-  return results.read_assignment(config.formats)
+  return assignments.read(config.formats) if config.formats else None
 
 
 def _train(config, workdir, setup, builder):
@@ -293,7 +312,7 @@ def _evaluated_formats(config, source):
       f'config has {config.model.to_dict()}'
     )
   if config.formats:
-    return results.read_assignment(config.formats)
+    return assignments.read(config.formats)
   if not (source / results.RESULT_FILE).exists():
     raise ValueError(
       f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '

@@ -7,6 +7,7 @@ CORE = (
     'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
     'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'assignments', 'figures',
 )  # fmt: skip
 FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
 
