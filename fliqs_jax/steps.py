@@ -212,13 +212,13 @@ def _mean_over_samples(function, mesh, *per_sample):
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
       total, stacked = lax.scan(accumulate, zeros, local)
       mean = jax.tree.map(lambda a: a / num_local, total)
-    return lax.pmean(mean, 'sample'), stacked
+    return lax.pmean(_split_over_data(mean, mesh), 'sample'), stacked
 
   # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
   # batch norm and of the statistics are over all examples of a sample, and networks
   # need not know of any axis. Unchecked, because a checked gradient with respect to
   # the replicated weights would be reduced over devices for every sample, not once.
-  return jax.shard_map(
+  mean, stacked = jax.shard_map(
     on_one_device,
     mesh=mesh,
     in_specs=P('sample'),
@@ -226,6 +226,26 @@ def _mean_over_samples(function, mesh, *per_sample):
     axis_names={'sample'},
     check_vma=False,
   )(*per_sample)
+  return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
+
+
+def _split_over_data(tree, mesh):
+  """Splits the sums of a tree over the `data` axis.
+
+  The compiler sums a kernel's gradient over `data` before it is averaged over
+  `sample`. Split, the first sum is a reduce-scatter and the second one is of a part, so
+  that a chip sends no more than for one sum over all devices, and not twice that.
+  """
+  size = mesh.shape['data']
+
+  def split(array):
+    axes = [i for i, n in enumerate(array.shape) if n % size == 0]
+    if array.ndim < 2 or not axes:  # vectors are small
+      return array
+    whole = lax.with_sharding_constraint(array, P())
+    return lax.with_sharding_constraint(whole, P(*[None] * axes[0], 'data'))
+
+  return jax.tree.map(split, tree) if min(mesh.devices.shape) > 1 else tree
 
 
 def _apply(state, gradients, stats):
