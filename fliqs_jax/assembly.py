@@ -1,5 +1,6 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import assignments, cost_models, formats, latency, models, rewards
-from fliqs_jax import search_space, steps
+from fliqs_jax import assignments, cost_models, formats, latency, models
+from fliqs_jax import preprocessing, rewards, search_space, steps
 from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
@@ -25,6 +26,7 @@ class Setup(NamedTuple):
 
   model: nn.Module
   inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
+  preprocess: Callable[[jax.Array], jax.Array]  # a batch's images, for the network
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -121,10 +123,14 @@ def build(
     config.optimizer.label_smoothing,
     config.optimizer.auxiliary_weight,
   )
+  objective = objective._replace(augment=_mixing(config))
   learning_rate = _learning_rate(config)
   return Setup(
     model=model,
     inputs=inputs,
+    preprocess=functools.partial(
+      preprocessing.normalize, mean=config.input.mean, stddev=config.input.stddev
+    ),
     space=space,
     cost_model=cost_model,
     target=target,
@@ -136,6 +142,14 @@ def build(
     if assignment is not None
     else _problem(config, space, cost_model, target, caps),
   )
+
+
+def _mixing(config):
+  """Returns what training does to a batch, in the objective's form."""
+  alphas = config.input.mixup_alpha, config.input.cutmix_alpha
+  if not any(alphas):
+    return lambda batch, key: batch
+  return lambda batch, key: preprocessing.mix(batch, key, config.num_classes, *alphas)
 
 
 def build_cost_model(

@@ -43,6 +43,8 @@ class Objective(NamedTuple):
   # Of the same loss of outputs that a network sows, in training, as `aux_logits` into
   # the collection `intermediates`. Inception-v3's authors take 0.4 (TF-slim).
   auxiliary_weight: float = 0.4
+  # What training does to a sample's batch first; the key is consumed.
+  augment: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
 
 
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -180,6 +182,8 @@ def _forward(state, params, formats, batch, key):
 
 def _gradients(state, objective, formats, batch, key):
   """Returns the gradients, the updated statistics and the metrics of one sample."""
+  # Dropout keeps the key itself.
+  batch = objective.augment(batch, jax.random.fold_in(key, 1))
 
   def loss_fn(params):
     outputs, auxiliary, stats = _forward(state, params, formats, batch, key)

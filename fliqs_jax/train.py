@@ -139,6 +139,7 @@ def _initial_state(config, setup, mesh):
       setup.optimizer,
       setup.problem and setup.problem.controller,
       key,
+      setup.preprocess,
     )
 
   init = jax.jit(init, out_shardings=steps.replicated(mesh))

@@ -1,5 +1,6 @@
 """The train state: everything that a step reads and writes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -35,6 +36,7 @@ def create_train_state(
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
+  preprocess: Callable[[jax.Array], jax.Array] = lambda inputs: inputs,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -44,11 +46,14 @@ def create_train_state(
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
+    preprocess: of the inputs in a batch, to what the network takes.
   """
   init_key, run_key = jax.random.split(key)
   variables = model.init(init_key, inputs, train=False)
   return TrainState.create(
-    apply_fn=model.apply,
+    apply_fn=lambda variables, inputs, **options: model.apply(
+      variables, preprocess(inputs), **options
+    ),
     params=variables['params'],
     tx=optimizer,
     batch_stats=variables.get(BATCH_STATS, {}),
