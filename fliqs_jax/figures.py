@@ -24,7 +24,7 @@ PALETTE = {
   'muted': '#52514e',
   'axis': '#b4b3ac',
   'grid': '#e3e2db',
-  'share': '#eceae2',
+  'share': '#dfdccf',
   'surface': '#fdfdfc',
   'integer': '#2a78d6',
   'float': '#d9622b',
@@ -385,7 +385,7 @@ def _layer_rows(layers, width, height):
   slot = 0.24  # inches, for the name of a format
   num_rows = math.ceil(len(layers) * slot / (width - 1))
   per_row = math.ceil(len(layers) / num_rows)
-  longest = 24 if width > 6 else 18
+  longest = 28 if width > 6 else 20
   names = [shorten(layer['path'], longest) for layer in layers]
   name_height = max(map(len, names)) * 0.6 * _SMALL / _POINTS
   figure = _figure(width, 0.4 + num_rows * (height + name_height + 0.15))

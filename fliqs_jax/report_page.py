@@ -187,14 +187,24 @@ def _comparison(runs):
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:
   """Returns a drawing of a figure that takes a width."""
   name = prefix + name
-  wide = figure(width=figures.WIDE)
+  wide = _laid_out(figure(width=figures.WIDE))
+  narrow = _laid_out(figure(width=figures.NARROW))
   return Drawing(
     name=name,
     alt=alt,
     wide=to_svg(wide, f'{name}-wide', alt),
-    narrow=to_svg(figure(width=figures.NARROW), f'{name}-narrow', alt),
-    png=_to_png(wide),
+    narrow=to_svg(narrow, f'{name}-narrow', alt),
+    png=to_png(wide),
   )
+
+
+def _laid_out(figure):
+  """Lays a figure out once, and not again for every file that is written of it."""
+  FigureCanvasAgg(figure)
+  with matplotlib.rc_context(figures.STYLE):
+    figure.get_layout_engine().execute(figure)
+  figure.set_layout_engine('none')
+  return figure
 
 
 def to_svg(figure: Figure, salt: str, alt: str) -> markupsafe.Markup:
@@ -228,10 +238,10 @@ def _themed(style):
   return style
 
 
-def _to_png(figure):
+def to_png(figure: Figure) -> bytes:
+  """Returns a figure as a PNG file, on a light ground."""
   buffer = io.BytesIO()
   with matplotlib.rc_context(figures.STYLE):
-    FigureCanvasAgg(figure)
     figure.savefig(
       buffer, format='png', dpi=140, facecolor=figures.PALETTE['surface'],
       metadata={'Software': None},

@@ -29,18 +29,15 @@ class Browser:
     read_end, self._write = os.pipe()
     self._read, write_end = os.pipe()
 
-    def as_pipes():  # Chromium reads from 3 and writes to 4
-      ends = os.dup(read_end), os.dup(write_end)
-      os.dup2(ends[0], 3)
-      os.dup2(ends[1], 4)
-
+    # Chromium reads from 3 and writes to 4.
+    as_pipes = f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}'
     self._process = subprocess.Popen(
       [
-        EXECUTABLE, '--headless=new', '--no-sandbox', '--disable-gpu',
-        '--disable-dev-shm-usage', '--disable-background-networking',
+        'bash', '-c', as_pipes, EXECUTABLE, '--headless=new', '--no-sandbox',
+        '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking',
         '--remote-debugging-pipe', f'--user-data-dir={profile}', 'about:blank',
       ],
-      preexec_fn=as_pipes, close_fds=False,
+      pass_fds=(read_end, write_end),
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(read_end)

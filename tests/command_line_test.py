@@ -68,6 +68,7 @@ def test_search_from_the_command_line(tmp_path, data_dir):
     'of the target',
     'One-shot accuracy',
     'Files:',
+    'Report:',
   ):
     assert text in result.stdout
   assert 'step 8/8' in result.stderr
