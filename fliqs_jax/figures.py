@@ -414,10 +414,11 @@ def _legend(figure, families, extra, found=''):
 
 
 def _draw_marks(axes, marks, last):
-  for mark in marks:
+  for place, mark in enumerate(marks):
     if 0 < mark.step <= last:
       axes.axvline(mark.step, color=PALETTE['muted'], linewidth=0.8, linestyle=':')
+      offset = (2, -8 * place)  # letters of near steps stay apart
       axes.annotate(
-        mark.letter, (mark.step, 1), (2, 0), xycoords=('data', 'axes fraction'),
+        mark.letter, (mark.step, 1), offset, xycoords=('data', 'axes fraction'),
         textcoords='offset points', va='top', fontsize=_SMALL, color=PALETTE['muted'],
       )  # fmt: skip

@@ -155,6 +155,7 @@ def layers(result: Mapping[str, Any], reference: str | None) -> list[dict[str, A
   """Returns a row for each layer in network order; what is not known is None."""
   described = result.get('layers', {})
   total = sum(layer['cost'] for layer in described.values())
+  adds_up = math.isclose(total, result['cost'], rel_tol=1e-6)  # not so for a peak
   rows = []
   for path, operands in result['formats'].items():
     layer = described.get(path, {})
@@ -167,7 +168,7 @@ def layers(result: Mapping[str, Any], reference: str | None) -> list[dict[str, A
         'macs': layer.get('macs'),
         'params': layer.get('params'),
         'cost': cost,
-        'share': cost / total if cost is not None and total else None,
+        'share': cost / total if cost is not None and total and adds_up else None,
         'reference_cost': layer.get('uniform_costs', {}).get(reference),
       }
     )

@@ -8,7 +8,14 @@ CORE = (
     'cost_models', 'rewards',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
 )  # fmt: skip
-FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
+FORBIDDEN = (
+  'tensorflow',
+  'tensorflow_datasets',
+  'grain',
+  'clu',
+  'orbax.checkpoint',
+  'matplotlib',
+)
 
 
 def test_core_imports():

@@ -53,7 +53,8 @@ def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
   bits = {'int2': 2, 'int4': 4, 'e4m3': 8, 'bf16': 16}
   result = {
     'model': 'resnet18', 'dataset': 'digits', 'cost_model': 'bops', 'seed': 0,
-    'cost_unit': 'GBOPs', 'target': 16.0 * len(names), 'cost': 12.5, 'steps': 30,
+    'cost_unit': 'GBOPs', 'target': 16.0 * len(names), 'steps': 30,
+    'cost': float(sum(bits[f['weights']] ** 2 for f in formats.values())),
     'formats': formats, 'architecture': {}, 'versions': {'jax': '0.10'},
     'layers': {
       name: {
