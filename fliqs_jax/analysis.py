@@ -10,7 +10,6 @@ and kind of layers (Figure 3), of the finished searches in --workdir, or of thos
 """
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any
 
 from absl import flags
@@ -22,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import figures, quantization_error, runs
+from fliqs_jax import figures, quantization_error, report_text, runs
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -108,15 +107,13 @@ def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]
     workdir = _entropy_workdir(folder, weight)
     result = train.run(changed, workdir)
     history = runs.read_run(workdir).history
-    accuracy = result['eval']['accuracy']
-    examples = result['eval']['num_examples']
     rows.append(
       {
         'weight': weight,
         'steps': [row['step'] for row in history],
         'entropy': [row['entropy'] for row in history],
-        'accuracy': accuracy,
-        'standard_error': math.sqrt(accuracy * (1 - accuracy) / examples),
+        'accuracy': result['eval']['accuracy'],
+        'standard_error': report_text.standard_error(result['eval']),
         'cost_ratio': result['cost'] / result['target'],
       }
     )

@@ -1,4 +1,4 @@
-"""Figures of an analysis, in the style of a report's: data in, matplotlib figures out."""
+"""Figures of an analysis, in the style of a report's: from data to matplotlib."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,28 +20,26 @@ _styled = matplotlib.rc_context(STYLE)
 def switching(names: Sequence[str], errors: np.ndarray) -> Figure:
   """Draws switching errors float[F, F] as a table of percentages."""
   size = 1.6 + 0.55 * len(names)
-  figure = Figure(figsize=(max(size + 1, 4.5), size), layout='constrained')
+  figure = Figure(figsize=(max(size, 4), max(size, 4)), layout='constrained')
   axes = figure.subplots()
   shades = colors.LinearSegmentedColormap.from_list(
     'errors', [PALETTE['surface'], PALETTE['accent']]
   )
   shown = np.maximum(errors, 1e-6)
   scale = colors.LogNorm(1e-5, 1)
-  image = axes.imshow(shown, cmap=shades, norm=scale)
+  axes.imshow(shown, cmap=shades, norm=scale)
   for i, row in enumerate(errors):
     for j, error in enumerate(row):
       dark = scale(max(error, 1e-5)) > 0.6
-      axes.text(
-        j, i, f'{error:.2g}', ha='center', va='center', fontsize=7.5,
-        color=PALETTE['surface' if dark else 'ink'],
-      )  # fmt: skip
+      text = f'{error:.0e}' if 0 < error < 1e-3 else f'{error:.2g}'
+      colour = PALETTE['surface' if dark else 'ink']
+      axes.text(j, i, text, ha='center', va='center', fontsize=7.5, color=colour)
   axes.set_xticks(range(len(names)), names, rotation=90)
   axes.set_yticks(range(len(names)), names)
   axes.grid(visible=False)
   axes.set_xlabel('switched to')
   axes.set_ylabel('switched from')
-  axes.set_title('Switching error of the weights')
-  figure.colorbar(image, label='mean square, of the weights’ own', shrink=0.8)
+  axes.set_title('Switching error, over the weights’ mean square')
   return figure
 
 
@@ -63,6 +61,8 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
       axes.plot(thresholds, errors, style, color=colour, label=name)
       axes.plot(thresholds[curve['best']], errors[curve['best']], 'o', color=colour)
     axes.set_yscale('log')
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(ticker.FixedLocator([1, 2, 4, 8, 16]))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))

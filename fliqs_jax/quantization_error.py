@@ -85,8 +85,11 @@ def _squared_errors(channels, format, thresholds):
   return jax.lax.map(squared_error, thresholds)
 
 
-def normal_values(count: int = 100_000) -> jax.Array:
-  """Returns standard normal data without chance, its quantiles, float32[count, 1]."""
+def normal_values(count: int = 1_000_000) -> jax.Array:
+  """Returns standard normal data without chance, its quantiles, float32[count, 1].
+
+  A million reach to 4.9 deviations; fewer lack the tail that 8 bits clip.
+  """
   quantiles = special.ndtri((np.arange(count) + 0.5) / count)
   return jnp.asarray(quantiles, jnp.float32)[:, None]
 

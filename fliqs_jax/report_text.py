@@ -55,18 +55,27 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
   if nearest is None:
     return f'{text}. No uniform model was trained beside it.'
   other = uniform[nearest].result
-  points = 100 * (accuracy - other['eval']['accuracy'])
   return (
     f'{text}. The uniform {nearest} model, at {number(other["cost"])} '
     f'{other["cost_unit"]}, gets {other["eval"]["accuracy"]:.2%}: '
-    f'{_difference(points)}.'
+    f'{_difference(result["eval"], other["eval"])}.'
   )
 
 
-def _difference(points):
-  if abs(points) < 0.005:
+def _difference(found, other):
+  points = found['accuracy'] - other['accuracy']
+  if points == 0:
     return 'the same'
-  return f'{abs(points):.2f} points {"less" if points > 0 else "more"}'
+  text = f'{abs(100 * points):.2f} points {"less" if points > 0 else "more"}'
+  if abs(points) < math.hypot(standard_error(found), standard_error(other)):
+    text += ', which is within the standard error of the difference'
+  return text
+
+
+def standard_error(evaluation: Mapping[str, float]) -> float:
+  """Returns the standard error of an accuracy over independent examples."""
+  accuracy, examples = evaluation['accuracy'], evaluation['num_examples']
+  return math.sqrt(max(accuracy * (1 - accuracy), 0) / max(examples, 1))
 
 
 def _nearest_uniform(result, uniform):
@@ -96,12 +105,12 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     done = run.history[-1]['step'] if run.history else 0
     return [('Steps', f'{done:,}', f'of {run.config["num_steps"]:,}')]
   accuracy, examples = result['eval']['accuracy'], result['eval']['num_examples']
-  error = math.sqrt(max(accuracy * (1 - accuracy), 0) / max(examples, 1))
   found = [
     (
       'One-shot accuracy' if run.kind == 'searched' else 'Accuracy',
       f'{accuracy:.2%}',
-      f'± {100 * error:.2f} points, the standard error of {examples:,} examples',
+      f'± {100 * standard_error(result["eval"]):.2f} points, the standard error of '
+      f'{examples:,} examples',
     ),
     ('Cost', number(result['cost']), f'{result["cost_unit"]} ({result["cost_model"]})'),
   ]
