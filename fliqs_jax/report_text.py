@@ -186,8 +186,7 @@ def layers(result: Mapping[str, Any], reference: str | None) -> list[dict[str, A
 
 def architecture(run: Run) -> dict[str, Any]:
   """Returns what was chosen of the network itself, by decision; empty without."""
-  found = (run.result or {}).get('architecture')
-  return found if isinstance(found, dict) else {}
+  return (run.result or {}).get('architecture', {})
 
 
 def decisions(run: Run) -> list[dict[str, Any]]:
@@ -238,8 +237,9 @@ def _chosen(result, name, options):
   A decision is called after a layer, or a group of layers, and `:weights` or
   `:activations` where these are decided separately.
   """
-  if str(result['architecture'].get(name)) in options:
-    return str(result['architecture'][name])
+  architecture = result.get('architecture', {})
+  if str(architecture.get(name)) in options:
+    return str(architecture[name])
   path, _, operand = name.partition(':')
   operands = result['formats'].get(path) or next(
     (o for layer, o in result['formats'].items() if layer.startswith(f'{path}/')), {}

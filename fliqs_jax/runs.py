@@ -1,6 +1,7 @@
 """Runs as their workdirs tell of them, and how several compare."""
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -132,29 +133,29 @@ def _check_fields(content, fields, path, prefix=''):
   for name, expected in fields.items():
     value = content.get(name)
     nested = isinstance(expected, dict)
-    if not isinstance(value, dict if nested else expected):
+    usable = isinstance(value, dict if nested else expected)
+    if not usable or (isinstance(value, float) and not math.isfinite(value)):
       raise ValueError(f'{str(path)!r} is damaged: it has no usable {prefix + name!r}')
     if nested:
       _check_fields(value, expected, path, f'{prefix}{name}.')
 
 
 def _check_tables(result, path):
-  """Checks what is there for each layer, decision or format."""
+  """Checks what is there for each layer, decision or format, and what may be absent."""
+  for name in ('layers', 'architecture'):
+    if not isinstance(result.get(name, {}), dict):
+      raise ValueError(f'{str(path)!r} is damaged: it has no usable {name!r}')
   tables = [result['uniform_costs'], *result['policy'].values()]
-  tables += [
-    layer.get('uniform_costs')
-    for layer in result.get('layers', {}).values()
-    if isinstance(layer, dict)
-  ]
-  if not all(map(_is_table, tables)):
-    raise ValueError(f'{str(path)!r} is damaged: expected numbers by format')
   for name, layer in result.get('layers', {}).items():
     if not isinstance(layer, dict):
       raise ValueError(f'{str(path)!r} is damaged: layer {name!r} is no object')
     _check_fields(layer, _LAYER_FIELDS, path, f'layers.{name}.')
-  target = result.get('target')
-  if target is not None and not isinstance(target, _NUMBER):
-    raise ValueError(f"{str(path)!r} is damaged: it has no usable 'target'")
+    tables.append(layer['uniform_costs'])
+  for table in tables:
+    if not _is_table(table) or not all(map(math.isfinite, table.values())):
+      raise ValueError(f'{str(path)!r} is damaged: expected numbers by format')
+  if result.get('target') is not None:
+    _check_fields(result, {'target': _NUMBER}, path)
 
 
 def _check_row(row, path):

@@ -13,7 +13,7 @@ import hypothesis
 from hypothesis import strategies
 import pytest
 
-from fliqs_jax import figures, report_page, report_text, results, runs, train, workdirs
+from fliqs_jax import figures, report_page, report_text, results, runs, workdirs
 from fliqs_jax.config import ConfigError, resolve
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
@@ -82,10 +82,10 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def page(tiny_config, tmp_path_factory):
-  """The report of a real search, beside a hostile run and an unfinished one."""
+def page(tmp_path_factory):
+  """The report of a search, beside a hostile, an unfinished and a fixed one."""
   folder = tmp_path_factory.mktemp('runs')
-  train.run(tiny_config, folder / 'search')
+  write_run(folder / 'search', [f'stage1/block{i}/conv' for i in range(7)])
   write_run(folder / f'hostile {HOSTILE[:8]}', [HOSTILE, 'b', 'c', 'd'])
   unfinished = write_run(folder / 'unfinished', ['a', 'b'])
   (unfinished / results.RESULT_FILE).unlink()
@@ -230,6 +230,39 @@ def test_damaged_files_are_named_in_one_line(tmp_path, file, content, expected):
     report_page.write([str(folder)])
   assert len(error.value.problems) == 1
   assert not (folder / report_page.REPORT_FILE).exists()
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('cost', float('nan')),
+    ('target', 'int4'),
+    ('layers', []),
+    ('layers', {'a': 3}),
+    ('architecture', 'small'),
+    ('uniform_costs', {'int4': float('inf')}),
+    ('eval', {'accuracy': 0.5, 'loss': 1.0}),
+  ],
+)
+def test_a_damaged_result_is_named_in_one_line(tmp_path, field, value):
+  folder = write_run(tmp_path / 'run', ['a'], **{field: value})
+  with pytest.raises(ConfigError, match='is damaged: ') as error:
+    report_page.write([str(folder)])
+  assert len(error.value.problems) == 1
+
+
+def test_architecture_and_groups_have_what_was_found(tmp_path):
+  folder = write_run(tmp_path / 'run', ['g/a', 'g/b'], architecture={'width': 24})
+  path = folder / workdirs.HISTORY_FILE
+  decisions = {
+    'width': {'16': 0.2, '8': 0.5, '24': 0.3},
+    'g': {'int8': 0.9, 'int2': 0.1},
+  }
+  path.write_text(json.dumps({'step': 10, 'policy': decisions}) + '\n')
+  width, group = report_text.decisions(runs.read_run(folder))
+  assert width['options'] == ['8', '16', '24']
+  assert width['found'] == '24' and width['likeliest'] == '8'
+  assert group['options'] == ['int2', 'int8'] and group['found'] == 'int2'
 
 
 def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
