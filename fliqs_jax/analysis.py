@@ -85,7 +85,7 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
     for name in names:
       if formats_lib.get_format(name).clip > 0:
         errors = quantization_error.clipping_errors(tensors, name, thresholds)
-        best = int(np.argmin(errors))
+        best = quantization_error.best_threshold(errors)
         panels[title][name] = {
           'thresholds': thresholds.tolist(),
           'errors': errors.tolist(),

@@ -84,9 +84,16 @@ def test_the_best_threshold_of_normal_data_is_the_one_in_use():
   grid = np.geomspace(1, 8, 40)
   data = [quantization_error.normal_values(200_000)]
   for name in ('int2', 'int3', 'int4', 'int8', 'e2m1'):
-    best = grid[np.argmin(quantization_error.clipping_errors(data, name, grid))]
+    errors = quantization_error.clipping_errors(data, name, grid)
+    best = grid[quantization_error.best_threshold(errors)]
     in_use = float(formats_lib.get_format(name).clip)
     assert abs(np.log(best / in_use)) < np.log(grid[1] / grid[0]), name
+
+
+def test_of_minima_that_agree_the_first_is_the_best():
+  errors = np.array([5, 1.0005, 2, 1, 3, 1.0001])
+  assert quantization_error.best_threshold(errors) == 1
+  assert quantization_error.best_threshold(np.array([5, 1.1, 2, 1, 3])) == 3
 
 
 def test_scaling_a_channel_changes_no_relative_error():
