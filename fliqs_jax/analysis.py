@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import figures, quantization_error, report_text, runs
+from fliqs_jax import quantization_error, report_figures, report_text, runs
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -138,7 +138,7 @@ def formats_by_depth(found: Sequence[runs.Run]) -> list[dict[str, Any]]:
       'bits': float(
         np.mean(
           [
-            figures.counted_bits(run.result['formats'][path]['weights'])
+            report_figures.counted_bits(run.result['formats'][path]['weights'])
             for run in found
           ]
         )

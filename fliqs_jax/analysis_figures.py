@@ -7,8 +7,8 @@ import matplotlib
 from matplotlib.figure import Figure
 import numpy as np
 
-from fliqs_jax import figures
-from fliqs_jax.figures import PALETTE, STYLE
+from fliqs_jax import report_figures
+from fliqs_jax.report_figures import PALETTE, STYLE
 
 # Lines of a figure, in the order in which they are told apart best.
 _LINES = ('integer', 'float', 'architecture', 'accent', 'unquantized', 'ink')
@@ -116,7 +116,7 @@ def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   for kind, colour in zip(kinds, _LINES):
     these = [(i, row['bits']) for i, row in enumerate(rows) if row['kind'] == kind]
     axes.plot(*zip(*these), 'o', color=PALETTE[colour], label=kind)
-  names = [figures.shorten(row['path'], 28) for row in rows]
+  names = [report_figures.shorten(row['path'], 28) for row in rows]
   axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5)
   axes.set_ylabel('bits of the weights, mean over runs')
   axes.set_ylim(0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import functools
 import importlib
 import io
+import math
 
 import grain
 import jax
@@ -99,16 +100,29 @@ def _check_features(config, features):
 
 
 def train_batches(
-  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder, seed: int
+  config: ml_collections.ConfigDict,
+  builder: tfds.core.DatasetBuilder,
+  seed: int,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> grain.DatasetIterator:
   """Returns the endless iterator over training batches.
 
   Each is `{'image': float32[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
-  of B examples, of which a process holds its part of the B; with
-  `reward.split='validation'` there is also `reward`, the same of held-out examples.
+  of B examples; with `reward.split='validation'` there is also `reward`, the same of
+  held-out examples. The batches of all processes together are a function of (seed,
+  step), whatever the number of processes.
+
+  Args:
+    config: resolved.
+    builder: from `find_builder`.
+    seed: of order and augmentation.
+    sharding: of `[S, B]` over devices; a process loads what its own hold. None loads
+      all.
   """
   num_samples = config.search.num_samples if config.mode == 'search' else 1
-  make = functools.partial(_train_dataset, config, builder, num_samples=num_samples)
+  shape = (num_samples, config.batch_size // num_samples)
+  held = _held_positions(sharding, shape)
+  make = functools.partial(_train_dataset, config, builder, held=held)
   dataset = make(split=config.input.train_split, seed=seed)
   if config.mode == 'search' and config.reward.split == 'validation':
     # Held-out examples are not augmented: they stand for the evaluation.
@@ -119,8 +133,7 @@ def train_batches(
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _train_dataset(config, builder, split, seed, num_samples, augment=None):
-  local_batch = config.batch_size // jax.process_count()
+def _train_dataset(config, builder, split, seed, held, augment=None):
   preprocess = functools.partial(
     _train_example, config.input, augment or config.input.augmentation
   )
@@ -129,42 +142,74 @@ def _train_dataset(config, builder, split, seed, num_samples, augment=None):
     .seed(seed)
     .shuffle()
     .repeat()
-    .slice(slice(jax.process_index(), None, jax.process_count()))
     .random_map(preprocess)
-    .batch(local_batch, drop_remainder=True)
-    .map(functools.partial(_split_samples, num_samples=num_samples))
+    .pipe(_Positions, config.batch_size, held.ravel())
+    .batch(held.size)
+    .map(functools.partial(_split_samples, num_samples=held.shape[0]))
   )
 
 
 def eval_batches(
-  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
+  config: ml_collections.ConfigDict,
+  builder: tfds.core.DatasetBuilder,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example of the evaluation split once.
 
-  Batches are `{'image': float32[B, ...], 'label': int32[B], 'mask': bool[B]}`, B a
-  process's part of `eval_batch_size`; what pads the last ones has a False mask.
+  Batches are `{'image': float32[B, ...], 'label': int32[B], 'mask': bool[B]}` with B of
+  `eval_batch_size`; what pads the last one has a False mask.
+
+  Args:
+    config: resolved.
+    builder: from `find_builder`.
+    sharding: of `[B]` over devices; a process loads what its own hold. None loads all.
   """
-  local_batch = config.eval_batch_size // jax.process_count()
-  source = grain.MapDataset.source(_source(builder, config.input.eval_split))
+  source = _source(builder, config.input.eval_split)
+  held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
   dataset = (
-    source.slice(slice(jax.process_index(), None, jax.process_count()))
-    .map(functools.partial(_eval_example, config.input))
-    .batch(local_batch, batch_fn=functools.partial(_padded_batch, local_batch))
+    grain.MapDataset.range(num_batches * config.eval_batch_size)
+    .pipe(_Positions, config.eval_batch_size, held)
+    .map(functools.partial(_padded_example, config.input, source))
+    .batch(held.size)
   )
-  batches = iter(dataset.to_iter_dataset(_read_options(config)))
-  batch = {}
-  for _ in range(num_batches):
-    # Every process takes as many steps as the others, so one may run out before.
-    batch = next(batches, None) or {**batch, 'mask': np.zeros(local_batch, bool)}
-    yield batch
+  return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _padded_batch(batch_size, examples):
-  size = len(examples)
-  examples = [*examples, *(examples[-1:] * (batch_size - size))]
-  batch = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-  return {**batch, 'mask': np.arange(batch_size) < size}
+def _padded_example(settings, source, index):
+  example = source[min(int(index), len(source) - 1)]
+  return {**_eval_example(settings, example), 'mask': index < len(source)}
+
+
+def _held_positions(sharding, shape):
+  """Returns the positions in a batch that this process loads, int64[S', B'] or [B']."""
+  positions = np.arange(math.prod(shape)).reshape(shape)
+  if sharding is None:
+    return positions
+  held = np.zeros(shape, bool)
+  for index in sharding.addressable_devices_indices_map(shape).values():
+    held[index] = True
+  axes = range(held.ndim)
+  return positions[
+    np.ix_(*(held.any(axis=tuple(a for a in axes if a != axis)) for axis in axes))
+  ]
+
+
+class _Positions(grain.MapDataset):
+  """Of every `batch_size` elements those at some positions, in their order."""
+
+  def __init__(self, parent, batch_size, positions):
+    super().__init__(parent)
+    self._batch_size, self._positions = batch_size, positions.tolist()
+
+  def __len__(self):
+    return len(self._parent) // self._batch_size * len(self._positions)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, position = divmod(index, len(self._positions))
+    return self._parent[batch * self._batch_size + self._positions[position]]
 
 
 def _source(builder, split):

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fliqs_jax import figures, report_text
+from fliqs_jax import report_figures, report_text
 from fliqs_jax import runs as runs_lib
 from fliqs_jax.config import ConfigError
 from fliqs_jax.runs import Run
@@ -76,7 +76,9 @@ def _template():
     lstrip_blocks=True,
   )  # fmt: skip
   environment.filters['number'] = report_text.number
-  environment.globals.update(family=figures.family, palette=figures.PALETTE)
+  environment.globals.update(
+    family=report_figures.family, palette=report_figures.PALETTE
+  )
   source = importlib.resources.files('fliqs_jax').joinpath(_TEMPLATE)
   return environment.from_string(source.read_text(encoding='utf-8'))
 
@@ -117,19 +119,21 @@ def _found(run, uniform, draw):
     found['scale'] = draw(
       'cost',
       report_text.scale_alt(models, target, unit),
-      functools.partial(figures.cost_scale, models, target or math.nan, unit),
+      functools.partial(report_figures.cost_scale, models, target or math.nan, unit),
     )
   if layers:
     found['formats'] = draw(
       'formats',
       report_text.formats_alt(layers),
-      functools.partial(figures.layer_formats, layers),
+      functools.partial(report_figures.layer_formats, layers),
     )
   if layers and all(layer['reference_cost'] is not None for layer in layers):
     found['costs'] = draw(
       'layer_costs',
       report_text.costs_alt(layers, reference),
-      functools.partial(figures.layer_costs, layers, f'uniform {reference}', unit),
+      functools.partial(
+        report_figures.layer_costs, layers, f'uniform {reference}', unit
+      ),
     )
   return {
     'models': models,
@@ -151,7 +155,7 @@ def _progress(run, section, draw):
       'policy',
       report_text.policy_alt(section['decisions'], steps),
       functools.partial(
-        figures.policy_heat_map, steps, section['decisions'], section['marks']
+        report_figures.policy_heat_map, steps, section['decisions'], section['marks']
       ),
     )
   panels = report_text.panels(run)
@@ -159,7 +163,7 @@ def _progress(run, section, draw):
     progress['curves'] = draw(
       'curves',
       report_text.curves_alt(panels, steps),
-      functools.partial(figures.curves, steps, panels, section['marks']),
+      functools.partial(report_figures.curves, steps, panels, section['marks']),
     )
   return progress
 
@@ -175,7 +179,7 @@ def _comparison(runs):
       '',
       'pareto',
       report_text.pareto_alt(points, unit),
-      functools.partial(figures.pareto, points, unit),
+      functools.partial(report_figures.pareto, points, unit),
     )
   rows = [
     {'run': run, 'point': point} for run, point in zip(finished, points, strict=True)
@@ -187,8 +191,8 @@ def _comparison(runs):
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:
   """Returns a drawing of a figure that takes a width."""
   name = prefix + name
-  wide = _laid_out(figure(width=figures.WIDE))
-  narrow = _laid_out(figure(width=figures.NARROW))
+  wide = _laid_out(figure(width=report_figures.WIDE))
+  narrow = _laid_out(figure(width=report_figures.NARROW))
   return Drawing(
     name=name,
     alt=alt,
@@ -201,7 +205,7 @@ def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Dr
 def _laid_out(figure):
   """Lays a figure out once, and not again for every file that is written of it."""
   FigureCanvasAgg(figure)
-  with matplotlib.rc_context(figures.STYLE):
+  with matplotlib.rc_context(report_figures.STYLE):
     figure.get_layout_engine().execute(figure)
   figure.set_layout_engine('none')
   return figure
@@ -211,13 +215,13 @@ def to_svg(figure: Figure, salt: str, alt: str) -> markupsafe.Markup:
   """Returns a figure as an SVG element whose colours are the page's.
 
   Args:
-    figure: with the colours of `figures.PALETTE`.
+    figure: with the colours of `report_figures.PALETTE`.
     salt: unlike that of any other figure of the page, for the ids within.
     alt: what it shows, for those who cannot see it.
   """
   buffer = io.StringIO()
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  with matplotlib.rc_context({**figures.STYLE, 'svg.hashsalt': salt}):
+  with matplotlib.rc_context({**report_figures.STYLE, 'svg.hashsalt': salt}):
     figure.savefig(buffer, format='svg', metadata=nothing)
   text = buffer.getvalue()
   text = text[text.index('<svg') :]
@@ -233,7 +237,7 @@ def to_svg(figure: Figure, salt: str, alt: str) -> markupsafe.Markup:
 
 
 def _themed(style):
-  for name, colour in figures.PALETTE.items():
+  for name, colour in report_figures.PALETTE.items():
     style = style.replace(colour, f'var(--{name})')
   return style
 
@@ -241,9 +245,9 @@ def _themed(style):
 def to_png(figure: Figure) -> bytes:
   """Returns a figure as a PNG file, on a light ground."""
   buffer = io.BytesIO()
-  with matplotlib.rc_context(figures.STYLE):
+  with matplotlib.rc_context(report_figures.STYLE):
     figure.savefig(
-      buffer, format='png', dpi=140, facecolor=figures.PALETTE['surface'],
+      buffer, format='png', dpi=140, facecolor=report_figures.PALETTE['surface'],
       metadata={'Software': None},
     )  # fmt: skip
   return buffer.getvalue()

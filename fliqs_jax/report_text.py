@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from fliqs_jax import figures
+from fliqs_jax import report_figures
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.runs import Run
 
@@ -120,7 +120,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     remark = f'{number(target)} {result["cost_unit"]}'
     found.append(('Share of the target', f'{ratio:.1%}', f'of {remark}'))
   bits = [
-    figures.counted_bits(operands['weights']) for operands in result['formats'].values()
+    report_figures.counted_bits(operands['weights'])
+    for operands in result['formats'].values()
   ]
   if bits:
     mean = sum(bits) / len(bits)
@@ -224,7 +225,7 @@ def decisions(run: Run) -> list[dict[str, Any]]:
 
 def _option_order(option):
   if option in formats_lib.NAMES:
-    return (0, figures.counted_bits(option), option)
+    return (0, report_figures.counted_bits(option), option)
   try:
     return (1, float(option), option)
   except ValueError:
@@ -248,7 +249,7 @@ def _chosen(result, name, options):
   return format_name if format_name in options else None
 
 
-def marks(run: Run) -> list[figures.Mark]:
+def marks(run: Run) -> list[report_figures.Mark]:
   """Returns the steps at which a run changed."""
   search, mode = run.config['search'], run.config['mode']
   found = [('a', search['activation_delay'], 'activations are quantized from here on')]
@@ -258,11 +259,11 @@ def marks(run: Run) -> list[figures.Mark]:
       found.append(
         ('c', search['commit_step'], 'the formats are committed within the target')
       )
-  return [figures.Mark(step, letter, meaning) for letter, step, meaning in found]
+  return [report_figures.Mark(step, letter, meaning) for letter, step, meaning in found]
 
 
 def panels(run: Run) -> dict[str, dict[str, Any]]:
-  """Returns the scalars that every line of a history has, as `figures.curves` takes."""
+  """Returns the scalars that every line of a history has, for `curves`."""
   return {
     title: {
       'values': [row[name] for row in run.history],

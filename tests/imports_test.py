@@ -7,6 +7,7 @@ CORE = (
     'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
     'cost_models', 'rewards',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'assignments', 'figures',
 )  # fmt: skip
 FORBIDDEN = (
   'tensorflow',

@@ -13,7 +13,7 @@ import hypothesis
 from hypothesis import strategies
 import pytest
 
-from fliqs_jax import figures, report_page, report_text, results, runs, workdirs
+from fliqs_jax import report_figures, report_page, report_text, results, runs, workdirs
 from fliqs_jax.config import ConfigError, resolve
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
@@ -136,14 +136,15 @@ def test_two_hundred_layers_are_drawn_in_rows_with_every_name(tmp_path):
   names = [f'stage{i // 20}_block{i % 20}/conv' for i in range(200)]
   run = runs.read_run(write_run(tmp_path / 'run', names))
   layers = report_text.layers(run.result, 'int4')
-  for width in (figures.WIDE, figures.NARROW):
+  for width in (report_figures.WIDE, report_figures.NARROW):
     drawn = [
       label.get_text()
-      for axes in figures.layer_formats(layers, width).axes
+      for axes in report_figures.layer_formats(layers, width).axes
       for label in axes.get_xticklabels()
     ]
     assert [text for text in drawn if text] == [
-      figures.shorten(name, 28 if width == figures.WIDE else 20) for name in names
+      report_figures.shorten(name, 28 if width == report_figures.WIDE else 20)
+      for name in names
     ]
 
 
@@ -157,7 +158,7 @@ def test_bars_are_as_high_as_formats_have_bits(tmp_path):
     64 / 340,
     256 / 340,
   ]
-  (axes,) = figures.layer_formats(layers).axes
+  (axes,) = report_figures.layer_formats(layers).axes
   heights = [bar.get_height() for bar in axes.patches]
   assert heights[1::2] == [2, 4, 8, 16]  # before each, the one of its share
   assert heights[::2] == [0.25, 1, 4, 16]  # the largest share as high as 16 bits
