@@ -214,7 +214,7 @@ def test_the_front_is_what_nothing_beats(values):
     ('config.json', '{"mode": "search"}', "no usable 'num_steps'"),
     ('config.json', '{', 'cannot be read'),
     ('search_result.json', '{"formats"', 'not JSON, or cut off'),
-    ('search_result.json', '{"formats": {}}', "no usable 'model'"),
+    ('search_result.json', '{"formats": {"a": "int4"}}', "no usable 'model'"),
     ('history.jsonl', 'x\n{"step": 3, "policy": {}}\n', 'line 1'),
     ('history.jsonl', '{"step": "3", "policy": {}}\nx\n', 'line 1'),
     ('history.jsonl', '{"step": 3, "policy": [1]}\n', 'step 3 is unusable'),
