@@ -9,7 +9,14 @@ CORE = (
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'assignments', 'figures',
 )  # fmt: skip
-FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
+FORBIDDEN = (
+  'tensorflow',
+  'tensorflow_datasets',
+  'grain',
+  'clu',
+  'orbax.checkpoint',
+  'matplotlib',
+)
 
 
 def test_core_imports():
