@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
+import tensorflow as tf
 
 from fliqs_jax import results
 from fliqs_jax.config import ConfigError
@@ -155,12 +156,14 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
 def _failures_named(workdir):
   try:
     yield
-  except OSError as error:
+  except (OSError, tf.errors.OpError) as error:
     raise RunError(_cannot_write(workdir, error)) from None
 
 
 def _cannot_write(workdir, error):
-  return f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
+  reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+  reason = reason.rpartition('}} ')[2]  # after the operation that TensorFlow names
+  return f'cannot write to workdir {str(workdir)!r}: {reason}'
 
 
 def _is_remote(path):
@@ -194,8 +197,12 @@ class History:
   def __enter__(self) -> 'History':
     return self
 
-  def __exit__(self, *_) -> None:
-    if self._events:
+  def __exit__(self, error_type, *_) -> None:
+    if not self._events:
+      return
+    # What stopped the run is not hidden by what that did to the events.
+    expected = (RunError,) if error_type else ()
+    with contextlib.suppress(*expected), _failures_named(self._workdir):
       self._events.close()
 
   def write(
