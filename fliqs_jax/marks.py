@@ -24,8 +24,8 @@ ad.primitive_jvps[_mark] = lambda primals, tangents, **params: (
 def _batch(operands, axes, *, info, calls):
   """A mapped layer runs once for each element, whichever operand is mapped."""
   (x, w), (x_axis, w_axis) = operands, axes
-  size = w.shape[w_axis] if x_axis is batching.not_mapped else x.shape[x_axis]
-  if x_axis is batching.not_mapped:
+  size = w.shape[w_axis] if x_axis is None else x.shape[x_axis]
+  if x_axis is None:
     x, x_axis = jnp.broadcast_to(x, (size, *x.shape)), 0
   return _mark.bind(x, w, info=info, calls=calls * size), x_axis
 
