@@ -14,7 +14,7 @@ _NUM_KEPT = 3
 
 # What evaluation needs is an item of its own, so that it can be read without the
 # optimizer's and the controller's state, whose shapes depend on the run.
-_VARIABLES = ('params', 'batch_stats', 'quant_stats')
+_VARIABLES = ('params', 'batch_stats', 'quant_stats', 'collections')
 _TRAINING = ('step', 'opt_state', 'controller', 'key')
 
 

@@ -43,6 +43,9 @@ def default_config() -> ml_collections.ConfigDict:
       # a search_result.json. In eval, empty takes the checkpoint's own.
       'formats': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
+      # Variables to start from: a workdir, or an Orbax checkpoint with `params` and, if
+      # it has them, `batch_stats`. Empty for random ones.
+      'init_from': '',
       'checkpoint_every': 500,
       'log_every': 50,
       'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network

@@ -7,6 +7,7 @@ are one option index for each decision, `int32[N]`.
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,25 @@ def _with_params(layer, params):
   # A kernel that was made from several parameters is one.
   kernels = max(own.get('kernel', 0) // math.prod(layer.kernel_shape), 1)
   return layer._replace(params=sum(own.values()), kernels=kernels)
+
+
+def layers_to_json(layers: Sequence[Layer]) -> str:
+  """Returns layers as text, for `layers_from_json`."""
+  return json.dumps(
+    [layer._asdict() | {'arguments': dict(layer.arguments)} for layer in layers],
+    default=str,
+  )
+
+
+def layers_from_json(text: str) -> tuple[Layer, ...]:
+  """Returns the layers; of their arguments those that JSON has no type for as text."""
+  return tuple(
+    Layer(
+      **{name: _hashable(value) for name, value in content.items()}
+      | {'arguments': _hashable(sorted(content['arguments'].items()))}
+    )
+    for content in json.loads(text)
+  )
 
 
 def _hashable(value):

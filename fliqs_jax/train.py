@@ -1,8 +1,9 @@
 """The one loop, for search and for fixed formats, and what comes before and after."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import grain
@@ -11,14 +12,23 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, budget, display, input_pipeline, results, steps
-from fliqs_jax import workdirs
+from fliqs_jax import assembly, budget, display, input_pipeline, pretrained, results
+from fliqs_jax import steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
 from fliqs_jax.train_state import TrainState, create_train_state
 
 _logger = logging.getLogger(__name__)
+
+
+class Data(NamedTuple):
+  """Where a run's batches come from, numpy arrays in dicts."""
+
+  # Batches `[S, B, ...]` in the order that the seed sets. The iterator tells and takes
+  # its position by `get_state` and `set_state`.
+  train: Callable[[int], grain.DatasetIterator]
+  evaluation: Callable[[], Iterable[steps.Batch]]  # `[B, ...]`, each example once
 
 
 def run(
@@ -41,31 +51,65 @@ def run(
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
-  setup, builder = _prepare(config, workdir, allow_config_change)
+  attempt = Attempts()
+  fixed = None
+  if config.mode == 'train':
+    fixed = attempt(_read_fixed_formats, config) or 'float32'
+  setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  data = _configured_data(config, attempt)
+  return run_setup(config, workdir, setup, data, attempt, allow_config_change)
+
+
+def run_setup(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  setup: assembly.Setup | None,
+  data: Data | None,
+  attempt: 'Attempts',
+  allow_config_change: bool = False,
+  start: pretrained.Variables | None = None,
+) -> dict[str, Any]:
+  """Trains what is set up, and returns the result.
+
+  Args:
+    config: resolved.
+    workdir: as in `run`.
+    setup: from `assembly.build`; None where that failed.
+    data: the batches; None where there are none.
+    attempt: what has failed so far; it is raised together with what fails here.
+    allow_config_change: as in `run`.
+    start: variables to start from, instead of those that `config.init_from` names.
+
+  Raises:
+    ConfigError: as in `run`.
+  """
+  attempt(workdirs.check, config, workdir, allow_config_change)
+  if setup and not start:
+    start = attempt(pretrained.read, config.init_from)
+  if setup and start:
+    attempt(pretrained.check, setup.model, setup.example, start)
+  attempt.raise_problems()
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
     if result.get('config') == results.config_to_json(config):
       _logger.info('The run in %s is finished.', workdir)
       return result
-  return _train(config, workdir, setup, builder)
-
-
-def _prepare(config, workdir, allow_config_change):
-  """Returns the setup and the dataset, and makes the workdir; reports all problems."""
-  attempt = _Attempts()
-  fixed = None
-  if config.mode == 'train':
-    fixed = attempt(_read_fixed_formats, config) or 'float32'
-  setup = attempt(assembly.build, config, jax.device_count(), fixed)
-  builder = attempt(input_pipeline.find_builder, config)
-  attempt(workdirs.check, config, workdir, allow_config_change)
-  attempt.raise_problems()
-  attempt(input_pipeline.prepare, config, builder)
-  attempt.raise_problems()
   if jax.process_index() == 0:
     workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
-  return setup, builder
+  return _train(config, workdir, setup, data, start)
+
+
+def _configured_data(config, attempt):
+  """Returns the dataset's batches, built and checked, or None with what is wrong."""
+  builder = attempt(input_pipeline.find_builder, config)
+  if builder is None or attempt.problems:
+    return None
+  attempt(input_pipeline.prepare, config, builder)
+  return Data(
+    functools.partial(input_pipeline.train_batches, config, builder),
+    functools.partial(input_pipeline.eval_batches, config, builder),
+  )
 
 
 def _read_fixed_formats(config):
@@ -77,12 +121,14 @@ def _read_fixed_formats(config):
   return results.read_assignment(config.formats)
 
 
-def _train(config, workdir, setup, builder):
+def _train(config, workdir, setup, data, start):
   """Trains from the newest checkpoint, or from the start, to the result."""
   num_samples = config.search.num_samples if setup.problem else 1
   mesh = steps.make_mesh(num_samples)
-  state = _initial_state(config, setup, mesh)
-  batches = input_pipeline.train_batches(config, builder, config.seed)
+  state = initial_state(setup, mesh, config.seed)
+  if start:
+    state = pretrained.start_from(state, start)
+  batches = data.train(config.seed)
   with Checkpoints(workdir) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
@@ -92,28 +138,33 @@ def _train(config, workdir, setup, builder):
       state = _loop(config, workdir, setup, mesh, state, batches, step_fn, checkpoints)
       choices, _ = _final_choices(config, setup, state)
       _logger.info('Re-estimating batch norm and evaluating.')
-      state = _reestimate(config, setup, mesh, builder, state, choices)
+      state = _reestimate(config, setup, mesh, data, state, choices)
       checkpoints.save(state, batches)
   choices, policy = _final_choices(config, setup, state)
-  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, policy, evaluation)
   if jax.process_index() == 0:
     results.write_json(workdir / results.RESULT_FILE, result)
   return result
 
 
-def _initial_state(config, setup, mesh):
+def initial_state(
+  setup: assembly.Setup, mesh: jax.sharding.Mesh, seed: int
+) -> TrainState:
+  """Returns the state before the first step, on all devices."""
+
   def init(key):
+    example = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), setup.example.args)
     return create_train_state(
       setup.model,
-      jnp.zeros(setup.inputs.shape, setup.inputs.dtype),
+      setup.example._replace(args=example),
       setup.optimizer,
       setup.problem and setup.problem.controller,
       key,
     )
 
   init = jax.jit(init, out_shardings=steps.replicated(mesh))
-  return init(jax.random.key(config.seed))
+  return init(jax.random.key(seed))
 
 
 def _make_step(config, setup, mesh):
@@ -225,13 +276,13 @@ def _final_choices(config, setup, state):
   return np.argmax(policy, axis=1).astype(np.int32), policy
 
 
-def _reestimate(config, setup, mesh, builder, state, choices):
+def _reestimate(config, setup, mesh, data, state, choices):
   """Returns the state with batch norm's statistics under the final formats."""
   if not state.batch_stats:
     return state
-  statistics_step = steps.make_statistics_step(setup.space, mesh)
+  statistics_step = steps.make_statistics_step(setup.space, setup.objective, mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = input_pipeline.train_batches(config, builder, config.seed + 1)
+  batches = data.train(config.seed + 1)
   choices = jax.device_put(choices, steps.replicated(mesh))
   total = jax.tree.map(jnp.zeros_like, state.batch_stats)
   for _ in range(config.search.statistics_batches):
@@ -243,13 +294,38 @@ def _reestimate(config, setup, mesh, builder, state, choices):
   return state.replace(batch_stats=mean)
 
 
-def _evaluate(config, setup, mesh, builder, state, choices):
-  """Returns accuracy, loss and the number of examples of the evaluation split."""
-  eval_step = steps.make_eval_step(setup.space, mesh)
+def restored_state(
+  setup: assembly.Setup, workdir: epath.Path
+) -> tuple[TrainState, jax.sharding.Mesh]:
+  """Returns a state with the variables of a run's newest checkpoint, and its mesh.
+
+  Raises:
+    ConfigError: where there is no checkpoint.
+  """
+  mesh = steps.make_mesh(1)
+  state = initial_state(setup, mesh, 0)
+  with Checkpoints(workdir) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise ConfigError(f'{str(workdir)!r} holds no checkpoint to evaluate')
+    return checkpoints.restore_variables(state), mesh
+
+
+def evaluate(
+  setup: assembly.Setup,
+  mesh: jax.sharding.Mesh,
+  data: Data,
+  state: TrainState,
+  choices: np.ndarray,
+) -> dict[str, float]:
+  """Returns the means over all examples of the evaluation, and their number."""
+  eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
   choices = jax.device_put(choices, steps.replicated(mesh))
   sums = []
-  for batch in input_pipeline.eval_batches(config, builder):
-    batch = jax.make_array_from_process_local_data(steps.eval_sharding(mesh), batch)
+  for batch in data.evaluation():
+    # A last batch may be too small to be split over the devices.
+    whole = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
+    sharding = steps.replicated(mesh) if whole else steps.eval_sharding(mesh)
+    batch = jax.make_array_from_process_local_data(sharding, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))
@@ -262,21 +338,14 @@ def _evaluate(config, setup, mesh, builder, state, choices):
 def _evaluate_checkpoint(config, workdir):
   """Evaluates a checkpoint under its own formats or given ones."""
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
-  attempt = _Attempts()
+  attempt = Attempts()
   assignment = attempt(_evaluated_formats, config, source)
   setup = attempt(assembly.build, config, jax.device_count(), assignment or 'float32')
-  builder = attempt(input_pipeline.find_builder, config)
+  data = _configured_data(config, attempt)
   attempt.raise_problems()
-  attempt(input_pipeline.prepare, config, builder)
-  attempt.raise_problems()
-  mesh = steps.make_mesh(1)
-  state = _initial_state(config, setup, mesh)
-  with Checkpoints(source) as checkpoints:
-    if checkpoints.latest_step() is None:
-      raise ConfigError(f'{str(source)!r} holds no checkpoint to evaluate')
-    state = checkpoints.restore_variables(state)
   choices = np.zeros(0, np.int32)
-  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  state, mesh = restored_state(setup, source)
+  evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, None, evaluation)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.EVAL_FILE, result)
@@ -301,18 +370,20 @@ def _evaluated_formats(config, source):
   return results.read_result(source / results.RESULT_FILE)['formats']
 
 
-class _Attempts:
+class Attempts:
   """Calls functions and gathers their problems, to report all of them together."""
 
   def __init__(self):
     self.problems = []
 
-  def __call__(self, function, *args):
+  def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns the function's result, or None where it raises a ValueError."""
     try:
       return function(*args)
     except ValueError as error:
       self.problems += str(error).splitlines()
 
-  def raise_problems(self):
+  def raise_problems(self) -> None:
+    """Raises ConfigError where there were problems."""
     if self.problems:
       raise ConfigError(*self.problems)
