@@ -30,7 +30,6 @@ class Network(NamedTuple):
   example: Arguments  # shapes of one example, in a batch of one
   layers: tuple[search_space.Layer, ...]
   objective: steps.Objective
-  optimizer: optax.GradientTransformation | None  # None for the config's
 
 
 class Setup(NamedTuple):
@@ -111,7 +110,6 @@ def configured_network(config: ml_collections.ConfigDict) -> Network:
       config.optimizer.label_smoothing,
       config.optimizer.auxiliary_weight,
     ),
-    optimizer=None,
   )
 
 
@@ -162,7 +160,7 @@ def build(
     target=target,
     caps=caps,
     objective=network.objective,
-    optimizer=network.optimizer or _optimizer(config, learning_rate),
+    optimizer=_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     problem=None
     if assignment is not None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 import functools
+import itertools
 import logging
 from typing import Any, NamedTuple
 
@@ -199,7 +200,7 @@ def _loop(
     for step in range(start, config.num_steps):
       if commits and step == config.search.commit_step:
         state = _commit(setup, state, mesh)
-      batch = jax.make_array_from_process_local_data(sharding, next(batches))
+      batch = jax.make_array_from_process_local_data(sharding, _next(batches, step))
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
@@ -215,6 +216,15 @@ def _loop(
       if save:
         checkpoints.save(state, batches)
   return state
+
+
+def _next(batches, step):
+  for batch in batches:
+    return batch
+  raise ConfigError(
+    f'the training batches ended after {step} steps: expected more, or fewer '
+    'num_steps; a list, or a function that returns an iterator, starts over'
+  )
 
 
 def _average(pending, step):
@@ -284,13 +294,15 @@ def _reestimate(config, setup, mesh, data, state, choices):
   # An order of its own, so that doing it again after an interruption changes nothing.
   batches = data.train(config.seed + 1)
   choices = jax.device_put(choices, steps.replicated(mesh))
-  total = jax.tree.map(jnp.zeros_like, state.batch_stats)
-  for _ in range(config.search.statistics_batches):
-    batch = jax.make_array_from_process_local_data(
-      steps.batch_sharding(mesh), next(batches)
-    )
+  total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
+  for batch in itertools.islice(batches, config.search.statistics_batches):
+    batch = jax.make_array_from_process_local_data(steps.batch_sharding(mesh), batch)
     total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
-  mean = jax.tree.map(lambda a: a / config.search.statistics_batches, total)
+    count += 1
+  if not count:
+    _logger.warning('No batches are left: batch norm keeps its moving averages.')
+    return state
+  mean = jax.tree.map(lambda a: a / count, total)
   return state.replace(batch_stats=mean)
 
 
