@@ -20,7 +20,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, batches, results, search_space, tasks, train, workdirs
+from fliqs_jax import (
+  assembly,
+  assignments,
+  batches,
+  results,
+  search_space,
+  tasks,
+  train,
+  workdirs,
+)
 from fliqs_jax.config import ConfigError, default_config, resolve
 from fliqs_jax.layers import FORMATS
 from fliqs_jax.names import not_among
@@ -154,16 +163,19 @@ def search(
     'layers': search_space.layers_to_json(network.layers),
   }
   config = resolve(config)
+  temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
+  folder = epath.Path(workdir or temporary.name)
   attempt = train.Attempts()
   setup = attempt(assembly.build, config, jax.device_count(), None, network)
+  start = train.check_start(attempt, config, setup, variables)
+  attempt(workdirs.check, config, folder, False)
+  attempt.raise_problems()
   num_samples, size = config.search.num_samples, config.batch_size
   data = train.Data(
     lambda seed: batches.TrainBatches(train_batches, num_samples, size),
     lambda: batches.eval_batches(eval_batches),
   )
-  temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
-  folder = epath.Path(workdir or temporary.name)
-  content = train.run_setup(config, folder, setup, data, attempt, start=variables)
+  content = train.run_plan(config, folder, train.Plan(setup, data, start))
   return SearchResult(
     model=network.model,
     variables=_final_variables(setup, folder, content['formats']),
@@ -183,7 +195,7 @@ def evaluate(
   eval_batches: batches.Source,
   workdir: os.PathLike | str,
   *,
-  formats: str | assembly.Assignment | None = None,
+  formats: str | assignments.Assignment | None = None,
   loss: Score | None = None,
   quality: Score | None = None,
   metrics: Callable[[Any, Batch], Metrics] | None = None,

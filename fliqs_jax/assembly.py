@@ -1,6 +1,5 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
-from collections.abc import Mapping
 import functools
 from typing import Any, NamedTuple
 
@@ -13,14 +12,13 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, formats, latency, models, rewards, search_space
-from fliqs_jax import steps
+from fliqs_jax import assignments, cost_models, formats, latency, models, rewards
+from fliqs_jax import search_space, steps
+from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import ConfigError, validate
 from fliqs_jax.train_state import Arguments
-
-Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
 
 
 class Network(NamedTuple):
@@ -124,8 +122,8 @@ def build(
   Args:
     config: from `config.resolve`.
     num_devices: of all processes together.
-    assignment: fixed formats, one name or a name for each layer's operands; None
-      searches them.
+    assignment: fixed formats, one name or those of a file, whose keys may be regexes;
+      None searches them.
     network: None takes the one that the config names.
 
   Raises:
@@ -223,13 +221,13 @@ def build_space(
     assignment: the fixed formats; None searches them.
 
   Raises:
-    ValueError: as `search_space.build_space` and `fixed_space`, or where nothing is
-      left to search.
+    ValueError: as `search_space.build_space` and `assignments.expand`, or where
+      nothing is left to search.
   """
   if isinstance(assignment, str):
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:
-    return search_space.fixed_space(layers, assignment)
+    return search_space.fixed_space(layers, assignments.expand(assignment, layers))
   space = search_space.build_space(
     layers,
     formats.parse_names(config.search.formats),

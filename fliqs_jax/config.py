@@ -40,7 +40,8 @@ def default_config() -> ml_collections.ConfigDict:
       'num_classes': 10,
       'dtype': 'float32',  # of the computation; or bfloat16
       # For train and eval: a format for all layers, float32 for none, or the path of
-      # a search_result.json. In eval, empty takes the checkpoint's own.
+      # a formats.json (assignments.py) or a search_result.json. In eval, empty takes
+      # the checkpoint's own.
       'formats': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
       # Variables to start from: a workdir, or an Orbax checkpoint with `params` and, if

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, budget, display, input_pipeline, pretrained, results
-from fliqs_jax import steps, workdirs
+from fliqs_jax import assembly, assignments, budget, display, input_pipeline
+from fliqs_jax import pretrained, results, steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -52,78 +52,100 @@ def run(
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
-  attempt = Attempts()
-  fixed = None
-  if config.mode == 'train':
-    fixed = attempt(_read_fixed_formats, config) or 'float32'
-  setup = attempt(assembly.build, config, jax.device_count(), fixed)
-  data = _configured_data(config, attempt)
-  return run_setup(config, workdir, setup, data, attempt, allow_config_change)
+  plan = check(config, workdir, allow_config_change)
+  return run_plan(config, workdir, plan)
 
 
-def run_setup(
-  config: ml_collections.ConfigDict,
-  workdir: epath.Path,
-  setup: assembly.Setup | None,
-  data: Data | None,
-  attempt: 'Attempts',
-  allow_config_change: bool = False,
-  start: pretrained.Variables | None = None,
+class Plan(NamedTuple):
+  """What a run needs besides its config."""
+
+  setup: assembly.Setup
+  data: Data
+  start: pretrained.Variables | None  # None for random variables
+
+
+def run_plan(
+  config: ml_collections.ConfigDict, workdir: epath.Path, plan: Plan
 ) -> dict[str, Any]:
-  """Trains what is set up, and returns the result.
-
-  Args:
-    config: resolved.
-    workdir: as in `run`.
-    setup: from `assembly.build`; None where that failed.
-    data: the batches; None where there are none.
-    attempt: what has failed so far; it is raised together with what fails here.
-    allow_config_change: as in `run`.
-    start: variables to start from, instead of those that `config.init_from` names.
-
-  Raises:
-    ConfigError: as in `run`.
-  """
-  attempt(workdirs.check, config, workdir, allow_config_change)
-  if setup and not start:
-    start = attempt(pretrained.read, config.init_from)
-  if setup and start:
-    attempt(pretrained.check, setup.model, setup.example, start)
-  attempt.raise_problems()
+  """Trains what was checked, resuming as `run` does, and returns the result."""
+  if jax.process_index() == 0:
+    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
     if result.get('config') == results.config_to_json(config):
       _logger.info('The run in %s is finished.', workdir)
       return result
-  if jax.process_index() == 0:
-    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
-  return _train(config, workdir, setup, data, start)
+  return _train(config, workdir, plan)
+
+
+def check(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  allow_config_change: bool = False,
+) -> Plan:
+  """Returns what a run needs; prepares a packaged dataset.
+
+  Args:
+    config: resolved, to search or to train.
+    workdir: of the run, in which nothing is written.
+    allow_config_change: accept a workdir whose config differs.
+
+  Raises:
+    ConfigError: with all that stands in the way of the run.
+  """
+  attempt = Attempts()
+  fixed = attempt(_fixed_formats, config)
+  if config.mode == 'train':
+    fixed = fixed or 'float32'
+  setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  start = check_start(attempt, config, setup)
+  attempt(workdirs.check, config, workdir, allow_config_change)
+  return Plan(setup, _configured_data(config, attempt), start)
+
+
+def check_start(
+  attempt: 'Attempts',
+  config: ml_collections.ConfigDict,
+  setup: assembly.Setup | None,
+  given: pretrained.Variables | None = None,
+) -> pretrained.Variables | None:
+  """Returns the variables to start from: given ones, or those that the config names."""
+  start = given or attempt(pretrained.read, config.init_from)
+  if setup and start:
+    attempt(pretrained.check, setup.model, setup.example, start)
+  return start
 
 
 def _configured_data(config, attempt):
-  """Returns the dataset's batches, built and checked, or None with what is wrong."""
+  """Returns the batches of a dataset; raises all problems."""
   builder = attempt(input_pipeline.find_builder, config)
-  if builder is None or attempt.problems:
-    return None
+  attempt.raise_problems()
   attempt(input_pipeline.prepare, config, builder)
+  attempt.raise_problems()
   return Data(
     functools.partial(input_pipeline.train_batches, config, builder),
     functools.partial(input_pipeline.eval_batches, config, builder),
   )
 
 
-def _read_fixed_formats(config):
-  if not config.formats:
+def _fixed_formats(config):
+  if config.mode == 'search' and config.formats:
+    raise ValueError(
+      f'formats={config.formats!r} would have no effect on a search: expected them '
+      'with --config.mode=train or eval'
+    )
+  if config.mode == 'train' and not config.formats:
     raise ValueError(
       'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-      'the path of a search_result.json'
+      'the path of a formats.json or a search_result.json'
     )
-  return results.read_assignment(config.formats)
+  return assignments.read(config.formats) if config.formats else None
 
 
-def _train(config, workdir, setup, data, start):
+def _train(config, workdir, plan):
   """Trains from the newest checkpoint, or from the start, to the result."""
+  setup, data, start = plan
   num_samples = config.search.num_samples if setup.problem else 1
   mesh = steps.make_mesh(num_samples)
   state = initial_state(setup, mesh, config.seed)
@@ -335,8 +357,8 @@ def evaluate(
   sums = []
   for batch in data.evaluation():
     # A last batch may be too small to be split over the devices.
-    whole = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
-    sharding = steps.replicated(mesh) if whole else steps.eval_sharding(mesh)
+    uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
+    sharding = steps.replicated(mesh) if uneven else steps.eval_sharding(mesh)
     batch = jax.make_array_from_process_local_data(sharding, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
@@ -354,7 +376,6 @@ def _evaluate_checkpoint(config, workdir):
   assignment = attempt(_evaluated_formats, config, source)
   setup = attempt(assembly.build, config, jax.device_count(), assignment or 'float32')
   data = _configured_data(config, attempt)
-  attempt.raise_problems()
   choices = np.zeros(0, np.int32)
   state, mesh = restored_state(setup, source)
   evaluation = evaluate(setup, mesh, data, state, choices)
@@ -373,7 +394,7 @@ def _evaluated_formats(config, source):
       f'config has {config.model.to_dict()}'
     )
   if config.formats:
-    return results.read_assignment(config.formats)
+    return assignments.read(config.formats)
   if not (source / results.RESULT_FILE).exists():
     raise ValueError(
       f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '

@@ -38,8 +38,8 @@ def check(
   if differing:
     raise ValueError(
       f'workdir {str(workdir)!r} holds a run with another config: '
-      f'{", ".join(differing)}; name another --workdir, or go on all the same with '
-      '--allow_config_change'
+      f'{", ".join(differing)}; name another folder, or go on all the same with '
+      '--allow_config_change of fliqs_jax.main'
     )
 
 
