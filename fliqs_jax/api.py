@@ -105,7 +105,8 @@ class SearchResult:
     if os.path.isfile(folder) or (os.path.isdir(folder) and os.listdir(folder)):
       raise ConfigError(f'{folder!r} exists: expected a new or empty folder')
     try:
-      shutil.copytree(self.workdir, folder, dirs_exist_ok=True)
+      ignored = shutil.ignore_patterns(workdirs.LOCK_FILE)
+      shutil.copytree(self.workdir, folder, ignore=ignored, dirs_exist_ok=True)
     except OSError as error:
       raise ConfigError(f'cannot write to {folder!r}: {error}') from None
 
@@ -172,8 +173,8 @@ def search(
   attempt.raise_problems()
   num_samples, size = config.search.num_samples, config.batch_size
   data = train.Data(
-    lambda seed: batches.TrainBatches(train_batches, num_samples, size),
-    lambda: batches.eval_batches(eval_batches),
+    lambda seed, sharding: batches.TrainBatches(train_batches, num_samples, size),
+    lambda sharding: batches.eval_batches(eval_batches),
   )
   content = train.run_plan(config, folder, train.Plan(setup, data, start))
   return SearchResult(
@@ -227,7 +228,7 @@ def evaluate(
   network, _ = _network(config, model, first, loss, quality, metrics, inputs)
   setup = assembly.build(config, jax.device_count(), formats, network)
   state, mesh = train.restored_state(setup, folder)
-  data = train.Data(None, lambda: batches.eval_batches(eval_batches))
+  data = train.Data(None, lambda sharding: batches.eval_batches(eval_batches))
   return train.evaluate(setup, mesh, data, state, np.zeros(0, np.int32))
 
 

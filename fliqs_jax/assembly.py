@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import assignments, cost_models, formats, latency, models, rewards
-from fliqs_jax import search_space, steps
+from fliqs_jax import assignments, cost_models, formats, latency, models
+from fliqs_jax import preprocessing, rewards, search_space, steps
 from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
-from fliqs_jax.config import ConfigError, validate
+from fliqs_jax.config import DTYPES, ConfigError, validate
 from fliqs_jax.train_state import Arguments
 
 
@@ -99,15 +99,22 @@ def configured_network(config: ml_collections.ConfigDict) -> Network:
     ValueError: as `discover_layers`.
   """
   model, image = build_model(config)
+  objective = steps.classification(
+    config.reward.quality,
+    config.optimizer.label_smoothing,
+    config.optimizer.auxiliary_weight,
+  )
+  settings = config.input
+
+  def arguments(batch, train):
+    image = preprocessing.normalize(batch['image'], settings.mean, settings.stddev)
+    return Arguments((image,), {'train': train})
+
   return Network(
     model=model,
     example=Arguments((image,), {'train': False}),
     layers=discover_layers(config),
-    objective=steps.classification(
-      config.reward.quality,
-      config.optimizer.label_smoothing,
-      config.optimizer.auxiliary_weight,
-    ),
+    objective=objective._replace(augment=_mixing(config), arguments=arguments),
   )
 
 
@@ -130,6 +137,8 @@ def build(
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
+  if config.dtype not in DTYPES:  # the network cannot be built
+    raise ConfigError(*problems)
   try:
     network = network or configured_network(config)
     layers = network.layers
@@ -164,6 +173,14 @@ def build(
     if assignment is not None
     else _problem(config, space, cost_model, target, caps),
   )
+
+
+def _mixing(config):
+  """Returns what training does to a batch, in the objective's form."""
+  alphas = config.input.mixup_alpha, config.input.cutmix_alpha
+  if not any(alphas):
+    return lambda batch, key: batch
+  return lambda batch, key: preprocessing.mix(batch, key, config.num_classes, *alphas)
 
 
 def build_cost_model(

@@ -13,23 +13,28 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, budget, display, input_pipeline
+from fliqs_jax import assembly, assignments, budget, display, health, input_pipeline
 from fliqs_jax import pretrained, results, steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
+from fliqs_jax.distributed import Preemption
+from fliqs_jax.errors import Preempted
 from fliqs_jax.train_state import TrainState, create_train_state
 
 _logger = logging.getLogger(__name__)
+
+_STEPS_AHEAD = 3
 
 
 class Data(NamedTuple):
   """Where a run's batches come from, numpy arrays in dicts."""
 
-  # Batches `[S, B, ...]` in the order that the seed sets. The iterator tells and takes
-  # its position by `get_state` and `set_state`.
-  train: Callable[[int], grain.DatasetIterator]
-  evaluation: Callable[[], Iterable[steps.Batch]]  # `[B, ...]`, each example once
+  # (seed, sharding) -> this process's part of batches `[S, B, ...]`, in the order that
+  # the seed sets. The iterator tells and takes its position.
+  train: Callable[[int, jax.sharding.Sharding], grain.DatasetIterator]
+  # (sharding) -> its part of batches `[B, ...]` that have each example once.
+  evaluation: Callable[[jax.sharding.Sharding], Iterable[steps.Batch]]
 
 
 def run(
@@ -47,6 +52,9 @@ def run(
 
   Raises:
     ConfigError: for whatever the user can mend; nothing was written then.
+    RunError: where the run cannot go on: its disk or its checkpoints.
+    FloatingPointError: where its numbers are not finite.
+    Preempted: where SIGTERM stopped it; the same call resumes it.
   """
   config = resolve(config)
   workdir = epath.Path(workdir)
@@ -68,15 +76,16 @@ def run_plan(
   config: ml_collections.ConfigDict, workdir: epath.Path, plan: Plan
 ) -> dict[str, Any]:
   """Trains what was checked, resuming as `run` does, and returns the result."""
-  if jax.process_index() == 0:
-    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
     if result.get('config') == results.config_to_json(config):
       _logger.info('The run in %s is finished.', workdir)
       return result
-  return _train(config, workdir, plan)
+  with workdirs.lock(workdir):
+    if jax.process_index() == 0:
+      workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
+    return _train(config, workdir, plan)
 
 
 def check(
@@ -151,7 +160,7 @@ def _train(config, workdir, plan):
   state = initial_state(setup, mesh, config.seed)
   if start:
     state = pretrained.start_from(state, start)
-  batches = data.train(config.seed)
+  batches = data.train(config.seed, steps.batch_sharding(mesh))
   with Checkpoints(workdir) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
@@ -167,7 +176,7 @@ def _train(config, workdir, plan):
   evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, policy, evaluation)
   if jax.process_index() == 0:
-    results.write_json(workdir / results.RESULT_FILE, result)
+    workdirs.write(workdir, results.RESULT_FILE, result)
   return result
 
 
@@ -192,12 +201,14 @@ def initial_state(
 
 def _make_step(config, setup, mesh):
   if setup.problem:
-    return steps.make_search_step(
+    step = steps.make_search_step(
       setup.problem, setup.objective, config.search.num_samples, mesh
     )
-  return steps.make_train_step(
-    setup.space, setup.objective, config.search.activation_delay, mesh
-  )
+  else:
+    step = steps.make_train_step(
+      setup.space, setup.objective, config.search.activation_delay, mesh
+    )
+  return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
 
 
 def _loop(
@@ -210,13 +221,18 @@ def _loop(
   step_fn: Callable,
   checkpoints: Checkpoints,
 ) -> TrainState:
-  """Takes the steps from `state.step` to the last one; returns the state after it."""
+  """Takes the steps from `state.step` to the last one; returns the state after it.
+
+  Raises:
+    Preempted: where SIGTERM came before the last step, once a checkpoint is saved.
+  """
   start = int(state.step)
   sharding = steps.batch_sharding(mesh)
   commits = setup.problem is not None and config.search.hard_budget
   with (
     workdirs.History(workdir, start) as history,
     display.Progress(start, config.num_steps) as progress,
+    Preemption() as preemption,
   ):
     pending = []
     for step in range(start, config.num_steps):
@@ -226,17 +242,23 @@ def _loop(
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
+      # Steps are taken in the background. Only a few wait, so that their batches take
+      # little memory and a run that must stop does so soon.
+      jax.block_until_ready(pending[-_STEPS_AHEAD:][0])
       done = step + 1
-      save = done % config.checkpoint_every == 0 and done < config.num_steps
+      stop = preemption.reached(done) and done < config.num_steps
+      save = stop or (done % config.checkpoint_every == 0 and done < config.num_steps)
       # A line before every checkpoint, so that a resumed run writes the same lines.
       if save or done % config.log_every == 0 or done == config.num_steps:
-        row = _average(pending, done)
+        row = _average(config, setup, pending, done, checkpoints)
         row['learning_rate'] = float(setup.learning_rate(step))
         history.write(done, row, _policy(setup, state))
         progress.update(done, row)
         pending = []
       if save:
         checkpoints.save(state, batches)
+      if stop:
+        raise Preempted(f'stopped by SIGTERM at step {done}: start me again to go on')
   return state
 
 
@@ -249,26 +271,19 @@ def _next(batches, step):
   )
 
 
-def _average(pending, step):
-  """Returns the mean scalars of the steps up to `step`.
-
-  Raises:
-    FloatingPointError: where a loss is not finite; it names the step.
-  """
-  rows = jax.device_get(
-    [
-      {name: value for name, value in metrics.items() if value.ndim == 0}
-      for metrics in pending
-    ]
-  )
-  for index, row in enumerate(rows):
-    for name in ('loss', 'gradient_norm'):
-      if not np.isfinite(row[name]):
-        raise FloatingPointError(
-          f'{name} is {row[name]} at step {step - len(rows) + index + 1}: lower '
-          'optimizer.learning_rate, or lengthen search.activation_delay'
-        )
-  return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def _average(config, setup, pending, step, checkpoints):
+  """Returns the mean scalars; an error says where the run can go on from."""
+  try:
+    return health.average(
+      pending, step, config.max_skipped_steps, setup.space.formats_of
+    )
+  except FloatingPointError as error:
+    saved = checkpoints.latest_step()
+    raise FloatingPointError(
+      f'{error}; the last checkpoint is of step {saved or 0}: lower '
+      'optimizer.learning_rate, lengthen search.activation_delay, or let '
+      'max_skipped_steps be more'
+    ) from None
 
 
 def _policy(setup, state):
@@ -314,7 +329,7 @@ def _reestimate(config, setup, mesh, data, state, choices):
     return state
   statistics_step = steps.make_statistics_step(setup.space, setup.objective, mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = data.train(config.seed + 1)
+  batches = data.train(config.seed + 1, steps.batch_sharding(mesh))
   choices = jax.device_put(choices, steps.replicated(mesh))
   total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
   for batch in itertools.islice(batches, config.search.statistics_batches):
@@ -338,7 +353,7 @@ def restored_state(
   """
   mesh = steps.make_mesh(1)
   state = initial_state(setup, mesh, 0)
-  with Checkpoints(workdir) as checkpoints:
+  with Checkpoints(workdir, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ConfigError(f'{str(workdir)!r} holds no checkpoint to evaluate')
     return checkpoints.restore_variables(state), mesh
@@ -355,11 +370,12 @@ def evaluate(
   eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
   choices = jax.device_put(choices, steps.replicated(mesh))
   sums = []
-  for batch in data.evaluation():
+  sharding = steps.eval_sharding(mesh)
+  for batch in data.evaluation(sharding):
     # A last batch may be too small to be split over the devices.
     uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
-    sharding = steps.replicated(mesh) if uneven else steps.eval_sharding(mesh)
-    batch = jax.make_array_from_process_local_data(sharding, batch)
+    placed = steps.replicated(mesh) if uneven else sharding
+    batch = jax.make_array_from_process_local_data(placed, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))

@@ -7,6 +7,7 @@ from flax import linen as nn
 from flax import struct
 from flax.training import train_state
 import jax
+import jax.numpy as jnp
 import optax
 
 from fliqs_jax.controller import Controller, ControllerState
@@ -28,6 +29,7 @@ class TrainState(train_state.TrainState):
   batch_stats: Any  # running statistics of batch norm, empty where there is none
   quant_stats: Any  # moving averages of the activations' statistics
   controller: ControllerState | None  # None where formats are fixed
+  skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
   # What else the network updates: {collection: variables}.
   collections: Mapping[str, Any] = struct.field(default_factory=dict)
@@ -67,6 +69,7 @@ def create_train_state(
     batch_stats=variables.pop(BATCH_STATS, {}),
     quant_stats=variables.pop(QUANT_STATS, {}),
     controller=controller and controller.init(),
+    skipped=jnp.zeros((), jnp.int32),
     key=run_key,
     collections=variables,
   )

@@ -5,7 +5,7 @@ import sys
 
 CORE = (
     'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
-    'cost_models', 'rewards',
+    'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',
     'assignments', 'figures',
