@@ -1,7 +1,7 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import traverse_util
@@ -12,19 +12,29 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import assignments, cost_models, formats, latency, models, rewards
-from fliqs_jax import search_space, steps
+from fliqs_jax import assignments, cost_models, formats, latency, models
+from fliqs_jax import preprocessing, rewards, search_space, steps
 from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import DTYPES, ConfigError, validate
+from fliqs_jax.train_state import Arguments
+
+
+class Network(NamedTuple):
+  """What is trained: a network, how it is called, and what its outputs are worth."""
+
+  model: Any  # a linen module, or what `searchable.make_searchable` returns
+  example: Arguments  # shapes of one example, in a batch of one
+  layers: tuple[search_space.Layer, ...]
+  objective: steps.Objective
 
 
 class Setup(NamedTuple):
   """All that a run needs, but data and devices' state."""
 
-  model: nn.Module
-  inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
+  model: Any
+  example: Arguments  # shapes of one example, in a batch of one
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -60,9 +70,13 @@ def discover_layers(
 ) -> tuple[search_space.Layer, ...]:
   """Returns the quantized layers of a config's network.
 
+  Those of a network that is not among `models` are in the config of its run.
+
   Raises:
     ValueError: as `build_model`, or where the network does not fit its input.
   """
+  if 'layers' in config.model:
+    return search_space.layers_from_json(config.model.layers)
   model, inputs = build_model(config)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
@@ -78,10 +92,37 @@ def discover_layers(
   return layers
 
 
+def configured_network(config: ml_collections.ConfigDict) -> Network:
+  """Returns the classifier that a config names.
+
+  Raises:
+    ValueError: as `discover_layers`.
+  """
+  model, image = build_model(config)
+  objective = steps.classification(
+    config.reward.quality,
+    config.optimizer.label_smoothing,
+    config.optimizer.auxiliary_weight,
+  )
+  settings = config.input
+
+  def arguments(batch, train):
+    image = preprocessing.normalize(batch['image'], settings.mean, settings.stddev)
+    return Arguments((image,), {'train': train})
+
+  return Network(
+    model=model,
+    example=Arguments((image,), {'train': False}),
+    layers=discover_layers(config),
+    objective=objective._replace(augment=_mixing(config), arguments=arguments),
+  )
+
+
 def build(
   config: ml_collections.ConfigDict,
   num_devices: int,
   assignment: str | Assignment | None = None,
+  network: Network | None = None,
 ) -> Setup:
   """Returns what a resolved config names.
 
@@ -90,6 +131,7 @@ def build(
     num_devices: of all processes together.
     assignment: fixed formats, one name or those of a file, whose keys may be regexes;
       None searches them.
+    network: None takes the one that the config names.
 
   Raises:
     ConfigError: with everything that is wrong, before anything is computed.
@@ -98,8 +140,8 @@ def build(
   if config.dtype not in DTYPES:  # the network cannot be built
     raise ConfigError(*problems)
   try:
-    model, inputs = build_model(config)
-    layers = discover_layers(config)
+    network = network or configured_network(config)
+    layers = network.layers
     space = build_space(config, layers, assignment)
   except ValueError as error:
     # What `validate` has named may come up again here.
@@ -116,26 +158,29 @@ def build(
       priced(space, np.zeros(len(space.decisions), np.int32))
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  objective = steps.classification(
-    config.reward.quality,
-    config.optimizer.label_smoothing,
-    config.optimizer.auxiliary_weight,
-  )
   learning_rate = _learning_rate(config)
   return Setup(
-    model=model,
-    inputs=inputs,
+    model=network.model,
+    example=network.example,
     space=space,
     cost_model=cost_model,
     target=target,
     caps=caps,
-    objective=objective,
+    objective=network.objective,
     optimizer=_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     problem=None
     if assignment is not None
     else _problem(config, space, cost_model, target, caps),
   )
+
+
+def _mixing(config):
+  """Returns what training does to a batch, in the objective's form."""
+  alphas = config.input.mixup_alpha, config.input.cutmix_alpha
+  if not any(alphas):
+    return lambda batch, key: batch
+  return lambda batch, key: preprocessing.mix(batch, key, config.num_classes, *alphas)
 
 
 def build_cost_model(

@@ -22,7 +22,7 @@ _NUM_KEPT = 3
 # What evaluation needs is an item of its own, so that it can be read without the
 # optimizer's and the controller's state, whose shapes depend on the run.
 _ITEMS = {
-  'variables': ('params', 'batch_stats', 'quant_stats'),
+  'variables': ('params', 'batch_stats', 'quant_stats', 'collections'),
   'training': ('step', 'opt_state', 'controller', 'skipped', 'key'),
 }
 

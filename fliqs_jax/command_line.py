@@ -74,8 +74,9 @@ def _parse(argv, required):
     for name in required:
       if flags.FLAGS[name].value is None:
         raise ValueError(f'--{name} is missing: expected --{name}={name.upper()}')
-    # An error in the config file is kept back until a field is read.
-    _ = flags.FLAGS.config.mode
+    if 'config' in flags.FLAGS:
+      # An error in the config file is kept back until a field is read.
+      _ = flags.FLAGS.config.mode
     if rest[1:]:
       raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
     return rest

@@ -45,6 +45,9 @@ def default_config() -> ml_collections.ConfigDict:
       # the checkpoint's own.
       'formats': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
+      # Variables to start from: a workdir, or an Orbax checkpoint with `params` and, if
+      # it has them, `batch_stats`. Empty for random ones.
+      'init_from': '',
       'checkpoint_every': 500,
       'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
       'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none
@@ -56,7 +59,11 @@ def default_config() -> ml_collections.ConfigDict:
         'train_split': 'train',
         'eval_split': 'test',
         'reward_split': '',  # held-out examples for reward.split='validation'
-        'augmentation': 'none',  # or crop_flip
+        'augmentation': 'none',  # or crop_flip, or rand_augment after crop_flip
+        'rand_augment_magnitude': 9.0,  # up to 10
+        'erasing': 0.0,  # probability of a box of noise
+        'mixup_alpha': 0.0,  # of the Beta distribution; 0 for no mixup
+        'cutmix_alpha': 0.0,
         'mean': (0.5,),  # per channel, of pixels in [0, 1]
         'stddev': (0.5,),
         'num_threads': 2,
@@ -153,11 +160,13 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'seed', 'max_skipped_steps', 'optimizer.warmup_steps', 'optimizer.weight_decay',
-    'optimizer.auxiliary_weight',
+    'optimizer.auxiliary_weight', 'input.rand_augment_magnitude', 'input.mixup_alpha',
+    'input.cutmix_alpha',
     'search.activation_delay', 'search.policy_delay', 'search.commit_step',
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
+    'input.erasing',
     'optimizer.momentum', 'optimizer.square_decay', 'optimizer.label_smoothing',
     'quantizer.momentum', 'controller.baseline_momentum',
 )  # fmt: skip
@@ -166,7 +175,7 @@ _FRACTIONS = (
 _NAMES = {
   'mode': MODES,
   'dtype': DTYPES,
-  'input.augmentation': ('none', 'crop_flip'),
+  'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
   'optimizer.name': OPTIMIZERS,
   'quantizer.calibration': quantizers.CALIBRATIONS,
   'search.weights_and_activations': SEARCHED_OPERANDS,
@@ -192,7 +201,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   """
   problems = _check_names(config) + _check_numbers(config)
   problems += _check_batches(config, num_devices) + _check_image(config)
-  problems += _check_latency_table(config)
+  problems += _check_augmentation(config) + _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config)
@@ -298,6 +307,13 @@ def _check_image(config):
       f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
       'one for each channel, the deviations above 0'
     ]
+  return []
+
+
+def _check_augmentation(config):
+  magnitude = config.input.rand_augment_magnitude
+  if magnitude > 10:
+    return [f'input.rand_augment_magnitude={magnitude}: expected 10 or less']
   return []
 
 

@@ -37,9 +37,10 @@ class LayerQuantities(NamedTuple):
   """What a cost can depend on, in arrays over the L layers of a network."""
 
   macs: Array  # [L] multiply-accumulates for one example
-  weights: Array  # [L] elements of the kernel
-  inputs: Array  # [L] elements of the input of one example
-  outputs: Array  # [L] elements of the output of one example
+  weights: Array  # [L] elements of the kernel, or kernels
+  inputs: Array  # [L] elements of the input of one example in one call
+  outputs: Array  # [L] elements of the output of one example in one call
+  calls: Array  # [L] calls of the layer in one forward pass
   weight_bits: Array  # [..., L] bits of one weight
   activation_bits: Array  # [..., L] bits of one input activation
   weight_formats: Array  # int32[..., L] index in `format_names`
@@ -145,7 +146,7 @@ def linear_compute(layers: LayerQuantities) -> Array:
 @register('activation_bytes', unit='bytes')
 def activation_bytes(layers: LayerQuantities) -> Array:
   """Bytes of the inputs of all layers."""
-  return layers.inputs * layers.activation_bits / 8
+  return layers.calls * layers.inputs * layers.activation_bits / 8
 
 
 @register('peak_activation_bytes', unit='bytes', combine='max')
@@ -170,7 +171,8 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
   tables = devices.format_tables(accelerator, layers.format_names)
   rates, bits = map(layers.asarray, (tables.rates / 1e12, tables.bits))
   weights = layers.weights * bits[layers.weight_formats]
-  activations = (layers.inputs + layers.outputs) * bits[layers.activation_formats]
+  elements = layers.calls * (layers.inputs + layers.outputs)
+  activations = elements * bits[layers.activation_formats]
   compute = layers.macs / rates[layers.weight_formats, layers.activation_formats]
   memory = (weights + activations) / 8 / (accelerator.bandwidth / 1e12)
   return maximum(2 * compute, memory) / 1e9  # from 10⁻¹² s
@@ -181,7 +183,7 @@ def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array
   """Measured time of one example; with two formats, that of the slower one."""
   times = layers.asarray(latency.layer_times(table, layers.layers, layers.format_names))
   each = np.arange(len(layers.layers))
-  return maximum(
+  return layers.calls * maximum(
     times[each, layers.weight_formats], times[each, layers.activation_formats]
   )
 
@@ -200,9 +202,12 @@ def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
     ids = type(ids)(*map(np.ascontiguousarray, ids))
   return LayerQuantities(
     macs=asarray([layer.macs for layer in space.layers]),
-    weights=asarray([math.prod(layer.kernel_shape) for layer in space.layers]),
+    weights=asarray(
+      [layer.kernels * math.prod(layer.kernel_shape) for layer in space.layers]
+    ),
     inputs=asarray([math.prod(layer.input_shape) for layer in space.layers]),
     outputs=asarray([math.prod(layer.output_shape) for layer in space.layers]),
+    calls=asarray([layer.calls for layer in space.layers]),
     weight_bits=bits[ids.weights],
     activation_bits=bits[ids.activations],
     weight_formats=ids.weights,

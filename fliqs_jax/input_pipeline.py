@@ -7,25 +7,19 @@ and so the state of an iterator, which is a few bytes in a checkpoint.
 from collections.abc import Iterator
 import functools
 import importlib
-import io
 import math
 
 import grain
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
+from fliqs_jax import augmentations
 from fliqs_jax.names import not_among
 
 # Datasets that this package builds itself, on first use.
 PACKAGED = {'digits': 'fliqs_jax.datasets.digits'}
-
-# The part of the image's area and the aspect ratios of a random resized crop
-# (Szegedy et al., 2015), and what of the image evaluation sees.
-_CROP_AREA, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-_CENTRAL_CROP = 0.875
 
 
 def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
@@ -107,7 +101,7 @@ def train_batches(
 ) -> grain.DatasetIterator:
   """Returns the endless iterator over training batches.
 
-  Each is `{'image': float32[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
+  Each is `{'image': uint8[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
   of B examples; with `reward.split='validation'` there is also `reward`, the same of
   held-out examples. The batches of all processes together are a function of (seed,
   step), whatever the number of processes.
@@ -126,24 +120,23 @@ def train_batches(
   dataset = make(split=config.input.train_split, seed=seed)
   if config.mode == 'search' and config.reward.split == 'validation':
     # Held-out examples are not augmented: they stand for the evaluation.
-    held_out = make(split=config.input.reward_split, seed=seed + 1, augment='none')
+    held_out = make(split=config.input.reward_split, seed=seed + 1, augment=False)
     dataset = grain.experimental.ZipMapDataset([dataset, held_out]).map(
       lambda pair: {**pair[0], 'reward': pair[1]}
     )
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _train_dataset(config, builder, split, seed, held, augment=None):
-  preprocess = functools.partial(
-    _train_example, config.input, augment or config.input.augmentation
+def _train_dataset(config, builder, split, seed, held, augment=True):
+  encoded = (
+    grain.MapDataset.source(_source(builder, split)).seed(seed).shuffle().repeat()
   )
+  if augment:
+    examples = encoded.random_map(functools.partial(_train_example, config.input))
+  else:
+    examples = encoded.map(functools.partial(_eval_example, config.input))
   return (
-    grain.MapDataset.source(_source(builder, split))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(preprocess)
-    .pipe(_Positions, config.batch_size, held.ravel())
+    examples.pipe(_Positions, config.batch_size, held.ravel())
     .batch(held.size)
     .map(functools.partial(_split_samples, num_samples=held.shape[0]))
   )
@@ -156,7 +149,7 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example of the evaluation split once.
 
-  Batches are `{'image': float32[B, ...], 'label': int32[B], 'mask': bool[B]}` with B of
+  Batches are `{'image': uint8[B, ...], 'label': int32[B], 'mask': bool[B]}` with B of
   `eval_batch_size`; what pads the last one has a False mask.
 
   Args:
@@ -232,59 +225,32 @@ def _split_samples(batch, num_samples):
   }
 
 
-def _train_example(settings, augmentation, example, rng):
-  image = _decode(example['image'], settings)
-  if augmentation == 'crop_flip':
-    image = _random_resized_crop(image, settings, rng)
-    if rng.random() < 0.5:
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _train_example(settings, example, rng):
+  image, size = _decode(example, settings), _size(settings)
+  if settings.augmentation == 'none':
+    image = augmentations.central_crop(image, size)
   else:
-    image = _central_crop(image, settings)
-  return _to_arrays(image, example['label'], settings)
+    image = augmentations.random_resized_crop(image, size, rng)
+    image = augmentations.random_flip(image, rng)
+  if settings.augmentation == 'rand_augment':
+    fill = tuple(round(255 * mean) for mean in settings.mean)
+    magnitude = settings.rand_augment_magnitude
+    image = augmentations.rand_augment(image, rng, magnitude, fill)
+  image = augmentations.erase(
+    image, rng, settings.erasing, settings.mean, settings.stddev
+  )
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
 def _eval_example(settings, example):
-  image = _central_crop(_decode(example['image'], settings), settings)
-  return _to_arrays(image, example['label'], settings)
+  image = augmentations.central_crop(_decode(example, settings), _size(settings))
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
-def _decode(encoded, settings):
-  image = Image.open(io.BytesIO(encoded))
-  return image.convert('L' if settings.image_shape[-1] == 1 else 'RGB')
+def _decode(example, settings):
+  return augmentations.decode(example['image'], settings.image_shape[-1])
 
 
-def _random_resized_crop(image, settings, rng):
-  """A crop of random area and aspect ratio, resized; the largest where none fits."""
-  width, height = image.size
-  for _ in range(10):
-    area = width * height * rng.uniform(*_CROP_AREA)
-    ratio = np.exp(rng.uniform(*np.log(_CROP_RATIO)))
-    w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-    if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-      return _resize(image, settings, (left, top, left + w, top + h))
-  return _central_crop(image, settings)
-
-
-def _central_crop(image, settings):
-  """The central part of an image, resized; images of the right size stay whole."""
+def _size(settings):
   height, width, _ = settings.image_shape
-  if image.size == (width, height):
-    return image
-  side = min(image.size[0] / width, image.size[1] / height) * _CENTRAL_CROP
-  w, h = side * width, side * height
-  left, top = (image.size[0] - w) / 2, (image.size[1] - h) / 2
-  return _resize(image, settings, (left, top, left + w, top + h))
-
-
-def _resize(image, settings, box):
-  height, width, _ = settings.image_shape
-  return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-
-
-def _to_arrays(image, label, settings):
-  pixels = np.asarray(image, np.float32).reshape(settings.image_shape)
-  return {
-    'image': (pixels / 255 - np.float32(settings.mean)) / np.float32(settings.stddev),
-    'label': np.int32(label),
-  }
+  return width, height

@@ -9,10 +9,11 @@ computes in floating point.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from fliqs_jax.quantizers import Quantizer
 FORMATS = 'formats'  # the collection in which operators find their formats
 LAYER_FORMATS = 'layer'  # its variables, each a `LayerFormats`
 QUANT_STATS = 'quant_stats'  # the collection of activation statistics
+_STATISTICS = ('mean_square', 'absmax')  # its variables, moving averages
 
 
 class LayerFormats(NamedTuple):
@@ -95,15 +97,18 @@ class QuantizedOperator(nn.Module):
   Keeps moving averages of the input's mean square and absolute maximum in the
   collection `quant_stats`, updated wherever that collection is mutable. They set the
   clipping threshold of the *next* steps; until there are any, activations stay as
-  they are.
+  they are. Within a transformation that does not carry the collection, as `nn.scan`
+  does only if its `variable_axes` name it, the input at hand sets its own threshold.
 
   Attributes:
     calibration: one of `quantizers.CALIBRATIONS`.
     momentum: of the moving averages.
+    formats: the layer's formats; None reads them from the collection `formats`.
   """
 
   calibration: str = 'rms'
   momentum: float = 0.95
+  formats: LayerFormats | None = None
 
   def compute(self, product, x, w, contracted_axes, scale_shape):
     """Applies `product` to `x` and `w`, quantized where formats are bound.
@@ -115,24 +120,49 @@ class QuantizedOperator(nn.Module):
       contracted_axes: the axes of `w` that one output channel, and its scale, spans.
       scale_shape: the shape in which these scales broadcast against `y`.
     """
-    mean_square = self.variable(QUANT_STATS, 'mean_square', jnp.zeros, ())
-    absmax = self.variable(QUANT_STATS, 'absmax', jnp.zeros, ())
-    if not self.has_variable(FORMATS, LAYER_FORMATS):
+    operand_quantizers = self._operand_quantizers(x, w, contracted_axes)
+    if operand_quantizers is None:
       return product(x, w.astype(x.dtype))
-    formats = self.get_variable(FORMATS, LAYER_FORMATS)
-    y = quantized_product(
-      product,
-      scale_shape,
-      x,
-      w,
-      self._activation_quantizer(formats.activations, mean_square.value, absmax.value),
+    y = quantized_product(product, scale_shape, x, w, *operand_quantizers)
+    self._update_statistics(x)
+    return y
+
+  @nn.nowrap
+  def count_macs(self, x, w, y, contracted_axes) -> int:
+    """Returns the multiply-accumulates of `y = product(x, w)`, from the shapes."""
+    del x
+    return y.size * math.prod(w.shape[axis] for axis in contracted_axes)
+
+  def _operand_quantizers(self, x, w, contracted_axes):
+    """Returns the quantizers of `x` and of `w`, or None where no formats are bound."""
+    has_averages = self._declare_statistics()
+    formats = self.formats
+    if formats is None and self.has_variable(FORMATS, LAYER_FORMATS):
+      formats = self.get_variable(FORMATS, LAYER_FORMATS)
+    if formats is None:
+      return None
+    if has_averages:
+      statistics = (self.get_variable(QUANT_STATS, name) for name in _STATISTICS)
+    else:
+      statistics = _statistics(x)
+    return (
+      self._activation_quantizer(formats.activations, *statistics),
       self._weight_quantizer(formats.weights, w, contracted_axes),
     )
+
+  def _declare_statistics(self):
+    """Returns whether there are moving averages, or can be, at this place."""
+    if not self.is_mutable_collection(QUANT_STATS):
+      return self.has_variable(QUANT_STATS, _STATISTICS[0])
+    for name in _STATISTICS:
+      self.variable(QUANT_STATS, name, jnp.zeros, ())
+    return True
+
+  def _update_statistics(self, x):
     if self.is_mutable_collection(QUANT_STATS):
-      new_mean_square, new_absmax = _statistics(x)
-      mean_square.value = self._average(mean_square.value, new_mean_square)
-      absmax.value = self._average(absmax.value, new_absmax)
-    return y
+      for name, new in zip(_STATISTICS, _statistics(x)):
+        old = self.get_variable(QUANT_STATS, name)
+        self.put_variable(QUANT_STATS, name, self._average(old, new))
 
   def _activation_quantizer(self, format, mean_square, absmax):
     # Nothing is known of a tensor that was not seen yet.
@@ -207,11 +237,12 @@ class QuantizedDotGeneral(QuantizedOperator):
     return self.compute(product, lhs, rhs, tuple(rhs_contracting), scale_shape)
 
 
-def _promote_all_but_kernel(inputs, kernel, bias, *, dtype, inexact=True):
+def promote_all_but_kernel(inputs, kernel, bias, *, dtype=None, inexact=True):
   """Flax's `promote_dtype`, but the kernel keeps the parameters' precision.
 
   Cast before the hook sees it, it would be rounded twice.
   """
+  dtype = canonicalize_dtype(inputs, kernel, bias, dtype=dtype, inexact=inexact)
   inputs, bias = promote_dtype(inputs, bias, dtype=dtype, inexact=inexact)
   return inputs, kernel, bias
 
@@ -225,11 +256,11 @@ def conv_hooks(**attributes: Any) -> dict[str, Any]:
   operator = functools.partial(QuantizedConv, **attributes)
   return {
     'conv_general_dilated_cls': operator,
-    'promote_dtype': _promote_all_but_kernel,
+    'promote_dtype': promote_all_but_kernel,
   }
 
 
 def dense_hooks(**attributes: Any) -> dict[str, Any]:
   """The same for `nn.Dense` and `nn.DenseGeneral`."""
   operator = functools.partial(QuantizedDotGeneral, **attributes)
-  return {'dot_general_cls': operator, 'promote_dtype': _promote_all_but_kernel}
+  return {'dot_general_cls': operator, 'promote_dtype': promote_all_but_kernel}

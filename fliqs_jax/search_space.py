@@ -7,6 +7,8 @@ are one option index for each decision, `int32[N]`.
 
 import dataclasses
 import functools
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.layers import LAYER_FORMATS, LayerFormats, QuantizedOperator
+from fliqs_jax.marks import marked, marks
 
 OPERANDS = ('weights', 'activations')
 UNQUANTIZED = 'float32'
@@ -30,13 +33,15 @@ class Layer(NamedTuple):
 
   path: str  # module path, `/`-separated
   operator: str  # name of the quantized operator within that module
-  kind: str  # 'conv' or 'dense'
-  input_shape: tuple[int, ...]
+  kind: str  # 'conv', 'dense', 'einsum' or 'conv_transpose'
+  input_shape: tuple[int, ...]  # of one call, as the other shapes
   kernel_shape: tuple[int, ...]
   output_shape: tuple[int, ...]
-  macs: int  # multiply-accumulates
+  macs: int  # multiply-accumulates of all calls
   params: int  # parameters of the layer, its bias included
   arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
+  calls: int = 1  # in one forward pass: of a shared module, or in a scan
+  kernels: int = 1  # of that shape: a scan over parameters has one an iteration
 
 
 class Decision(NamedTuple):
@@ -46,56 +51,85 @@ class Decision(NamedTuple):
   options: tuple[str, ...]  # format names
 
 
-def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer, ...]:
+def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
   """Returns the quantized layers of a network in the order in which they compute.
 
   Traces `model.init` abstractly: nothing is computed or allocated.
 
   Args:
-    model: a linen module whose layers carry the hooks of `layers`.
-    inputs: one example in a batch of one, as an array or `jax.ShapeDtypeStruct`.
+    model: a linen module whose layers carry the hooks of `layers`, or one from
+      `searchable.make_searchable`.
+    *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
     **kwargs: passed to `model.init`.
   """
-  found = {}
 
   def record(call, args, kwargs, context):
     operator = context.module
-    y = call(*args, **kwargs)
     if isinstance(operator, QuantizedOperator) and context.method_name == 'compute':
-      product, x, w, contracted, _ = args
-      macs = y.size * int(np.prod([w.shape[a] for a in contracted]))
-      *path, name = operator.path
-      arguments = _hashable(tuple(sorted(product.keywords.items())))
-      layer = Layer(
-        '/'.join(path),
-        name,
-        operator.kind,
-        x.shape,
-        w.shape,
-        y.shape,
-        macs,
-        0,
-        arguments,
-      )
-      if layer.path in found:  # a module that is called twice
-        layer = layer._replace(macs=macs + found[layer.path].macs)
-      found[layer.path] = layer
-    return y
+      product, x, w, contracted, *rest = args
+      layer = _describe(operator, product, x, w, contracted)
+      args = product, marked(x, w, layer), w, contracted, *rest
+    return call(*args, **kwargs)
 
   with nn.intercept_methods(record):
-    variables = jax.eval_shape(
-      functools.partial(model.init, **kwargs), jax.random.key(0), inputs
-    )
-  params = traverse_util.flatten_dict(variables['params'], sep='/')
+    jaxpr, variables = jax.make_jaxpr(
+      functools.partial(model.init, **kwargs), return_shape=True
+    )(jax.random.key(0), *inputs)
+  found = {}
+  for layer, calls in marks(jaxpr):
+    # A module that is called several times is one layer.
+    macs, previous = layer.macs * calls, found.get(layer.path)
+    if previous:
+      macs, calls = macs + previous.macs, calls + previous.calls
+    found[layer.path] = layer._replace(macs=macs, calls=calls)
+  params = traverse_util.flatten_dict(nn.unbox(variables['params']), sep='/')
+  return tuple(_with_params(layer, params) for layer in found.values())
+
+
+def _describe(operator, product, x, w, contracted):
+  y = jax.eval_shape(product, x, jax.ShapeDtypeStruct(w.shape, x.dtype))
+  *path, name = operator.path
+  return Layer(
+    path='/'.join(path),
+    operator=name,
+    kind=operator.kind,
+    input_shape=x.shape,
+    kernel_shape=w.shape,
+    output_shape=y.shape,
+    macs=operator.count_macs(x, w, y, contracted),
+    params=0,
+    arguments=_hashable(tuple(sorted(product.keywords.items()))),
+  )
+
+
+def _with_params(layer, params):
+  own = {
+    name.rpartition('/')[2]: leaf.size
+    for name, leaf in params.items()
+    if name.rpartition('/')[0] == layer.path
+  }
+  # A kernel that was made from several parameters is one.
+  kernels = max(own.get('kernel', 0) // math.prod(layer.kernel_shape), 1)
+  return layer._replace(params=sum(own.values()), kernels=kernels)
+
+
+def layers_to_json(layers: Sequence[Layer]) -> str:
+  """Returns layers as text, for `layers_from_json`."""
+  return json.dumps(
+    [layer._asdict() | {'arguments': dict(layer.arguments)} for layer in layers],
+    default=str,
+  )
+
+
+def layers_from_json(text: str) -> tuple[Layer, ...]:
+  """Returns the layers; of their arguments those that JSON has no type for as text."""
   return tuple(
-      layer._replace(
-          params=sum(
-              leaf.size for name, leaf in params.items()
-              if name.rpartition('/')[0] == layer.path
-          )
-      )
-      for layer in found.values()
-  )  # fmt: skip
+    Layer(
+      **{name: _hashable(value) for name, value in content.items()}
+      | {'arguments': _hashable(sorted(content['arguments'].items()))}
+    )
+    for content in json.loads(text)
+  )
 
 
 def _hashable(value):

@@ -73,6 +73,26 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(content, convert_dict=True)
 
 
+def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Returns the lines of a run's history; none where it has not begun.
+
+  Raises:
+    ValueError: where it is damaged. A last line that was cut off is left out.
+  """
+  path = workdir / HISTORY_FILE
+  try:
+    lines = path.read_text().splitlines() if path.exists() else []
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+  rows = []
+  for number, line in enumerate(lines, 1):
+    if _step_of(line) < float('inf'):
+      rows.append(json.loads(line))
+    elif number < len(lines):
+      raise ValueError(f'{str(path)!r} is damaged: line {number} is not of a history')
+  return rows
+
+
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
   """Makes the folder if it is not there, and keeps other runs out of it meanwhile.
@@ -210,9 +230,10 @@ class History:
 
 def _step_of(line):
   try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError, TypeError):
+    step = json.loads(line)['step']
+  except (ValueError, KeyError, TypeError, RecursionError):
     return float('inf')  # cut off by an interruption
+  return step if isinstance(step, int) else float('inf')
 
 
 def _flatten(tree, prefix=''):
