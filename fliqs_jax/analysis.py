@@ -58,7 +58,7 @@ def network_weights(
 
   state = jax.jit(init)(jax.random.key(config.seed))
   if workdir:
-    with Checkpoints(epath.Path(workdir)) as checkpoints:
+    with Checkpoints(epath.Path(workdir), read_only=True) as checkpoints:
       if checkpoints.latest_step() is None:
         raise ValueError(f'{workdir!r} holds no checkpoint')
       state = checkpoints.restore_variables(state)
