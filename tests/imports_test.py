@@ -10,7 +10,14 @@ CORE = (
     'marks', 'operands', 'searchable', 'tasks',
     'assignments', 'figures',
 )  # fmt: skip
-FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
+FORBIDDEN = (
+  'tensorflow',
+  'tensorflow_datasets',
+  'grain',
+  'clu',
+  'orbax.checkpoint',
+  'matplotlib',
+)
 
 
 def test_core_imports():
