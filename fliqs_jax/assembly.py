@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import functools
+from types import MappingProxyType
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -12,14 +13,17 @@ import ml_collections
 import numpy as np
 import optax
 
+from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import cost_models, formats, latency, models, rewards, search_space
 from fliqs_jax import steps
+from fliqs_jax.architecture import Choose, searched, standard
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import ConfigError, validate
 
 Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
+Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
 
 
 class Setup(NamedTuple):
@@ -27,6 +31,8 @@ class Setup(NamedTuple):
 
   model: nn.Module
   inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
+  standard_layers: tuple[search_space.Layer, ...]  # of the standard architecture
+  architecture: Architecture  # the fixed one, empty also where it is searched
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -38,34 +44,53 @@ class Setup(NamedTuple):
 
 
 def build_model(
-  config: ml_collections.ConfigDict, quantized: bool = True
+  config: ml_collections.ConfigDict,
+  quantized: bool = True,
+  choose: Choose = standard,
 ) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
   """Returns the network and the shape of one example.
+
+  Args:
+    config: the config.
+    quantized: whether its layers carry quantized operators.
+    choose: how its architecture is chosen.
 
   Raises:
     ValueError: where the network is unknown or lacks an option.
   """
-  options = config.model.to_dict()
+  # Lists, as a config from JSON has them, are no options of a linen module.
+  options = jax.tree.map(
+    _tuples, config.model.to_dict(), is_leaf=lambda x: isinstance(x, list)
+  )
   model = models.create_model(
     options.pop('name'),
     config.num_classes,
     quantized=quantized,
     operator=config.quantizer.to_dict(),
     dtype=jnp.dtype(config.dtype),
+    choose=choose,
     **options,
   )
   return model, jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
 
 
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def discover_layers(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, choose: Choose = standard
 ) -> tuple[search_space.Layer, ...]:
   """Returns the quantized layers of a config's network.
+
+  Args:
+    config: the config.
+    choose: how its architecture is chosen; `searched` gives the supernet's layers.
 
   Raises:
     ValueError: as `build_model`, or where the network does not fit its input.
   """
-  model, inputs = build_model(config)
+  model, inputs = build_model(config, choose=choose)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
     f'{config.input.image_shape} at width {config.model.width}'
@@ -80,10 +105,27 @@ def discover_layers(
   return layers
 
 
+def choose_architecture(
+  config: ml_collections.ConfigDict, architecture: Architecture
+) -> Choose:
+  """Returns how a config's network of a given architecture is built.
+
+  Raises:
+    ValueError: where the network has no such architecture.
+  """
+  if not architecture:
+    return standard
+  supernet = discover_layers(config, searched)
+  return architecture_lib.fix(
+    search_space.architecture_decisions(supernet), architecture
+  )
+
+
 def build(
   config: ml_collections.ConfigDict,
   num_devices: int,
   assignment: str | Assignment | None = None,
+  architecture: Architecture = MappingProxyType({}),
 ) -> Setup:
   """Returns what a resolved config names.
 
@@ -91,15 +133,21 @@ def build(
     config: from `config.resolve`.
     num_devices: of all processes together.
     assignment: fixed formats, one name or a name for each layer's operands; None
-      searches them.
+      searches what `config.search.decide` says.
+    architecture: the fixed one, of no effect where it is searched.
 
   Raises:
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
   try:
-    model, inputs = build_model(config)
-    layers = discover_layers(config)
+    standard_layers = discover_layers(config)
+    open_ended = assignment is None and config.search.decide != 'formats'
+    choose = searched if open_ended else choose_architecture(config, architecture)
+    model, inputs = build_model(config, choose=choose)
+    layers = standard_layers
+    if choose is not standard:
+      layers = discover_layers(config, choose)
     space = build_space(config, layers, assignment)
   except ValueError as error:
     # What `validate` has named may come up again here.
@@ -109,8 +157,8 @@ def build(
     raise ConfigError(*problems)
   try:
     cost_model = build_cost_model(config)
-    target = search_target(config, layers)
-    caps = search_caps(config, layers) if assignment is None else ()
+    target = search_target(config, standard_layers)
+    caps = search_caps(config, standard_layers) if assignment is None else ()
     # A table of latencies may lack a layer or a format.
     for priced in (cost_model, *(cap.cost_model for cap in caps)):
       priced(space, np.zeros(len(space.decisions), np.int32))
@@ -123,6 +171,8 @@ def build(
   return Setup(
     model=model,
     inputs=inputs,
+    standard_layers=standard_layers,
+    architecture={} if open_ended else dict(architecture),
     space=space,
     cost_model=cost_model,
     target=target,
@@ -155,7 +205,12 @@ def build_cost_model(
 def search_target(
   config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
 ) -> float:
-  """Returns the target in the cost model's unit."""
+  """Returns the target in the cost model's unit.
+
+  Args:
+    config: the config.
+    layers: of the standard network, a multiple of whose cost may be the target.
+  """
   search = config.search
   if search.target is not None:
     return search.target
@@ -198,13 +253,21 @@ def build_space(
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:
     return search_space.fixed_space(layers, assignment)
+  names = formats.parse_names(config.search.formats)
+  if config.search.decide == 'architecture' and len(names) > 1:
+    raise ValueError(
+      f'search.decide=architecture: expected one format in search.formats, found '
+      f'{config.search.formats!r}'
+    )
   space = search_space.build_space(
     layers,
-    formats.parse_names(config.search.formats),
+    names,
     config.search.weights_and_activations,
     config.search.groups,
     config.search.pins,
   )
+  if config.search.decide == 'architecture':
+    space = space.without_format_decisions()
   if not any(len(decision.options) > 1 for decision in space.decisions):
     raise ValueError(
       'nothing to search: every layer is pinned, or search.formats names one format'
@@ -222,8 +285,8 @@ def _problem(config, space, cost_model, target, caps):
     raise ConfigError(
       f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
       f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
-      f'{config.search.formats!r}; change search.target_scale, search.target_format, '
-      'search.target or search.formats'
+      f'{config.search.formats!r}{_architectures(config)}; change search.target_scale, '
+      'search.target_format, search.target or search.formats'
     )
   _check_caps(config, space, cost_model, target, caps)
   reward = functools.partial(
@@ -253,6 +316,10 @@ def _problem(config, space, cost_model, target, caps):
     activation_delay=config.search.activation_delay,
     held_out=config.reward.split == 'validation',
   )
+
+
+def _architectures(config):
+  return '' if config.search.decide == 'formats' else ' and all architectures'
 
 
 def _check_caps(config, space, cost_model, target, caps):

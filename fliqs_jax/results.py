@@ -51,10 +51,10 @@ def make_result(
     'seed': config.seed,
     'steps': config.num_steps,
     'formats': space.formats_of(choices),
-    'architecture': {},
+    'architecture': setup.architecture | space.architecture_of(choices),
     'eval': dict(evaluation),
     'uniform_costs': {
-      name: cost_model.uniform(space.layers, name) for name in compared
+      name: cost_model.uniform(setup.standard_layers, name) for name in compared
     },
     'policy': policy_by_name(space, policy) if searched else {},
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
