@@ -165,7 +165,9 @@ def build(
   except ValueError as error:
     raise ConfigError(str(error)) from None
   objective = steps.classification(
-    config.reward.quality, config.optimizer.label_smoothing
+    config.reward.quality,
+    config.optimizer.label_smoothing,
+    config.optimizer.auxiliary_weight,
   )
   learning_rate = _learning_rate(config)
   return Setup(

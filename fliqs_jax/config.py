@@ -69,6 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
         'epsilon': 1e-8,  # of adamw and rmsprop
         'weight_decay': 1e-4,  # on kernels alone
         'label_smoothing': 0.0,
+        'auxiliary_weight': 0.4,  # of the loss of a network's auxiliary heads
       },
       'quantizer': {
         'calibration': 'rms',  # or absmax
@@ -145,6 +146,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'seed', 'optimizer.warmup_steps', 'optimizer.weight_decay',
+    'optimizer.auxiliary_weight',
     'search.activation_delay', 'search.policy_delay', 'search.commit_step',
     'controller.entropy_weight',
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """The pure steps: search, training with fixed formats, statistics, evaluation.
 
 A batch is a dict of arrays, `image: [S, B, ...]` and `label: [S, B]`, where sample `s`
-of the policy sees slice `s`. Steps run on a mesh `('sample', 'data')`: each device
-scans its samples, and the devices of one sample split its examples.
+of the policy sees slice `s`. A label is a class, int32[S, B], or the probabilities of
+all classes, float32[S, B, num_classes]. Steps run on a mesh `('sample', 'data')`: each
+device scans its samples, and the devices of one sample split its examples.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -26,41 +28,66 @@ from fliqs_jax.train_state import BATCH_STATS, TrainState
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
+_INTERMEDIATES = 'intermediates'
+
 
 class Objective(NamedTuple):
   """What training minimises and what the search rewards, of one batch.
 
-  Each is a function `(outputs, batch)` whose values are means over examples.
+  Each function is of `(outputs, batch)`, and its values are means over examples.
   """
 
   loss: Callable[[Any, Batch], jax.Array]
   quality: Callable[[Any, Batch], jax.Array]
   metrics: Callable[[Any, Batch], Metrics]  # what else is logged
+  # Of the same loss of outputs that a network sows, in training, as `aux_logits` into
+  # the collection `intermediates`. Inception-v3's authors take 0.4 (TF-slim).
+  auxiliary_weight: float = 0.4
 
 
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
-  """Returns the fraction of examples whose largest logit is at the label."""
-  return jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
+  """Returns the fraction of examples whose largest logit is at the likeliest label."""
+  return jnp.mean(_is_correct(logits, batch['label']))
+
+
+def _is_correct(logits, labels):
+  if _are_probabilities(labels):
+    labels = jnp.argmax(labels, axis=-1)
+  return jnp.argmax(logits, axis=-1) == labels
+
+
+def _are_probabilities(labels):
+  return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
 def cross_entropy(
   logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-  """Returns the softmax cross entropy of each example, float32[B]."""
-  targets = jax.nn.one_hot(labels, logits.shape[-1])
+  """Returns the softmax cross entropy of each example, float32[B].
+
+  Args:
+    logits: float32[B, num_classes].
+    labels: classes, int32[B], or probabilities, float32[B, num_classes].
+    label_smoothing: the probability that is spread over all classes.
+  """
+  if not _are_probabilities(labels):
+    labels = jax.nn.one_hot(labels, logits.shape[-1])
   return optax.softmax_cross_entropy(
-    logits, optax.smooth_labels(targets, label_smoothing)
+    logits, optax.smooth_labels(labels, label_smoothing)
   )
 
 
 def classification(
-  quality: str = 'accuracy', label_smoothing: float = 0.0
+  quality: str = 'accuracy',
+  label_smoothing: float = 0.0,
+  auxiliary_weight: float = 0.4,
 ) -> Objective:
   """Returns the objective of a classifier.
 
   Args:
     quality: `accuracy`, or `minus_loss`, without label smoothing.
     label_smoothing: of the training loss.
+    auxiliary_weight: of the loss of auxiliary heads.
   """
 
   def mean_loss(logits, batch, smoothing):
@@ -72,6 +99,7 @@ def classification(
     if quality == 'accuracy'
     else lambda logits, batch: -mean_loss(logits, batch, 0.0),
     metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
+    auxiliary_weight=auxiliary_weight,
   )
 
 
@@ -114,22 +142,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def _forward(state, params, formats, batch, key):
-  """Returns the outputs and the updated statistics of a forward pass in training."""
-  return state.apply_fn(
+  """Returns what a forward pass in training gives.
+
+  Returns:
+    The outputs, the auxiliary outputs, and the updated statistics.
+  """
+  outputs, updated = state.apply_fn(
     {'params': params, FORMATS: formats, **state.model_stats},
     batch['image'],
     train=True,
-    mutable=[BATCH_STATS, QUANT_STATS],
+    mutable=[BATCH_STATS, QUANT_STATS, _INTERMEDIATES],
     rngs={'dropout': key},
   )
+  auxiliary = []
+  for path, sown in traverse_util.flatten_dict(updated.pop(_INTERMEDIATES, {})).items():
+    if path[-1] == 'aux_logits':
+      auxiliary += sown
+  return outputs, auxiliary, updated
 
 
 def _gradients(state, objective, formats, batch, key):
   """Returns the gradients, the updated statistics and the metrics of one sample."""
 
   def loss_fn(params):
-    outputs, stats = _forward(state, params, formats, batch, key)
+    outputs, auxiliary, stats = _forward(state, params, formats, batch, key)
     loss = objective.loss(outputs, batch)
+    for output in auxiliary:
+      loss += objective.auxiliary_weight * objective.loss(output, batch)
     return loss, (stats, outputs)
 
   (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -216,7 +255,7 @@ def make_search_step(
     formats = space.bind(choices, state.step >= problem.activation_delay)
     gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
     if problem.held_out:
-      outputs, _ = _forward(state, state.params, formats, batch['reward'], key)
+      outputs, _, _ = _forward(state, state.params, formats, batch['reward'], key)
       metrics['quality'] = objective.quality(outputs, batch['reward'])
     return (gradients, stats), metrics
 
@@ -299,7 +338,7 @@ def make_statistics_step(
     formats = space.bind(choices)
 
     def updated(old):
-      _, stats = _forward(
+      _, _, stats = _forward(
           state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
           state.params, formats, {'image': images}, state.key,
       )  # fmt: skip
@@ -335,7 +374,7 @@ def make_eval_step(
         'params': state.params, FORMATS: space.bind(choices), **state.model_stats
     }  # fmt: skip
     logits = state.apply_fn(variables, batch['image'], train=False)
-    correct = jnp.argmax(logits, axis=-1) == batch['label']
+    correct = _is_correct(logits, batch['label'])
     losses = cross_entropy(logits, batch['label'])
     mask = batch['mask']
     return {

@@ -258,3 +258,74 @@ def test_objective_against_arithmetic(smoothing):
   assert objective.quality(logits, batch) == 0.5
   minus_loss = steps.classification('minus_loss', smoothing).quality(logits, batch)
   assert minus_loss == pytest.approx(np.log([0.7, 0.3]).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_objective_of_soft_labels_against_arithmetic(smoothing):
+  logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
+  labels = np.array([[0.8, 0.2, 0.0], [0.0, 0.9, 0.1]], np.float32)
+  targets = labels * (1 - smoothing) + smoothing / 3
+  losses = -(targets * np.asarray(logits)).sum(axis=1)
+  batch, objective = {'label': labels}, steps.classification('accuracy', smoothing)
+  assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
+  assert objective.quality(logits, batch) == 0.5
+  assert objective.metrics(logits, batch) == {'accuracy': 0.5}
+
+
+def test_certain_soft_labels_are_labels():
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(20, 4)), rng.integers(4, size=20)
+  for quality in ('accuracy', 'minus_loss'):
+    objective = steps.classification(quality, 0.1)
+    for function in (objective.loss, objective.quality):
+      assert function(logits, {'label': labels}) == function(
+        logits, {'label': np.eye(4, dtype=np.float32)[labels]}
+      )
+
+
+class WithAuxiliaryHeads(nn.Module):
+  """A linear classifier with two more that only training knows."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    if train or self.is_initializing():
+      for name in ('one', 'two'):
+        self.sow('intermediates', 'aux_logits', nn.Dense(CLASSES, name=name)(x))
+      self.sow('intermediates', 'other', x)
+    dense = functools.partial(nn.Dense, **layers.dense_hooks())
+    return dense(CLASSES, name='classifier')(x)
+
+
+def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
+  model, inputs = WithAuxiliaryHeads(), jnp.zeros((1, FEATURES))
+  found = search_space.discover(model, inputs, train=False)
+  space = search_space.uniform_space(found, 'float32')
+  mesh = steps.make_mesh(1, jax.devices()[:1])
+  state = jax.device_put(
+    train_state.create_train_state(
+      model, inputs, optax.sgd(LEARNING_RATE), None, jax.random.key(1)
+    ),
+    steps.replicated(mesh),
+  )
+  params, batch, weight = jax.device_get(state.params), make_batch(1), 0.3
+  images, targets = batch['image'][0], np.eye(CLASSES)[batch['label'][0]]
+  loss = 0.0
+  expected = {}
+  for name, part in (('classifier', 1.0), ('one', weight), ('two', weight)):
+    # The gradient of softmax and cross entropy, written out.
+    logits = images @ params[name]['kernel']
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss -= part * (targets * np.log(probabilities)).sum(axis=1).mean()
+    error = part * (probabilities - targets) / EXAMPLES
+    expected[name] = {
+      'kernel': params[name]['kernel'] - LEARNING_RATE * images.T @ error,
+      'bias': params[name]['bias'] - LEARNING_RATE * error.sum(axis=0),
+    }
+  objective = steps.classification(auxiliary_weight=weight)
+  step = steps.make_train_step(space, objective, 0, mesh)
+  new_state, metrics = step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
+  assert metrics['loss'] == pytest.approx(loss, rel=1e-5)
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+      jax.device_get(new_state.params), expected,
+  )  # fmt: skip
