@@ -121,6 +121,27 @@ def choose_architecture(
   )
 
 
+def searched_layers(
+  config: ml_collections.ConfigDict, architecture: Architecture = MappingProxyType({})
+) -> tuple[search_space.Layer, ...]:
+  """Returns the layers that a config's search is over.
+
+  Args:
+    config: the config.
+    architecture: the fixed one, of no effect where it is searched.
+
+  Raises:
+    ValueError: as `discover_layers` and `choose_architecture`.
+  """
+  return discover_layers(config, _searched_choose(config, architecture))
+
+
+def _searched_choose(config, architecture):
+  if config.search.decide != 'formats':
+    return searched
+  return choose_architecture(config, architecture)
+
+
 def build(
   config: ml_collections.ConfigDict,
   num_devices: int,
@@ -142,8 +163,8 @@ def build(
   problems = validate(config, num_devices)
   try:
     standard_layers = discover_layers(config)
-    open_ended = assignment is None and config.search.decide != 'formats'
-    choose = searched if open_ended else choose_architecture(config, architecture)
+    find_choose = _searched_choose if assignment is None else choose_architecture
+    choose = find_choose(config, architecture)
     model, inputs = build_model(config, choose=choose)
     layers = standard_layers
     if choose is not standard:
@@ -174,7 +195,7 @@ def build(
     model=model,
     inputs=inputs,
     standard_layers=standard_layers,
-    architecture={} if open_ended else dict(architecture),
+    architecture={} if choose is searched else dict(architecture),
     space=space,
     cost_model=cost_model,
     target=target,

@@ -1,9 +1,109 @@
-"""The small network that a search of the architecture found, out of its supernet."""
+"""The small network that a search of the architecture found, out of its supernet.
 
+Its architecture comes from the file of a result, its weights are slices of those in the
+supernet's checkpoint.
+"""
+
+import json
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 import jax
+import ml_collections
+
+from fliqs_jax import results
+from fliqs_jax.assembly import Architecture
+from fliqs_jax.train_state import TrainState
+
+
+def read_architecture(config: ml_collections.ConfigDict) -> Architecture:
+  """Returns the architecture that a config names, empty for the standard one.
+
+  That of the file `config.architecture`, else of `config.formats` where this is a file.
+
+  Raises:
+    ValueError: where `config.architecture` is no file with an architecture; one line.
+  """
+  if config.architecture:
+    return _read(epath.Path(config.architecture))
+  path = epath.Path(config.formats)
+  if not config.formats or not path.is_file():
+    return {}
+  try:
+    return _read(path)
+  except ValueError:
+    return {}  # whoever reads the formats says what is wrong with the file
+
+
+def evaluated_architecture(
+  config: ml_collections.ConfigDict,
+  source: epath.Path,
+  trained: ml_collections.ConfigDict,
+) -> Architecture:
+  """Returns the architecture in which a checkpoint is evaluated.
+
+  The one that the config names, or else the one that the run in `source` found or had.
+
+  Args:
+    config: of the evaluation.
+    source: the folder of the run.
+    trained: the run's config.
+
+  Raises:
+    ValueError: where that run trained a network of another architecture; one line.
+  """
+  result = source / results.RESULT_FILE
+  if result.is_file():
+    own = _read(result)
+  else:
+    own = {} if holds_supernet(trained) else read_architecture(trained)
+  if config.architecture or epath.Path(config.formats or ' ').is_file():
+    named = read_architecture(config)
+    if named != own and not holds_supernet(trained):
+      raise ValueError(
+        f'{str(source)!r} holds a checkpoint of another architecture than '
+        f'{config.architecture or config.formats!r}: only that of a search over '
+        'architectures can be evaluated in any of them'
+      )
+    return named
+  return own
+
+
+def holds_supernet(trained: ml_collections.ConfigDict) -> bool:
+  """Whether a run with this config searches the architecture."""
+  return trained.mode == 'search' and trained.search.decide != 'formats'
+
+
+def slice_state(supernet: TrainState, small: TrainState) -> TrainState:
+  """Returns the state `small` with the variables of a supernet's state."""
+  return small.replace(**{
+      field: slice_variables(getattr(supernet, field), getattr(small, field))
+      for field in ('params', 'batch_stats', 'quant_stats')
+  })  # fmt: skip
+
+
+def _read(path):
+  try:
+    content = json.loads(path.read_text())
+  except OSError as error:
+    raise ValueError(
+      f'cannot read an architecture from {str(path)!r}: {error.strerror or error}'
+    ) from None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{str(path)!r} is not JSON, or cut off ({error}): expected a '
+      f'{results.RESULT_FILE}'
+    ) from None
+  architecture = content.get('architecture') if isinstance(content, dict) else None
+  if not isinstance(architecture, dict) or not all(
+    type(size) is int for size in architecture.values()
+  ):
+    raise ValueError(
+      f'{str(path)!r} holds no "architecture" of integers: expected a '
+      f'{results.RESULT_FILE}'
+    )
+  return architecture
 
 
 def slice_variables(variables: Any, shapes: Any) -> Any:

@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import assembly, budget, display, input_pipeline, results, steps
-from fliqs_jax import workdirs
+from fliqs_jax import subnetworks, workdirs
+from fliqs_jax.architecture import searched
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -57,7 +58,8 @@ def _prepare(config, workdir, allow_config_change):
   fixed = None
   if config.mode == 'train':
     fixed = attempt(_read_fixed_formats, config) or 'float32'
-  setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  architecture = attempt(subnetworks.read_architecture, config) or {}
+  setup = attempt(assembly.build, config, jax.device_count(), fixed, architecture)
   builder = attempt(input_pipeline.find_builder, config)
   attempt(workdirs.check, config, workdir, allow_config_change)
   attempt.raise_problems()
@@ -264,23 +266,41 @@ def _evaluate_checkpoint(config, workdir):
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
   attempt = _Attempts()
   assignment = attempt(_evaluated_formats, config, source)
-  setup = attempt(assembly.build, config, jax.device_count(), assignment or 'float32')
+  architecture = attempt(_evaluated_architecture, config, source) or {}
+  setup = attempt(
+    assembly.build, config, jax.device_count(), assignment or 'float32', architecture
+  )
   builder = attempt(input_pipeline.find_builder, config)
   attempt.raise_problems()
   attempt(input_pipeline.prepare, config, builder)
   attempt.raise_problems()
   mesh = steps.make_mesh(1)
-  state = _initial_state(config, setup, mesh)
   with Checkpoints(source) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ConfigError(f'{str(source)!r} holds no checkpoint to evaluate')
-    state = checkpoints.restore_variables(state)
+    state = _restore_variables(config, setup, mesh, checkpoints, source)
   choices = np.zeros(0, np.int32)
   evaluation = _evaluate(config, setup, mesh, builder, state, choices)
   result = results.make_result(config, setup, choices, None, evaluation)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.EVAL_FILE, result)
   return result
+
+
+def _evaluated_architecture(config, source):
+  if not (source / workdirs.CONFIG_FILE).exists():
+    return {}  # which `_evaluated_formats` reports
+  trained = workdirs.read_config(source)
+  return subnetworks.evaluated_architecture(config, source, trained)
+
+
+def _restore_variables(config, setup, mesh, checkpoints, source):
+  state = _initial_state(config, setup, mesh)
+  if not subnetworks.holds_supernet(workdirs.read_config(source)):
+    return checkpoints.restore_variables(state)
+  model, _ = assembly.build_model(config, choose=searched)
+  supernet = _initial_state(config, setup._replace(model=model), mesh)
+  return subnetworks.slice_state(checkpoints.restore_variables(supernet), state)
 
 
 def _evaluated_formats(config, source):
