@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 CORE = (
-    'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
-    'cost_models', 'rewards',
+    'architecture', 'formats', 'quantizers', 'layers', 'variants', 'search_space',
+    'devices', 'latency', 'cost_models', 'rewards',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
 )  # fmt: skip
 FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
