@@ -2,8 +2,8 @@
 
     python benchmarks/joint_step_time.py [--json]
 
-Both on one supernet of MobileNetV2, the second with the largest network that it holds.
-Compiled first and then timed in turns; the figures are medians.
+Both on one supernet, the second with the largest network that it holds. Compiled first
+and then timed in turns; the figures are medians.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def largest(name, options, default):
 
 def prepare(choose, args):
   """Returns the jitted search step and its first state."""
-  model = models.create_model('mobilenet_v2', 1000, choose=choose, width=args.width)
+  model = models.create_model(args.model, 1000, choose=choose, width=args.width)
   inputs = jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32)
   layers = search_space.discover(model, inputs, train=False)
   space = search_space.build_space(layers, ('int4', 'int8', 'bf16'))
@@ -53,6 +53,7 @@ def prepare(choose, args):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--model', default='mobilenet_v2', help='or a ResNet')
   parser.add_argument('--image_size', type=int, default=96)
   parser.add_argument('--batch_size', type=int, default=16, help='of all samples')
   parser.add_argument('--samples', type=int, default=2)
