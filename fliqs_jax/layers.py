@@ -18,7 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from fliqs_jax import quantizers
-from fliqs_jax.architecture import FORMATS, SIZES, LayerSizes, Table
+from fliqs_jax.architecture import FORMATS, SIZES, LayerSizes
 from fliqs_jax.formats import get_format
 from fliqs_jax.quantizers import Quantizer
 
@@ -138,7 +138,10 @@ class QuantizedOperator(nn.Module):
     if not self.has_variable(FORMATS, LAYER_FORMATS):
       return product(x, w.astype(x.dtype))
     formats = self.get_variable(FORMATS, LAYER_FORMATS)
-    x_active, w_active = self._active(x, w, axes)
+    chosen = LayerSizes()
+    if self.has_variable(FORMATS, SIZES):
+      chosen = self.get_variable(FORMATS, SIZES)
+    x_active, w_active = _active_parts(chosen, x, w, axes)
     w = masked(w, w_active)
     y = quantized_product(
       product,
@@ -149,26 +152,10 @@ class QuantizedOperator(nn.Module):
       self._weight_quantizer(formats.weights, w, contracted_axes, w_active),
     )
     if self.is_mutable_collection(QUANT_STATS):
-      new_mean_square, new_absmax = _statistics(masked(x, x_active), None, x_active)
-      mean_square.value = self._average(mean_square.value, new_mean_square)
-      absmax.value = self._average(absmax.value, new_absmax)
+      statistics = _statistics(masked(x, x_active), None, x_active)
+      for variable, new in zip((mean_square, absmax), statistics):
+        variable.value = self._average(variable.value, new, chosen.present)
     return y
-
-  def _active(self, x, w, axes):
-    """The `Active` parts of both operands' axes, of those that are searched."""
-    if not self.has_variable(FORMATS, SIZES):
-      return (), ()
-    chosen = self.get_variable(FORMATS, SIZES)
-    x_active, w_active = [], []
-    if isinstance(self.sizes.inputs, Table):
-      x_active.append(Active.first(axes.x_inputs, x, chosen.inputs))
-      if w.shape[axes.w_inputs] == x.shape[axes.x_inputs]:  # not so if depthwise
-        w_active.append(Active.first(axes.w_inputs, w, chosen.inputs))
-    if isinstance(self.sizes.outputs, Table):
-      w_active.append(Active.first(axes.w_outputs, w, chosen.outputs))
-    if isinstance(self.sizes.kernel, Table):
-      w_active += [Active.centre(axis, w, chosen.kernel) for axis in axes.w_space]
-    return tuple(x_active), tuple(w_active)
 
   def _activation_quantizer(self, format, mean_square, absmax):
     # Nothing is known of a tensor that was not seen yet.
@@ -181,15 +168,10 @@ class QuantizedOperator(nn.Module):
     statistics = _statistics(w, axes, active)
     return quantizers.calibrate(format, *statistics, self.calibration)
 
-  def _average(self, old, new):
+  def _average(self, old, new, present):
     momentum = jnp.where(old > 0, self.momentum, 0.0)
     average = momentum * old + (1 - momentum) * new
-    if not isinstance(self.sizes.present, Table) or not self.has_variable(
-      FORMATS, SIZES
-    ):
-      return average
-    present = self.get_variable(FORMATS, SIZES).present
-    return jnp.where(present > 0, average, old)
+    return average if present is None else jnp.where(present > 0, average, old)
 
 
 class Active(NamedTuple):
@@ -215,6 +197,20 @@ class Active(NamedTuple):
   def _where(cls, axis, x, mask, size):
     shape = [-1 if a == axis else 1 for a in range(x.ndim)]
     return cls(axis, mask.reshape(shape), size.astype(jnp.float32) / x.shape[axis])
+
+
+def _active_parts(chosen, x, w, axes):
+  """The active parts of the axes of `x`, and of those of `w`, that are searched."""
+  x_active, w_active = [], []
+  if chosen.inputs is not None:
+    x_active.append(Active.first(axes.x_inputs, x, chosen.inputs))
+    if w.shape[axes.w_inputs] == x.shape[axes.x_inputs]:  # not so if depthwise
+      w_active.append(Active.first(axes.w_inputs, w, chosen.inputs))
+  if chosen.outputs is not None:
+    w_active.append(Active.first(axes.w_outputs, w, chosen.outputs))
+  if chosen.kernel is not None:
+    w_active += [Active.centre(axis, w, chosen.kernel) for axis in axes.w_space]
+  return tuple(x_active), tuple(w_active)
 
 
 def masked(x: jax.Array, active: tuple[Active, ...]) -> jax.Array:

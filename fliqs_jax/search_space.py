@@ -145,14 +145,17 @@ class SearchSpace:
     weights: for each layer the index of the decision on its weights, or the name of
       the format that they are fixed to.
     activations: the same for the activations.
-    architecture: the decisions on sizes, whose choices follow those on formats.
   """
 
   layers: tuple[Layer, ...]
   format_decisions: tuple[Decision, ...]
   weights: tuple[int | str, ...]
   activations: tuple[int | str, ...]
-  architecture: tuple[architecture_lib.Decision, ...] = ()
+
+  @functools.cached_property
+  def architecture(self) -> tuple[architecture_lib.Decision, ...]:
+    """The decisions on sizes, whose choices follow those on formats."""
+    return architecture_decisions(self.layers)
 
   @functools.cached_property
   def decisions(self) -> tuple[Decision, ...]:
@@ -253,30 +256,20 @@ class SearchSpace:
     for layer in self.layers:
       if layer.sizes is None:
         continue
-      tables = [size for size in layer.sizes if isinstance(size, Table)]
-      chosen = LayerSizes(
-        *(
-          jnp.asarray(size.values, jnp.int32)[self._index(size, choices)]
-          if size in tables
-          else size
-          for size in layer.sizes
-        )
-      )
-      path = layer.path.split('/')
-      bound[(*path, layer.operator, SIZES)] = chosen
+      chosen = LayerSizes(*(self._chosen_size(size, choices) for size in layer.sizes))
+      bound[(*layer.path.split('/'), layer.operator, SIZES)] = chosen
       if layer.gate:
         bound[(*layer.gate.split('/'), SIZES)] = chosen.present
     return bound
 
-  def _index(self, table, choices):
-    """Where choices int32[..., N] find their values in a table, int32[...]."""
-    strides = table.strides()
-    column = np.array(
-      [0] * len(self.format_decisions)
-      + [strides.get(decision.name, 0) for decision in self.architecture],
-      np.int32,
-    )
-    return choices @ column
+  def _chosen_size(self, size, choices):
+    """The value of a table, int32[]; None of what is not searched."""
+    if not isinstance(size, Table):
+      return None
+    strides = size.strides()
+    row = [strides.get(decision.name, 0) for decision in self.architecture]
+    index = choices[len(self.format_decisions) :] @ np.array(row, np.int32)
+    return jnp.asarray(size.values, jnp.int32)[index]
 
   @functools.cached_property
   def _variant_tables(self) -> tuple[Table, ...]:
@@ -496,7 +489,6 @@ def build_space(
     ),
     weights=tuple(weights),
     activations=tuple(activations),
-    architecture=architecture_decisions(layers),
   )
 
 

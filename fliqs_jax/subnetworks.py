@@ -57,7 +57,8 @@ def evaluated_architecture(
   if result.is_file():
     own = _read(result)
   else:
-    own = {} if holds_supernet(trained) else read_architecture(trained)
+    fixed = 'architecture' in trained and not holds_supernet(trained)
+    own = read_architecture(trained) if fixed else {}
   if config.architecture or epath.Path(config.formats or ' ').is_file():
     named = read_architecture(config)
     if named != own and not holds_supernet(trained):
@@ -72,7 +73,11 @@ def evaluated_architecture(
 
 def holds_supernet(trained: ml_collections.ConfigDict) -> bool:
   """Whether a run with this config searches the architecture."""
-  return trained.mode == 'search' and trained.search.decide != 'formats'
+  # Runs of versions before this choice have formats alone.
+  return trained.mode == 'search' and trained.search.get('decide') not in (
+    None,
+    'formats',
+  )
 
 
 def slice_state(supernet: TrainState, small: TrainState) -> TrainState:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import architecture, budget, cost_models, layers, models, search_space
-from fliqs_jax import steps
+from fliqs_jax import architecture, budget, cost_models, latency, layers, models
+from fliqs_jax import search_space, steps
 from fliqs_jax.architecture import Decision, LayerSizes, Table
 from fliqs_jax.formats import get_format
 from fliqs_jax.models import resnet
@@ -327,6 +327,29 @@ def test_every_cost_is_that_of_the_small_network(cost_name):
     )
     expected = float(model(small, np.zeros(0, np.int32)))
     assert float(model(space, choices)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_latencies_are_those_of_the_chosen_layers():
+  space, rng = space_of(mobilenet), np.random.default_rng(5)
+  bits = {'int3': 3, 'int4': 4, 'int8': 8, 'float32': 16, 'bf16': 16}
+  times = {
+    latency.layer_key(layer): {name: layer.macs * n for name, n in bits.items()}
+    for layer in space.variants
+    if layer.macs
+  }
+  table = latency.LatencyTable('table', times, {})
+  model = cost_models.get_cost_model('latency_table', table=table)
+  compute = cost_models.get_cost_model('linear_compute')
+  choices = np.stack([random_choices(space, rng) for _ in range(50)])
+  np.testing.assert_allclose(
+    model(space, choices), 1e9 * compute(space, choices), rtol=1e-12
+  )
+  missing = dict(list(times.items())[1:])
+  model = cost_models.get_cost_model(
+    'latency_table', table=table._replace(times=missing)
+  )
+  with pytest.raises(ValueError, match='lacks the layer at conv_init'):
+    model(space, choices)
 
 
 # Budgets of costs that are no sums over decisions.
