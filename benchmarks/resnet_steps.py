@@ -1,4 +1,4 @@
-"""ResNet-18's training steps, as the benchmarks compare them."""
+"""ResNet's training steps, as the benchmarks compare them."""
 
 import functools
 
@@ -22,6 +22,7 @@ def make_step(
   formats: tuple[str, ...] = ('int4', 'int8', 'bf16'),
   num_samples: int = 1,
   wrap=None,
+  network: str = 'resnet18',
 ):
   """Returns `(step, init)` of one variant.
 
@@ -33,13 +34,14 @@ def make_step(
     formats: the options of the search.
     num_samples: samples a step, for the search.
     wrap: `model -> model`, applied to the network.
+    network: its name.
 
   Returns:
     step: the jitted step `(state, batch) -> (state, metrics)`.
     init: `key -> state`.
   """
   model = models.create_model(
-    'resnet18', NUM_CLASSES, quantized=variant != 'float', dtype=dtype
+    network, NUM_CLASSES, quantized=variant != 'float', dtype=dtype
   )
   if wrap:
     model = wrap(model)

@@ -14,8 +14,11 @@ from fliqs_jax import recipes
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   """Returns the config of a variant, `imagenet` or `digits`."""
-  config = recipes.start(variant, name='inception_v3', width=1.0, small_images=False)
+  config = recipes.start(
+    variant, name='inception_v3', width=1.0, small_images=False, aux_head=False
+  )
   if variant == 'imagenet':
+    config.model.aux_head = True
     recipes.imagenet(config, image_size=299, epochs=100)
     config.optimizer.update(weight_decay=4e-5)
   else:

@@ -1,6 +1,6 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,14 +15,14 @@ import optax
 
 from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, formats, latency, models, rewards, search_space
-from fliqs_jax import steps
+from fliqs_jax import assignments, cost_models, formats, latency, models
+from fliqs_jax import preprocessing, rewards, search_space, steps
 from fliqs_jax.architecture import Choose, searched, standard
+from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
-from fliqs_jax.config import ConfigError, validate
+from fliqs_jax.config import DTYPES, ConfigError, validate
 
-Assignment = Mapping[str, Mapping[str, str]]  # {layer path: {operand: format name}}
 Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
 
 
@@ -33,6 +33,7 @@ class Setup(NamedTuple):
   inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
   standard_layers: tuple[search_space.Layer, ...]  # of the standard architecture
   architecture: Architecture  # the fixed one, empty also where it is searched
+  preprocess: Callable[[jax.Array], jax.Array]  # a batch's images, for the network
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -153,14 +154,16 @@ def build(
   Args:
     config: from `config.resolve`.
     num_devices: of all processes together.
-    assignment: fixed formats, one name or a name for each layer's operands; None
-      searches what `config.search.decide` says.
+    assignment: fixed formats, one name or those of a file, whose keys may be regexes;
+      None searches what `config.search.decide` says.
     architecture: the fixed one, of no effect where it is searched.
 
   Raises:
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
+  if config.dtype not in DTYPES:  # the network cannot be built
+    raise ConfigError(*problems)
   try:
     standard_layers = discover_layers(config)
     find_choose = _searched_choose if assignment is None else choose_architecture
@@ -190,12 +193,16 @@ def build(
     config.optimizer.label_smoothing,
     config.optimizer.auxiliary_weight,
   )
+  objective = objective._replace(augment=_mixing(config))
   learning_rate = _learning_rate(config)
   return Setup(
     model=model,
     inputs=inputs,
     standard_layers=standard_layers,
     architecture={} if choose is searched else dict(architecture),
+    preprocess=functools.partial(
+      preprocessing.normalize, mean=config.input.mean, stddev=config.input.stddev
+    ),
     space=space,
     cost_model=cost_model,
     target=target,
@@ -207,6 +214,14 @@ def build(
     if assignment is not None
     else _problem(config, space, cost_model, target, caps),
   )
+
+
+def _mixing(config):
+  """Returns what training does to a batch, in the objective's form."""
+  alphas = config.input.mixup_alpha, config.input.cutmix_alpha
+  if not any(alphas):
+    return lambda batch, key: batch
+  return lambda batch, key: preprocessing.mix(batch, key, config.num_classes, *alphas)
 
 
 def build_cost_model(
@@ -269,13 +284,13 @@ def build_space(
     assignment: the fixed formats; None searches them.
 
   Raises:
-    ValueError: as `search_space.build_space` and `fixed_space`, or where nothing is
-      left to search.
+    ValueError: as `search_space.build_space` and `assignments.expand`, or where
+      nothing is left to search.
   """
   if isinstance(assignment, str):
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:
-    return search_space.fixed_space(layers, assignment)
+    return search_space.fixed_space(layers, assignments.expand(assignment, layers))
   names = formats.parse_names(config.search.formats)
   if config.search.decide == 'architecture' and len(names) > 1:
     raise ValueError(

@@ -8,13 +8,16 @@ import sys
 from absl import app
 from absl import flags
 from absl import logging as absl_logging
+import jax
 import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.config import ConfigError
+from fliqs_jax.errors import Preempted, RunError
 from fliqs_jax.names import not_among
 
 _USER_ERROR_STATUS = 2
+_PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -40,6 +43,10 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
       _fail(error.problems)
     except FloatingPointError as error:
       _fail([str(error)], status=1)
+    except RunError as error:
+      _fail([str(error)], status=1, alone=True)
+    except Preempted as error:
+      _fail([str(error)], status=_PREEMPTED_STATUS)
 
   app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 
@@ -114,7 +121,11 @@ def _one_line(error):
   return lines[-1] if 'Traceback' in str(error) else lines[0]
 
 
-def _fail(problems, status=_USER_ERROR_STATUS):
+def _fail(problems, status=_USER_ERROR_STATUS, alone=False):
   for problem in problems:
     print(f'error: {problem}', file=sys.stderr)
+  if alone and jax.process_count() > 1:
+    # The others wait for this process in a collective, and it for them in its exit.
+    sys.stderr.flush()
+    os._exit(status)
   sys.exit(status)

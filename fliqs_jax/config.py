@@ -12,6 +12,7 @@ from fliqs_jax.rewards import REWARDS
 from fliqs_jax.search_space import SEARCHED_OPERANDS
 
 MODES = ('search', 'train', 'eval')
+DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = ('sgd', 'adamw', 'rmsprop')
 
 
@@ -40,13 +41,16 @@ def default_config() -> ml_collections.ConfigDict:
       'num_classes': 10,
       'dtype': 'float32',  # of the computation; or bfloat16
       # For train and eval: a format for all layers, float32 for none, or the path of
-      # a search_result.json. In eval, empty takes the checkpoint's own.
+      # a formats.json (assignments.py) or a search_result.json. In eval, empty takes
+      # the checkpoint's own.
       'formats': '',
       # The path of a search_result.json whose architecture to build, where it is not
       # searched; empty for that of config.formats, else the standard one.
       'architecture': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
       'checkpoint_every': 500,
+      'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
+      'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none
       'log_every': 50,
       'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network
       'input': {
@@ -55,7 +59,11 @@ def default_config() -> ml_collections.ConfigDict:
         'train_split': 'train',
         'eval_split': 'test',
         'reward_split': '',  # held-out examples for reward.split='validation'
-        'augmentation': 'none',  # or crop_flip
+        'augmentation': 'none',  # or crop_flip, or rand_augment after crop_flip
+        'rand_augment_magnitude': 9.0,  # up to 10
+        'erasing': 0.0,  # probability of a box of noise
+        'mixup_alpha': 0.0,  # of the Beta distribution; 0 for no mixup
+        'cutmix_alpha': 0.0,
         'mean': (0.5,),  # per channel, of pixels in [0, 1]
         'stddev': (0.5,),
         'num_threads': 2,
@@ -117,8 +125,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Returns a copy in which the fields that follow from others are filled in."""
+  """Returns a copy in which the fields that follow from others are filled in.
+
+  Raises:
+    ConfigError: where a field has no value of its type, which a config that was copied
+      or given in Python may not know.
+  """
   config = config.copy_and_resolve_references()
+  if problems := _check_types(config, default_config()):
+    raise ConfigError(*problems)
   search, controller = config.search, config.controller
   for section, field, fraction in (
     (config.optimizer, 'warmup_steps', 0.05),
@@ -145,12 +160,14 @@ _POSITIVE = (
     'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'seed', 'optimizer.warmup_steps', 'optimizer.weight_decay',
-    'optimizer.auxiliary_weight',
+    'seed', 'max_skipped_steps', 'optimizer.warmup_steps', 'optimizer.weight_decay',
+    'optimizer.auxiliary_weight', 'input.rand_augment_magnitude', 'input.mixup_alpha',
+    'input.cutmix_alpha',
     'search.activation_delay', 'search.policy_delay', 'search.commit_step',
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
+    'input.erasing',
     'optimizer.momentum', 'optimizer.square_decay', 'optimizer.label_smoothing',
     'quantizer.momentum', 'controller.baseline_momentum',
 )  # fmt: skip
@@ -158,8 +175,8 @@ _FRACTIONS = (
 # Fields with a name, and the names there are.
 _NAMES = {
   'mode': MODES,
-  'dtype': ('float32', 'bfloat16'),
-  'input.augmentation': ('none', 'crop_flip'),
+  'dtype': DTYPES,
+  'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
   'optimizer.name': OPTIMIZERS,
   'quantizer.calibration': quantizers.CALIBRATIONS,
   'search.weights_and_activations': SEARCHED_OPERANDS,
@@ -186,11 +203,49 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   """
   problems = _check_names(config) + _check_numbers(config)
   problems += _check_batches(config, num_devices) + _check_image(config)
-  problems += _check_latency_table(config)
+  problems += _check_augmentation(config) + _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config) + _check_decide(config)
   return problems
+
+
+# Fields with several values, and the type of each.
+_ELEMENTS = {
+  'input.image_shape': int,
+  'input.mean': (int, float),
+  'input.stddev': (int, float),
+  'search.groups': str,
+  'search.pins': tuple,
+}
+
+
+def _check_types(config, expected, prefix=''):
+  problems = []
+  for name, default in expected.items():
+    field, value, kind = f'{prefix}{name}', config[name], expected.get_type(name)
+    if isinstance(default, ml_collections.ConfigDict):
+      if field != 'model':  # whose options are the network's own
+        problems += _check_types(value, default, f'{field}.')
+    elif value is None and default is None:
+      continue  # follows from others
+    elif not isinstance(value, (int, float) if kind is float else kind) or (
+      isinstance(value, bool) and kind is not bool
+    ):
+      problems.append(f'{field}={value!r}: expected a value of type {kind.__name__}')
+    elif field in _ELEMENTS and not all(isinstance(v, _ELEMENTS[field]) for v in value):
+      problems.append(f'{field}={value!r}: expected values of another type in it')
+  if (
+    not prefix and not problems and not all(map(_is_pair_of_names, config.search.pins))
+  ):
+    problems.append(
+      f'search.pins={config.search.pins!r}: expected (regex, format) pairs'
+    )
+  return problems
+
+
+def _is_pair_of_names(pin):
+  return len(pin) == 2 and all(isinstance(name, str) for name in pin)
 
 
 def _field(config, name):
@@ -254,6 +309,13 @@ def _check_image(config):
       f'input.mean={mean}, input.stddev={stddev}: expected {shape[2]} number(s) each, '
       'one for each channel, the deviations above 0'
     ]
+  return []
+
+
+def _check_augmentation(config):
+  magnitude = config.input.rand_augment_magnitude
+  if magnitude > 10:
+    return [f'input.rand_augment_magnitude={magnitude}: expected 10 or less']
   return []
 
 

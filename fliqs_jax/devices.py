@@ -1,7 +1,7 @@
 """Accelerators: peak rates by number type, and memory bandwidth, as published.
 
-All rates are dense, of one chip or GPU. What a vendor does not publish is left out, and
-the formats that would use it run in the next wider type that the device has.
+All rates are dense, of one chip or GPU. What has no published rate is left out, and the
+formats that would use it run in the next wider type that the device has.
 """
 
 import functools
@@ -32,33 +32,44 @@ class FormatTables(NamedTuple):
   bits: np.ndarray  # [K] bits in which a value is stored
 
 
-# TPUs: bf16, int8 and bandwidth from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, int8
-# of v5p from the announcement of v5p (Google Cloud blog, December 2023). Int4, and fp8
-# of v6e (at the rate of bf16), from JAX's own table, jax/_src/pallas/mosaic/tpu_info.py
-# of JAX 0.10.
-# GPUs: the SXM variants, from NVIDIA's data sheets and architecture papers; where those
-# quote only rates with 2:4 sparsity, half of it. fp4 is NVFP4 and MXFP4; Hopper and
-# Blackwell have no int4.
+# Where two pages of a vendor differ, the comment names both. Titles of the sources:
+# [TPU vX] "TPU vX", docs.cloud.google.com/tpu/docs/vX.
+# [JAX] TPU hardware table of JAX 0.10, jax/_src/pallas/mosaic/tpu_info.py, rendered as
+#   "TPU Hardware Reference", docs.jax.dev/en/latest/pallas/tpu/hardware.html; rounded.
+#   Its rates of int4 are the only ones published. It lets v5e and v5p multiply fp8, but
+#   has a rate for it from v6e on; v4 multiplies neither fp8 nor int4.
+# [v5p] "Introducing Cloud TPU v5p and AI Hypercomputer", Google Cloud blog, December
+#   2023, as quoted by newsflash.city/2401/a7c7c408caada5fa.html.
+# [Klockwood] glennklockwood.com/garden/processors/{A100,h100,B200}, whose tables of
+#   dense and sparse rates are copied from NVIDIA's data sheets and architecture papers.
+# [H200] NVIDIA's H200 page as quoted by morphllm.com/nvidia-h200.
+# [Blackwell] NVIDIA's Blackwell data sheet, as copied by
+#   zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html.
+# GPUs are the SXM variants; fp4 is NVFP4 and MXFP4. Hopper and Blackwell have no int4.
 DEVICES = {
-  # "275 teraflops (bf16 or int8)"; 1228 GBps.
+  # [TPU v4] 275 teraflops (bf16 or int8), 1200 GBps; [v5p] 1228 GB/s; [JAX] 1.23e12.
   'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
-  # 197 TFLOPs, 393 TOPs (Int8); 819 GBps.
+  # [TPU v5e] 197 TFLOPs, 393 TOPs (Int8), 819 GBps (800 on some versions of the page);
+  # [JAX] int8 394e12, int4 788e12.
   'tpu_v5e': Device({'int4': 788e12, 'int8': 393e12, 'bf16': 197e12}, 819e9),
-  # 459 TFLOPs, 918 TOPs (Int8); 2765 GBps.
+  # [TPU v5p] 459 TFLOPs, 2765 GBps; [v5p] 918 TOPS int8, 2765 GB/s; [JAX] int8 918e12,
+  # int4 1.84e15, and 2.46e12 bytes a second, which no page of Google's has.
   'tpu_v5p': Device({'int4': 1840e12, 'int8': 918e12, 'bf16': 459e12}, 2765e9),
-  # 918 TFLOPs, 1836 TOPs (Int8); 1638 GBps.
+  # [TPU v6e] 918 TFLOPs, 1836 TOPs (Int8), 1640 GBps (1600 on later versions of the
+  # page); [JAX] 1.64e12, int4 3.68e15, and fp8 at the rate of bf16: e5m2, and
+  # e4m3b11fnuz, which is e4m3 but for a power of two, take 8 bits but save no time.
   'tpu_v6e': Device(
-    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1638e9
+    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1640e9
   ),
-  # A100 80GB data sheet: 312 TFLOPS, 624 TOPS, 2039 GB/s; int4 from the Ampere
-  # architecture paper, table of peak rates: 1248 TOPS.
+  # [Klockwood] A100 80GB: dense 312, 624 and 1248 (int4) of 10¹²; 2039 GB/s.
   'a100': Device({'int4': 1248e12, 'int8': 624e12, 'bf16': 312e12}, 2039e9),
-  # H100 data sheet, halves of 3958, 3958 and 1979; 3.35 TB/s.
+  # [Klockwood] dense 1978.9 and 989.4, sparse 3957.8 and 1978.9, of which the data
+  # sheet's 3958 and 1979 are roundings, and here their halves; 3.35 TB/s.
   'h100': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 3.35e12),
-  # H200 data sheet, as the H100; 4.8 TB/s.
+  # [H200] sparse 3958 (fp8 and int8) and 1979 (bf16), as the H100; 4.8 TB/s.
   'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 4.8e12),
-  # Blackwell architecture technical brief, HGX B200: dense 9, 4.5, 4.5 and 2.25
-  # petaFLOPS or petaOPS; up to 8 TB/s.
+  # [Klockwood], HGX B200 at 1000 W: dense 9000, 4500, 4500 and 2250; 8 TB/s at most.
+  # [Blackwell] sparse 18, 9, 9 and 4.5 petaFLOPS, the doubles; 7.7 TB/s for 180 GB.
   'b200': Device(
     {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8e12
   ),

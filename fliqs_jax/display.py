@@ -1,6 +1,6 @@
 """What a run shows on the terminal: progress, and at the end the table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import logging
 import sys
 import time
@@ -153,6 +153,33 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
     for cap in assembly.search_caps(config, assembly.discover_layers(config)):
       console.print(cap_line(cap, space), markup=False)
   console.print(f'Files: {workdir}', markup=False)
+
+
+def print_points(
+  points: Sequence[Mapping[str, Any]], failed: Sequence[str], folder: str
+) -> None:
+  """Prints the points of a sweep, cheapest first, and the runs that failed."""
+  table = Table(box=box.SIMPLE_HEAD)
+  for name in ('formats', 'target', 'width'):
+    table.add_column(name)
+  unit = f' ({points[0]["cost_unit"]})' if points else ''
+  for name in ('cost' + unit, 'accuracy', 'Pareto front'):
+    table.add_column(name, justify='right')
+  for point in points:
+    row = [
+      point['kind'],
+      point['target'],
+      f'{point["width"]:g}',
+      f'{point["cost"]:.6g}',
+      f'{point["accuracy"]:.2%}',
+      'yes' if point['on_front'] else '',
+    ]
+    table.add_row(*map(Text, row))
+  console = make_console()
+  console.print(table)
+  for name in failed:
+    console.print(f'Failed: {name}', markup=False)
+  console.print(f'Files: {folder}', markup=False)
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:

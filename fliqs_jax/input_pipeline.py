@@ -7,24 +7,19 @@ and so the state of an iterator, which is a few bytes in a checkpoint.
 from collections.abc import Iterator
 import functools
 import importlib
-import io
+import math
 
 import grain
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
+from fliqs_jax import augmentations
 from fliqs_jax.names import not_among
 
 # Datasets that this package builds itself, on first use.
 PACKAGED = {'digits': 'fliqs_jax.datasets.digits'}
-
-# The part of the image's area and the aspect ratios of a random resized crop
-# (Szegedy et al., 2015), and what of the image evaluation sees.
-_CROP_AREA, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-_CENTRAL_CROP = 0.875
 
 
 def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
@@ -99,72 +94,115 @@ def _check_features(config, features):
 
 
 def train_batches(
-  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder, seed: int
+  config: ml_collections.ConfigDict,
+  builder: tfds.core.DatasetBuilder,
+  seed: int,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> grain.DatasetIterator:
   """Returns the endless iterator over training batches.
 
-  Each is `{'image': float32[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
-  of B examples, of which a process holds its part of the B; with
-  `reward.split='validation'` there is also `reward`, the same of held-out examples.
+  Each is `{'image': uint8[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
+  of B examples; with `reward.split='validation'` there is also `reward`, the same of
+  held-out examples. The batches of all processes together are a function of (seed,
+  step), whatever the number of processes.
+
+  Args:
+    config: resolved.
+    builder: from `find_builder`.
+    seed: of order and augmentation.
+    sharding: of `[S, B]` over devices; a process loads what its own hold. None loads
+      all.
   """
   num_samples = config.search.num_samples if config.mode == 'search' else 1
-  make = functools.partial(_train_dataset, config, builder, num_samples=num_samples)
+  shape = (num_samples, config.batch_size // num_samples)
+  held = _held_positions(sharding, shape)
+  make = functools.partial(_train_dataset, config, builder, held=held)
   dataset = make(split=config.input.train_split, seed=seed)
   if config.mode == 'search' and config.reward.split == 'validation':
     # Held-out examples are not augmented: they stand for the evaluation.
-    held_out = make(split=config.input.reward_split, seed=seed + 1, augment='none')
+    held_out = make(split=config.input.reward_split, seed=seed + 1, augment=False)
     dataset = grain.experimental.ZipMapDataset([dataset, held_out]).map(
       lambda pair: {**pair[0], 'reward': pair[1]}
     )
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _train_dataset(config, builder, split, seed, num_samples, augment=None):
-  local_batch = config.batch_size // jax.process_count()
-  preprocess = functools.partial(
-    _train_example, config.input, augment or config.input.augmentation
+def _train_dataset(config, builder, split, seed, held, augment=True):
+  encoded = (
+    grain.MapDataset.source(_source(builder, split)).seed(seed).shuffle().repeat()
   )
+  if augment:
+    examples = encoded.random_map(functools.partial(_train_example, config.input))
+  else:
+    examples = encoded.map(functools.partial(_eval_example, config.input))
   return (
-    grain.MapDataset.source(_source(builder, split))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .slice(slice(jax.process_index(), None, jax.process_count()))
-    .random_map(preprocess)
-    .batch(local_batch, drop_remainder=True)
-    .map(functools.partial(_split_samples, num_samples=num_samples))
+    examples.pipe(_Positions, config.batch_size, held.ravel())
+    .batch(held.size)
+    .map(functools.partial(_split_samples, num_samples=held.shape[0]))
   )
 
 
 def eval_batches(
-  config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
+  config: ml_collections.ConfigDict,
+  builder: tfds.core.DatasetBuilder,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example of the evaluation split once.
 
-  Batches are `{'image': float32[B, ...], 'label': int32[B], 'mask': bool[B]}`, B a
-  process's part of `eval_batch_size`; what pads the last ones has a False mask.
+  Batches are `{'image': uint8[B, ...], 'label': int32[B], 'mask': bool[B]}` with B of
+  `eval_batch_size`; what pads the last one has a False mask.
+
+  Args:
+    config: resolved.
+    builder: from `find_builder`.
+    sharding: of `[B]` over devices; a process loads what its own hold. None loads all.
   """
-  local_batch = config.eval_batch_size // jax.process_count()
-  source = grain.MapDataset.source(_source(builder, config.input.eval_split))
+  source = _source(builder, config.input.eval_split)
+  held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
   dataset = (
-    source.slice(slice(jax.process_index(), None, jax.process_count()))
-    .map(functools.partial(_eval_example, config.input))
-    .batch(local_batch, batch_fn=functools.partial(_padded_batch, local_batch))
+    grain.MapDataset.range(num_batches * config.eval_batch_size)
+    .pipe(_Positions, config.eval_batch_size, held)
+    .map(functools.partial(_padded_example, config.input, source))
+    .batch(held.size)
   )
-  batches = iter(dataset.to_iter_dataset(_read_options(config)))
-  batch = {}
-  for _ in range(num_batches):
-    # Every process takes as many steps as the others, so one may run out before.
-    batch = next(batches, None) or {**batch, 'mask': np.zeros(local_batch, bool)}
-    yield batch
+  return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _padded_batch(batch_size, examples):
-  size = len(examples)
-  examples = [*examples, *(examples[-1:] * (batch_size - size))]
-  batch = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-  return {**batch, 'mask': np.arange(batch_size) < size}
+def _padded_example(settings, source, index):
+  example = source[min(int(index), len(source) - 1)]
+  return {**_eval_example(settings, example), 'mask': index < len(source)}
+
+
+def _held_positions(sharding, shape):
+  """Returns the positions in a batch that this process loads, int64[S', B'] or [B']."""
+  positions = np.arange(math.prod(shape)).reshape(shape)
+  if sharding is None:
+    return positions
+  held = np.zeros(shape, bool)
+  for index in sharding.addressable_devices_indices_map(shape).values():
+    held[index] = True
+  axes = range(held.ndim)
+  return positions[
+    np.ix_(*(held.any(axis=tuple(a for a in axes if a != axis)) for axis in axes))
+  ]
+
+
+class _Positions(grain.MapDataset):
+  """Of every `batch_size` elements those at some positions, in their order."""
+
+  def __init__(self, parent, batch_size, positions):
+    super().__init__(parent)
+    self._batch_size, self._positions = batch_size, positions.tolist()
+
+  def __len__(self):
+    return len(self._parent) // self._batch_size * len(self._positions)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, position = divmod(index, len(self._positions))
+    return self._parent[batch * self._batch_size + self._positions[position]]
 
 
 def _source(builder, split):
@@ -187,59 +225,32 @@ def _split_samples(batch, num_samples):
   }
 
 
-def _train_example(settings, augmentation, example, rng):
-  image = _decode(example['image'], settings)
-  if augmentation == 'crop_flip':
-    image = _random_resized_crop(image, settings, rng)
-    if rng.random() < 0.5:
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _train_example(settings, example, rng):
+  image, size = _decode(example, settings), _size(settings)
+  if settings.augmentation == 'none':
+    image = augmentations.central_crop(image, size)
   else:
-    image = _central_crop(image, settings)
-  return _to_arrays(image, example['label'], settings)
+    image = augmentations.random_resized_crop(image, size, rng)
+    image = augmentations.random_flip(image, rng)
+  if settings.augmentation == 'rand_augment':
+    fill = tuple(round(255 * mean) for mean in settings.mean)
+    magnitude = settings.rand_augment_magnitude
+    image = augmentations.rand_augment(image, rng, magnitude, fill)
+  image = augmentations.erase(
+    image, rng, settings.erasing, settings.mean, settings.stddev
+  )
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
 def _eval_example(settings, example):
-  image = _central_crop(_decode(example['image'], settings), settings)
-  return _to_arrays(image, example['label'], settings)
+  image = augmentations.central_crop(_decode(example, settings), _size(settings))
+  return {'image': image, 'label': np.int32(example['label'])}
 
 
-def _decode(encoded, settings):
-  image = Image.open(io.BytesIO(encoded))
-  return image.convert('L' if settings.image_shape[-1] == 1 else 'RGB')
+def _decode(example, settings):
+  return augmentations.decode(example['image'], settings.image_shape[-1])
 
 
-def _random_resized_crop(image, settings, rng):
-  """A crop of random area and aspect ratio, resized; the largest where none fits."""
-  width, height = image.size
-  for _ in range(10):
-    area = width * height * rng.uniform(*_CROP_AREA)
-    ratio = np.exp(rng.uniform(*np.log(_CROP_RATIO)))
-    w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-    if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-      return _resize(image, settings, (left, top, left + w, top + h))
-  return _central_crop(image, settings)
-
-
-def _central_crop(image, settings):
-  """The central part of an image, resized; images of the right size stay whole."""
+def _size(settings):
   height, width, _ = settings.image_shape
-  if image.size == (width, height):
-    return image
-  side = min(image.size[0] / width, image.size[1] / height) * _CENTRAL_CROP
-  w, h = side * width, side * height
-  left, top = (image.size[0] - w) / 2, (image.size[1] - h) / 2
-  return _resize(image, settings, (left, top, left + w, top + h))
-
-
-def _resize(image, settings, box):
-  height, width, _ = settings.image_shape
-  return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-
-
-def _to_arrays(image, label, settings):
-  pixels = np.asarray(image, np.float32).reshape(settings.image_shape)
-  return {
-    'image': (pixels / 255 - np.float32(settings.mean)) / np.float32(settings.stddev),
-    'label': np.int32(label),
-  }
+  return width, height

@@ -3,27 +3,51 @@
     python -m fliqs_jax.main --config=configs/resnet18.py:digits --workdir=runs/digits
 
 Any field of the config is overridden as --config.search.target_scale=0.5. The same
-workdir resumes by itself. Bad input ends with one line for each problem and status 2.
+workdir resumes by itself. Bad input ends with one line for each problem and status 2;
+SIGTERM with a checkpoint and status 75.
 """
 
-from absl import flags
+import os
 
-from fliqs_jax import command_line, display
+from absl import flags
+import jax
+
+from fliqs_jax import command_line, display, distributed
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all files of the run.')
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   'allow_config_change', False, 'Resume a workdir although its config differs.'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'HOST:PORT of process 0, where there are several processes.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this process, from 0 on.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Find the processes of a TPU slice, of GKE or of Slurm.'
+)
 
 
 def main(argv):
   """Runs the config in the workdir and prints the result."""
   del argv
+  distributed.initialize(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+  )
+  _cache_compilations(_CONFIG.value.compilation_cache)
   from fliqs_jax import train  # after the flags, whose errors need no TensorFlow
 
   result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
-  display.print_result(result, _WORKDIR.value)
+  if jax.process_index() == 0:
+    display.print_result(result, _WORKDIR.value)
+
+
+def _cache_compilations(folder):
+  """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR does."""
+  if folder and not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 if __name__ == '__main__':

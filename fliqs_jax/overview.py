@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, command_line, display, results, subnetworks
+from fliqs_jax import assembly, assignments, command_line, display, subnetworks
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.budget import cost_range
 from fliqs_jax.config import ConfigError, resolve
@@ -27,7 +27,7 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 def overview(
   config: ml_collections.ConfigDict,
-  assignment: str | assembly.Assignment,
+  assignment: str | assignments.Assignment,
   label: str,
   architecture: assembly.Architecture = MappingProxyType({}),
 ) -> dict[str, Any]:
@@ -46,7 +46,9 @@ def overview(
     setup.inputs,
   )
   layers = setup.space.layers
-  costs = setup.cost_model.per_layer(setup.space, np.zeros(0, np.int32))
+  fixed = np.zeros(0, np.int32)
+  formats = setup.space.formats_of(fixed)
+  costs = setup.cost_model.per_layer(setup.space, fixed)
   return {
     'model': config.model.name,
     'cost_model': setup.cost_model.name,
@@ -62,6 +64,7 @@ def overview(
         'kind': layer.kind,
         'macs': layer.macs,
         'params': layer.params,
+        **formats[layer.path],
         'cost': float(cost),
       }
       for layer, cost in zip(layers, costs)
@@ -69,19 +72,13 @@ def overview(
   }
 
 
-def print_overview(
-  config: ml_collections.ConfigDict,
-  assignment: str | assembly.Assignment,
-  content: dict[str, Any],
-) -> None:
+def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -> None:
   """Prints an overview as a table, with what the search could reach."""
   architecture = content['architecture']
   layers = assembly.discover_layers(
     config, assembly.choose_architecture(config, architecture)
   )
-  formats = assembly.build_space(config, layers, assignment).formats_of(
-    np.zeros(0, np.int32)
-  )
+  formats = {layer['name']: layer for layer in content['layers']}
   costs = np.array([layer['cost'] for layer in content['layers']])
   console = display.make_console()
   table = display.layer_table(layers, formats, costs, content['total'], confidence={})
@@ -128,7 +125,7 @@ def main(argv):
     raise ConfigError('--format and --config.formats: expected one of the two')
   label = _FORMAT.value or config.formats or 'bf16'
   try:
-    assignment = results.read_assignment(label)
+    assignment = assignments.read(label)
     architecture = subnetworks.read_architecture(config)
   except ValueError as error:
     raise ConfigError(str(error)) from None
@@ -137,7 +134,7 @@ def main(argv):
     print(json.dumps(content))
   else:
     try:
-      print_overview(config, assignment, content)
+      print_overview(config, content)
     except ValueError as error:  # a table of latencies without a searched format
       raise ConfigError(str(error)) from None
 

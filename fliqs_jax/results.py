@@ -11,9 +11,9 @@ import jax
 import ml_collections
 import numpy as np
 
+from fliqs_jax import assignments
 from fliqs_jax import formats as formats_lib
-from fliqs_jax.assembly import Assignment, Setup
-from fliqs_jax.search_space import OPERANDS
+from fliqs_jax.assembly import Setup
 
 RESULT_FILE = 'search_result.json'
 EVAL_FILE = 'eval_result.json'
@@ -87,42 +87,10 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
   """Returns the content of a result file.
 
   Raises:
-    ValueError: where it is missing, damaged, or not a result; one line.
+    ValueError: where it is missing, damaged, or not a result; one line for each
+      problem.
   """
-  path = epath.Path(path)
-  try:
-    content = json.loads(path.read_text())
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'not a text file'
-    raise ValueError(f'cannot read formats from {str(path)!r}: {reason}') from None
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(
-      f'{str(path)!r} is not JSON, or cut off ({error}): expected a {RESULT_FILE}'
-    ) from None
-  if not isinstance(content, dict) or not isinstance(content.get('formats'), dict):
+  content = assignments.read_json(path)
+  if 'formats' not in content:
     raise ValueError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
-  for layer, assigned in content['formats'].items():
-    if not isinstance(assigned, dict) or sorted(assigned) != sorted(OPERANDS):
-      raise ValueError(
-        f'{str(path)!r}: expected {{"weights": …, "activations": …}} for layer '
-        f'{layer!r}, found {json.dumps(assigned)[:80]}'
-      )
-    for name in assigned.values():
-      try:
-        formats_lib.get_format(name)
-      except (TypeError, ValueError) as error:
-        raise ValueError(f'{str(path)!r}: layer {layer!r}: {error}') from None
-  return content
-
-
-def read_assignment(spec: str) -> str | Assignment:
-  """Returns what `config.formats` names: a format for all layers, or a file's.
-
-  Raises:
-    ValueError: where it is neither.
-  """
-  if spec in formats_lib.NAMES:
-    return spec
-  if not epath.Path(spec).exists() and os.sep not in spec and '.' not in spec:
-    formats_lib.get_format(spec)  # names the nearest format
-  return read_result(spec)['formats']
+  return content | {'formats': assignments.parse(content['formats'], path)}

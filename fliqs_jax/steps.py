@@ -43,6 +43,8 @@ class Objective(NamedTuple):
   # Of the same loss of outputs that a network sows, in training, as `aux_logits` into
   # the collection `intermediates`. Inception-v3's authors take 0.4 (TF-slim).
   auxiliary_weight: float = 0.4
+  # What training does to a sample's batch first; the key is consumed.
+  augment: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
 
 
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -119,11 +121,28 @@ def make_mesh(num_samples: int, devices: list[jax.Device] | None = None) -> Mesh
   """Returns the mesh `('sample', 'data')` over all devices.
 
   As many devices as divide the samples are on the sample axis; the rest splits the
-  examples of each sample.
+  examples of each sample. A process holds whole samples, or a part of one.
   """
-  devices = np.asarray(jax.devices() if devices is None else devices)
-  samples = math.gcd(num_samples, devices.size)
-  return Mesh(devices.reshape(samples, -1), ('sample', 'data'))
+  devices = jax.devices() if devices is None else devices
+  devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+  num_processes = len({device.process_index for device in devices})
+  samples = sample_axis_size(num_samples, len(devices), num_processes)
+  return Mesh(np.asarray(devices).reshape(samples, -1), ('sample', 'data'))
+
+
+def sample_axis_size(num_samples: int, num_devices: int, num_processes: int) -> int:
+  """Returns the most rows of the mesh whose ends are also those of processes.
+
+  Then what a process holds of a batch `[S, B]` is a rectangle, as JAX expects it.
+  """
+  local = num_devices // num_processes
+  common = math.gcd(num_samples, num_devices)
+  return max(
+    rows
+    for rows in range(1, common + 1)
+    if common % rows == 0
+    and (local % (num_devices // rows) == 0 or (num_devices // rows) % local == 0)
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -163,6 +182,8 @@ def _forward(state, params, formats, batch, key):
 
 def _gradients(state, objective, formats, batch, key):
   """Returns the gradients, the updated statistics and the metrics of one sample."""
+  # Dropout keeps the key itself.
+  batch = objective.augment(batch, jax.random.fold_in(key, 1))
 
   def loss_fn(params):
     outputs, auxiliary, stats = _forward(state, params, formats, batch, key)
@@ -208,13 +229,13 @@ def _mean_over_samples(function, mesh, *per_sample):
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
       total, stacked = lax.scan(accumulate, zeros, local)
       mean = jax.tree.map(lambda a: a / num_local, total)
-    return lax.pmean(mean, 'sample'), stacked
+    return lax.pmean(_split_over_data(mean, mesh), 'sample'), stacked
 
   # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
   # batch norm and of the statistics are over all examples of a sample, and networks
   # need not know of any axis. Unchecked, because a checked gradient with respect to
   # the replicated weights would be reduced over devices for every sample, not once.
-  return jax.shard_map(
+  mean, stacked = jax.shard_map(
     on_one_device,
     mesh=mesh,
     in_specs=P('sample'),
@@ -222,6 +243,26 @@ def _mean_over_samples(function, mesh, *per_sample):
     axis_names={'sample'},
     check_vma=False,
   )(*per_sample)
+  return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
+
+
+def _split_over_data(tree, mesh):
+  """Splits the sums of a tree over the `data` axis.
+
+  The compiler sums a kernel's gradient over `data` before it is averaged over
+  `sample`. Split, the first sum is a reduce-scatter and the second one is of a part, so
+  that a chip sends no more than for one sum over all devices, and not twice that.
+  """
+  size = mesh.shape['data']
+
+  def split(array):
+    axes = [i for i, n in enumerate(array.shape) if n % size == 0]
+    if array.ndim < 2 or not axes:  # vectors are small
+      return array
+    whole = lax.with_sharding_constraint(array, P())
+    return lax.with_sharding_constraint(whole, P(*[None] * axes[0], 'data'))
+
+  return jax.tree.map(split, tree) if min(mesh.devices.shape) > 1 else tree
 
 
 def _apply(state, gradients, stats):
@@ -247,7 +288,8 @@ def make_search_step(
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
-    averaged over samples, and `choices`, int32[S, N].
+    averaged over samples, and of each sample `sample_loss`, float32[S], and `choices`,
+    int32[S, N].
   """
   space = problem.space
 
@@ -282,6 +324,7 @@ def make_search_step(
       'cost_ratio': jnp.mean(costs) / problem.target,
       'reward': jnp.mean(rewards),
       'gradient_norm': optax.tree.norm(gradients),
+      'sample_loss': metrics['loss'],
       'choices': choices,
     }
 
@@ -319,6 +362,32 @@ def make_train_step(
     }
 
   return _jit_step(train_step, mesh)
+
+
+def skip_unsound(
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns a step that leaves the state as it is where its numbers are not finite.
+
+  Only the counts of steps go on. The metrics get `skipped_in_a_row`, int32[].
+
+  Args:
+    step: from `make_search_step` or `make_train_step`.
+    mesh: from `make_mesh`.
+  """
+
+  def guarded(state, batch):
+    new_state, metrics = step(state, batch)
+    checked = [
+      metrics[name] for name in ('loss', 'gradient_norm', 'reward') if name in metrics
+    ]
+    sound = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    kept = state.replace(step=new_state.step, skipped=state.skipped + 1)
+    taken = new_state.replace(skipped=jnp.zeros_like(state.skipped))
+    state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), taken, kept)
+    return state, {**metrics, 'skipped_in_a_row': state.skipped}
+
+  return _jit_step(guarded, mesh)
 
 
 def make_statistics_step(

@@ -4,7 +4,6 @@ Its architecture comes from the file of a result, its weights are slices of thos
 supernet's checkpoint.
 """
 
-import json
 from typing import Any
 
 from etils import epath
@@ -12,7 +11,7 @@ from flax import traverse_util
 import jax
 import ml_collections
 
-from fliqs_jax import results
+from fliqs_jax import assignments, results
 from fliqs_jax.assembly import Architecture
 from fliqs_jax.train_state import TrainState
 
@@ -26,7 +25,7 @@ def read_architecture(config: ml_collections.ConfigDict) -> Architecture:
     ValueError: where `config.architecture` is no file with an architecture; one line.
   """
   if config.architecture:
-    return _read(epath.Path(config.architecture))
+    return _read(config.architecture)
   path = epath.Path(config.formats)
   if not config.formats or not path.is_file():
     return {}
@@ -89,18 +88,7 @@ def slice_state(supernet: TrainState, small: TrainState) -> TrainState:
 
 
 def _read(path):
-  try:
-    content = json.loads(path.read_text())
-  except OSError as error:
-    raise ValueError(
-      f'cannot read an architecture from {str(path)!r}: {error.strerror or error}'
-    ) from None
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f'{str(path)!r} is not JSON, or cut off ({error}): expected a '
-      f'{results.RESULT_FILE}'
-    ) from None
-  architecture = content.get('architecture') if isinstance(content, dict) else None
+  architecture = assignments.read_json(path).get('architecture')
   if not isinstance(architecture, dict) or not all(
     type(size) is int for size in architecture.values()
   ):

@@ -10,16 +10,21 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import tensorflow_datasets as tfds
 
-from fliqs_jax import assembly, budget, display, input_pipeline, results, steps
-from fliqs_jax import subnetworks, workdirs
+from fliqs_jax import assembly, assignments, budget, display, health, input_pipeline
+from fliqs_jax import results, steps, subnetworks, workdirs
 from fliqs_jax.architecture import searched
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
+from fliqs_jax.distributed import Preemption
+from fliqs_jax.errors import Preempted
 from fliqs_jax.train_state import TrainState, create_train_state
 
 _logger = logging.getLogger(__name__)
+
+_STEPS_AHEAD = 3
 
 
 def run(
@@ -37,27 +42,46 @@ def run(
 
   Raises:
     ConfigError: for whatever the user can mend; nothing was written then.
+    RunError: where the run cannot go on: its disk or its checkpoints.
+    FloatingPointError: where its numbers are not finite.
+    Preempted: where SIGTERM stopped it; the same call resumes it.
   """
   config = resolve(config)
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
-  setup, builder = _prepare(config, workdir, allow_config_change)
+  setup, builder = check(config, workdir, allow_config_change)
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
     if result.get('config') == results.config_to_json(config):
       _logger.info('The run in %s is finished.', workdir)
       return result
-  return _train(config, workdir, setup, builder)
+  with workdirs.lock(workdir):
+    if jax.process_index() == 0:
+      workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
+    return _train(config, workdir, setup, builder)
 
 
-def _prepare(config, workdir, allow_config_change):
-  """Returns the setup and the dataset, and makes the workdir; reports all problems."""
+def check(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  allow_config_change: bool = False,
+) -> tuple[assembly.Setup, tfds.core.DatasetBuilder]:
+  """Returns the setup and the dataset of a run; prepares a packaged dataset.
+
+  Args:
+    config: resolved, to search or to train.
+    workdir: of the run, in which nothing is written.
+    allow_config_change: accept a workdir whose config differs.
+
+  Raises:
+    ConfigError: with all that stands in the way of the run.
+  """
   attempt = _Attempts()
-  fixed = None
+  fixed = attempt(_fixed_formats, config)
   if config.mode == 'train':
-    fixed = attempt(_read_fixed_formats, config) or 'float32'
+    fixed = fixed or 'float32'
   architecture = attempt(subnetworks.read_architecture, config) or {}
   setup = attempt(assembly.build, config, jax.device_count(), fixed, architecture)
   builder = attempt(input_pipeline.find_builder, config)
@@ -65,18 +89,21 @@ def _prepare(config, workdir, allow_config_change):
   attempt.raise_problems()
   attempt(input_pipeline.prepare, config, builder)
   attempt.raise_problems()
-  if jax.process_index() == 0:
-    workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
   return setup, builder
 
 
-def _read_fixed_formats(config):
-  if not config.formats:
+def _fixed_formats(config):
+  if config.mode == 'search' and config.formats:
+    raise ValueError(
+      f'formats={config.formats!r} would have no effect on a search: expected them '
+      'with --config.mode=train or eval'
+    )
+  if config.mode == 'train' and not config.formats:
     raise ValueError(
       'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-      'the path of a search_result.json'
+      'the path of a formats.json or a search_result.json'
     )
-  return results.read_assignment(config.formats)
+  return assignments.read(config.formats) if config.formats else None
 
 
 def _train(config, workdir, setup, builder):
@@ -84,7 +111,9 @@ def _train(config, workdir, setup, builder):
   num_samples = config.search.num_samples if setup.problem else 1
   mesh = steps.make_mesh(num_samples)
   state = _initial_state(config, setup, mesh)
-  batches = input_pipeline.train_batches(config, builder, config.seed)
+  batches = input_pipeline.train_batches(
+    config, builder, config.seed, steps.batch_sharding(mesh)
+  )
   with Checkpoints(workdir) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
@@ -100,7 +129,7 @@ def _train(config, workdir, setup, builder):
   evaluation = _evaluate(config, setup, mesh, builder, state, choices)
   result = results.make_result(config, setup, choices, policy, evaluation)
   if jax.process_index() == 0:
-    results.write_json(workdir / results.RESULT_FILE, result)
+    workdirs.write(workdir, results.RESULT_FILE, result)
   return result
 
 
@@ -112,6 +141,7 @@ def _initial_state(config, setup, mesh):
       setup.optimizer,
       setup.problem and setup.problem.controller,
       key,
+      setup.preprocess,
     )
 
   init = jax.jit(init, out_shardings=steps.replicated(mesh))
@@ -120,12 +150,14 @@ def _initial_state(config, setup, mesh):
 
 def _make_step(config, setup, mesh):
   if setup.problem:
-    return steps.make_search_step(
+    step = steps.make_search_step(
       setup.problem, setup.objective, config.search.num_samples, mesh
     )
-  return steps.make_train_step(
-    setup.space, setup.objective, config.search.activation_delay, mesh
-  )
+  else:
+    step = steps.make_train_step(
+      setup.space, setup.objective, config.search.activation_delay, mesh
+    )
+  return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
 
 
 def _loop(
@@ -138,13 +170,18 @@ def _loop(
   step_fn: Callable,
   checkpoints: Checkpoints,
 ) -> TrainState:
-  """Takes the steps from `state.step` to the last one; returns the state after it."""
+  """Takes the steps from `state.step` to the last one; returns the state after it.
+
+  Raises:
+    Preempted: where SIGTERM came before the last step, once a checkpoint is saved.
+  """
   start = int(state.step)
   sharding = steps.batch_sharding(mesh)
   commits = setup.problem is not None and config.search.hard_budget
   with (
     workdirs.History(workdir, start) as history,
     display.Progress(start, config.num_steps) as progress,
+    Preemption() as preemption,
   ):
     pending = []
     for step in range(start, config.num_steps):
@@ -154,40 +191,39 @@ def _loop(
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
+      # Steps are taken in the background. Only a few wait, so that their batches take
+      # little memory and a run that must stop does so soon.
+      jax.block_until_ready(pending[-_STEPS_AHEAD:][0])
       done = step + 1
-      save = done % config.checkpoint_every == 0 and done < config.num_steps
+      stop = preemption.reached(done) and done < config.num_steps
+      save = stop or (done % config.checkpoint_every == 0 and done < config.num_steps)
       # A line before every checkpoint, so that a resumed run writes the same lines.
       if save or done % config.log_every == 0 or done == config.num_steps:
-        row = _average(pending, done)
+        row = _average(config, setup, pending, done, checkpoints)
         row['learning_rate'] = float(setup.learning_rate(step))
         history.write(done, row, _policy(setup, state))
         progress.update(done, row)
         pending = []
       if save:
         checkpoints.save(state, batches)
+      if stop:
+        raise Preempted(f'stopped by SIGTERM at step {done}: start me again to go on')
   return state
 
 
-def _average(pending, step):
-  """Returns the mean scalars of the steps up to `step`.
-
-  Raises:
-    FloatingPointError: where a loss is not finite; it names the step.
-  """
-  rows = jax.device_get(
-    [
-      {name: value for name, value in metrics.items() if value.ndim == 0}
-      for metrics in pending
-    ]
-  )
-  for index, row in enumerate(rows):
-    for name in ('loss', 'gradient_norm'):
-      if not np.isfinite(row[name]):
-        raise FloatingPointError(
-          f'{name} is {row[name]} at step {step - len(rows) + index + 1}: lower '
-          'optimizer.learning_rate, or lengthen search.activation_delay'
-        )
-  return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def _average(config, setup, pending, step, checkpoints):
+  """Returns the mean scalars; an error says where the run can go on from."""
+  try:
+    return health.average(
+      pending, step, config.max_skipped_steps, setup.space.formats_of
+    )
+  except FloatingPointError as error:
+    saved = checkpoints.latest_step()
+    raise FloatingPointError(
+      f'{error}; the last checkpoint is of step {saved or 0}: lower '
+      'optimizer.learning_rate, lengthen search.activation_delay, or let '
+      'max_skipped_steps be more'
+    ) from None
 
 
 def _policy(setup, state):
@@ -233,7 +269,9 @@ def _reestimate(config, setup, mesh, builder, state, choices):
     return state
   statistics_step = steps.make_statistics_step(setup.space, mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = input_pipeline.train_batches(config, builder, config.seed + 1)
+  batches = input_pipeline.train_batches(
+    config, builder, config.seed + 1, steps.batch_sharding(mesh)
+  )
   choices = jax.device_put(choices, steps.replicated(mesh))
   total = jax.tree.map(jnp.zeros_like, state.batch_stats)
   for _ in range(config.search.statistics_batches):
@@ -250,8 +288,9 @@ def _evaluate(config, setup, mesh, builder, state, choices):
   eval_step = steps.make_eval_step(setup.space, mesh)
   choices = jax.device_put(choices, steps.replicated(mesh))
   sums = []
-  for batch in input_pipeline.eval_batches(config, builder):
-    batch = jax.make_array_from_process_local_data(steps.eval_sharding(mesh), batch)
+  sharding = steps.eval_sharding(mesh)
+  for batch in input_pipeline.eval_batches(config, builder, sharding):
+    batch = jax.make_array_from_process_local_data(sharding, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))
@@ -275,7 +314,7 @@ def _evaluate_checkpoint(config, workdir):
   attempt(input_pipeline.prepare, config, builder)
   attempt.raise_problems()
   mesh = steps.make_mesh(1)
-  with Checkpoints(source) as checkpoints:
+  with Checkpoints(source, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ConfigError(f'{str(source)!r} holds no checkpoint to evaluate')
     state = _restore_variables(config, setup, mesh, checkpoints, source)
@@ -312,7 +351,7 @@ def _evaluated_formats(config, source):
       f'config has {config.model.to_dict()}'
     )
   if config.formats:
-    return results.read_assignment(config.formats)
+    return assignments.read(config.formats)
   if not (source / results.RESULT_FILE).exists():
     raise ValueError(
       f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '

@@ -1,10 +1,12 @@
 """The train state: everything that a step reads and writes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 from flax.training import train_state
 import jax
+import jax.numpy as jnp
 import optax
 
 from fliqs_jax.controller import Controller, ControllerState
@@ -19,6 +21,7 @@ class TrainState(train_state.TrainState):
   batch_stats: Any  # running statistics of batch norm, empty where there is none
   quant_stats: Any  # moving averages of the activations' statistics
   controller: ControllerState | None  # None where formats are fixed
+  skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
 
   @property
@@ -33,6 +36,7 @@ def create_train_state(
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
+  preprocess: Callable[[jax.Array], jax.Array] = lambda inputs: inputs,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -42,15 +46,19 @@ def create_train_state(
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
+    preprocess: of the inputs in a batch, to what the network takes.
   """
   init_key, run_key = jax.random.split(key)
   variables = model.init(init_key, inputs, train=False)
   return TrainState.create(
-    apply_fn=model.apply,
+    apply_fn=lambda variables, inputs, **options: model.apply(
+      variables, preprocess(inputs), **options
+    ),
     params=variables['params'],
     tx=optimizer,
     batch_stats=variables.get(BATCH_STATS, {}),
     quant_stats=variables.get(QUANT_STATS, {}),
     controller=controller and controller.init(),
+    skipped=jnp.zeros((), jnp.int32),
     key=run_key,
   )

@@ -1,18 +1,27 @@
 """The folder of a run: its config, and the history that it writes while it trains."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
+import os
+import socket
 from typing import Any
 
 from clu import metric_writers
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import ml_collections
+import numpy as np
 
 from fliqs_jax import results
 from fliqs_jax.config import ConfigError
+from fliqs_jax.errors import RunError
 
 CONFIG_FILE = 'config.json'
 HISTORY_FILE = 'history.jsonl'
+LOCK_FILE = '.lock'
 
 
 def check(
@@ -38,8 +47,8 @@ def check(
   if differing:
     raise ValueError(
       f'workdir {str(workdir)!r} holds a run with another config: '
-      f'{", ".join(differing)}; name another --workdir, or go on all the same with '
-      '--allow_config_change'
+      f'{", ".join(differing)}; name another folder, or go on all the same with '
+      '--allow_config_change of fliqs_jax.main'
     )
 
 
@@ -63,19 +72,79 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(content, convert_dict=True)
 
 
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+  """Makes the folder if it is not there, and keeps other runs out of it meanwhile.
+
+  The first process holds the operating system's lock on a file, which a process that
+  dies lets go. Remote folders (`gs://`) have no such lock, and are not kept.
+
+  Raises:
+    ConfigError: where another run holds the folder, or it cannot be written to.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = None
+    if jax.process_index() == 0:
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        problem = None if _is_remote(workdir) else _lock(workdir, stack)
+      except OSError as error:
+        problem = _cannot_write(workdir, error)
+    _raise_everywhere(problem)
+    yield
+
+
+def _lock(workdir, stack):
+  """Takes the lock until the stack unwinds; returns who else holds it, if anyone."""
+  path = workdir / LOCK_FILE
+  file = stack.enter_context(path.open('a'))
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    holder = path.read_text().strip() or 'another process'
+    return (
+      f'workdir {str(workdir)!r} is in use by {holder}: wait until that run ends, or '
+      'name another --workdir'
+    )
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}')
+  file.flush()
+
+
+def _raise_everywhere(problem):
+  """Raises the first process's problem in all of them."""
+  refused = problem is not None
+  if jax.process_count() > 1:
+    refused = bool(multihost_utils.broadcast_one_to_all(np.array(refused)))
+  if refused:
+    raise ConfigError(problem or 'the first process cannot use the workdir')
+
+
 def write(workdir: epath.Path, name: str, content: Any) -> None:
   """Writes a JSON file into the folder, which is made if it is not there.
 
   Raises:
-    ConfigError: where it cannot be written.
+    RunError: where it cannot be written.
   """
-  try:
+  with _failures_named(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     results.write_json(workdir / name, content)
+
+
+@contextlib.contextmanager
+def _failures_named(workdir):
+  try:
+    yield
   except OSError as error:
-    raise ConfigError(
-      f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
-    ) from None
+    raise RunError(_cannot_write(workdir, error)) from None
+
+
+def _cannot_write(workdir, error):
+  return f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
+
+
+def _is_remote(path):
+  return '://' in str(path)
 
 
 class History:
@@ -86,39 +155,50 @@ class History:
   """
 
   def __init__(self, workdir: epath.Path, start: int):
-    """Opens the history of a run that goes on after step `start`."""
-    self._writes = jax.process_index() == 0
-    if not self._writes:
+    """Opens the history of a run that goes on after step `start`.
+
+    Raises:
+      RunError: where it cannot be written, as in `write`.
+    """
+    self._workdir, self._path = workdir, workdir / HISTORY_FILE
+    self._events = None
+    if jax.process_index() != 0:
       return
-    path = workdir / HISTORY_FILE
-    # Lines after the checkpoint that the run goes on from will be written again.
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= start]
-    temporary = workdir / f'.{HISTORY_FILE}.tmp'
-    temporary.write_text(''.join(kept))
-    temporary.replace(path)
-    self._file = path.open('a')
-    self._events = metric_writers.SummaryWriter(str(workdir))
+    with _failures_named(workdir):
+      exists = self._path.exists()
+      lines = self._path.read_text().splitlines(keepends=True) if exists else []
+      # Lines after the checkpoint that the run goes on from will be written again.
+      self._replace([line for line in lines if _step_of(line) <= start])
+      self._events = metric_writers.SummaryWriter(str(workdir))
 
   def __enter__(self) -> 'History':
     return self
 
   def __exit__(self, *_) -> None:
-    if self._writes:
-      self._file.close()
+    if self._events:
       self._events.close()
 
   def write(
     self, step: int, scalars: dict[str, float], policy: dict[str, dict[str, float]]
   ) -> None:
-    """Appends a line; it is on disk when the call returns."""
-    if not self._writes:
+    """Appends a line; it is in the file when the call returns."""
+    if not self._events:
       return
-    line: dict[str, Any] = {'step': step, **scalars, 'policy': policy}
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
-    self._events.write_scalars(step, scalars)
-    self._events.flush()
+    line = json.dumps({'step': step, **scalars, 'policy': policy}) + '\n'
+    with _failures_named(self._workdir):
+      if _is_remote(self._path):  # object stores write whole objects
+        self._replace([*self._lines, line])
+      else:
+        with self._path.open('a') as file:
+          file.write(line)
+      self._events.write_scalars(step, scalars)
+      self._events.flush()
+
+  def _replace(self, lines):
+    temporary = self._workdir / f'.{HISTORY_FILE}.tmp'
+    temporary.write_text(''.join(lines))
+    temporary.replace(self._path)
+    self._lines = lines if _is_remote(self._path) else []
 
 
 def _step_of(line):

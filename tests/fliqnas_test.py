@@ -104,30 +104,30 @@ def test_overview_and_result_show_the_architecture(found, joint_config, capsys):
     assert rows == [[name, str(size), 'fixed'], [name, str(size), f'{probability:.2f}']]
 
 
-def test_one_of_both_is_searched_alone(joint_config, tmp_path):
-  def decisions(decide, formats, architecture=()):
+def test_one_of_both_is_searched_alone(joint_config):
+  def decisions(decide, formats, scale, architecture=()):
     config = joint_config.copy_and_resolve_references()
-    config.search.update(decide=decide, formats=formats, target_scale=2.0)
+    config.search.update(decide=decide, formats=formats, target_scale=scale)
     setup = assembly.build(resolve(config), 1, None, dict(architecture))
     return setup, [decision.name for decision in setup.space.decisions]
 
   sizes = ['stage1/width', 'stage2/width', 'stage2_block2/present']
-  setup, names = decisions('architecture', 'int4')
+  setup, names = decisions('architecture', 'int4', 1.0)
   assert names == sizes
   assert {f['weights'] for f in setup.space.formats_of(np.zeros(3, int)).values()} == {
     'int4'
   }
-  setup, names = decisions('formats', 'int3,int4')
+  setup, names = decisions('formats', 'int3,int4', 1.5)
   assert names == [layer.path for layer in setup.space.layers]
   assert setup.space.layers == setup.standard_layers
   found = {'stage1/width': 4, 'stage2/width': 8, 'stage2_block2/present': 0}
-  smaller, names = decisions('formats', 'int3,int4', found.items())
+  smaller, names = decisions('formats', 'int3,int4', 0.25, found.items())
   assert not any(name.startswith('stage2_block2') for name in names)
   assert smaller.architecture == found
-  # The target still is that of the standard network.
-  assert smaller.target == setup.target
+  # The target still is a multiple of the standard network's cost.
+  assert smaller.target == pytest.approx(setup.target / 6, rel=1e-12)
   with pytest.raises(ConfigError, match='expected one format in search.formats'):
-    decisions('architecture', 'int3,int4')
+    decisions('architecture', 'int3,int4', 1.0)
 
 
 def test_bad_architectures_end_with_one_line(found, run, tmp_path):

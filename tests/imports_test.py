@@ -5,8 +5,9 @@ import sys
 
 CORE = (
     'architecture', 'formats', 'quantizers', 'layers', 'variants', 'search_space',
-    'devices', 'latency', 'cost_models', 'rewards',
+    'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'assignments', 'figures',
 )  # fmt: skip
 FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
 

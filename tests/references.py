@@ -1,4 +1,4 @@
-"""Rounding by other means than the package's: ml_dtypes, numpy, enumerated codes."""
+"""By other means than the package's: rounding, by ml_dtypes or enumerated; resizing."""
 
 import re
 
@@ -105,3 +105,15 @@ def fake_quantize(x, name, mean_square, absmax, calibration='rms'):
   limit = threshold(name, mean_square, absmax, calibration)
   scale = limit / largest(name)
   return scale * nearest_code(x / scale, name), np.abs(x) <= limit
+
+
+def area_means(image, size):
+  """Resizes `[H, W, C]` to `(width, height)`, each pixel the mean of what it covers."""
+
+  def weights(old, new):
+    edges = np.arange(new + 1)[:, None] * old / new
+    below = np.clip(edges - np.arange(old), 0, 1)  # of each old pixel, below an edge
+    return np.diff(below, axis=0) * new / old
+
+  rows, columns = weights(image.shape[0], size[1]), weights(image.shape[1], size[0])
+  return np.einsum('yh,xw,hwc->yxc', rows, columns, image.astype(float))

@@ -1,7 +1,10 @@
 """The steps against the same arithmetic written out, and on several meshes."""
 
 import functools
+import subprocess
+import sys
 
+from conftest import ROOT
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -329,3 +332,39 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
       jax.device_get(new_state.params), expected,
   )  # fmt: skip
+
+
+# Two samples of two devices each: more than the two devices of this process.
+ON_FOUR_DEVICES = """
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+import numpy as np
+from fliqs_jax import steps
+
+mesh = steps.make_mesh(2)
+assert mesh.devices.shape == (2, 2)
+rng = np.random.default_rng(0)
+x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
+
+def mean_gradient(w, x):
+  def one_sample(x):
+    return jax.grad(lambda w: ((x @ w) ** 2).mean())(w), x.sum()
+  return steps._mean_over_samples(one_sample, mesh, x)
+
+shardings = steps.replicated(mesh), steps.batch_sharding(mesh)
+mean, stacked = jax.jit(mean_gradient, in_shardings=shardings)(w, x)
+assert mean.sharding.is_fully_replicated
+expected = np.mean([2 * a.T @ (a @ w) / 32 for a in x], axis=0)
+np.testing.assert_allclose(mean, expected, rtol=1e-5)
+np.testing.assert_allclose(stacked, x.sum(axis=(1, 2)), rtol=1e-5)
+# Half of the gradient goes over the samples.
+compiled = jax.jit(mean_gradient, in_shardings=shardings).lower(w, x).compile()
+assert 'f32[3,4]' in compiled.as_text()
+"""
+
+
+def test_gradient_of_samples_that_are_split_over_devices():
+  subprocess.run(
+    [sys.executable, '-c', ON_FOUR_DEVICES], check=True, cwd=ROOT, timeout=300
+  )

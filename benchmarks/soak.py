@@ -1,0 +1,126 @@
+"""Whether a long run leaks or slows down: the digits search, watched from outside.
+
+    python benchmarks/soak.py [--minutes=60]
+
+The run has no end within that time, writes a line and a checkpoint every 100 steps, is
+then stopped by SIGTERM, and its checkpoint evaluated. Resident memory, open files,
+threads and the time of a step are sampled every 5 seconds on Linux. Exit status 1
+where, past a warm-up of 5 minutes (a third of the time, where that is less), memory
+grew by more than 2 %, more files or threads are open than ever in the middle third, or
+the median step of the last third is more than 1.1 times that of the middle one.
+"""
+
+import argparse
+import json
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+COMMAND = [
+    sys.executable, '-m', 'fliqs_jax.main', '--config=configs/resnet18.py:digits',
+]  # fmt: skip
+ROOT = pathlib.Path(__file__).parents[1]
+_INTERVAL = 5  # seconds
+
+
+class Sample(NamedTuple):
+  """A run at one moment."""
+
+  seconds: float
+  rss: int  # bytes
+  files: int
+  threads: int
+  step: int
+
+
+def sample(pid, workdir, began):
+  """Returns the Sample of a process now."""
+  status = pathlib.Path(f'/proc/{pid}/status').read_text()
+  field = lambda name: int(status.partition(f'{name}:')[2].split()[0])
+  history = workdir / 'history.jsonl'
+  lines = history.read_text().splitlines() if history.exists() else []
+  return Sample(
+    seconds=time.monotonic() - began,
+    rss=1024 * field('VmRSS'),
+    files=len(list(pathlib.Path(f'/proc/{pid}/fd').iterdir())),
+    threads=field('Threads'),
+    step=json.loads(lines[-1])['step'] if lines else 0,
+  )
+
+
+def step_times(samples):
+  """Returns the seconds of a step between samples in which lines were written."""
+  moved = [samples[0]] + [
+    new for old, new in zip(samples, samples[1:]) if new.step > old.step
+  ]
+  return [
+    (new.seconds - old.seconds) / (new.step - old.step)
+    for old, new in zip(moved, moved[1:])
+    if new.step > old.step
+  ]
+
+
+def problems_of(samples):
+  """Returns a line for each thing that grew, and prints what it looks at."""
+  total = samples[-1].seconds
+  warm = [s for s in samples if s.seconds >= min(300, total / 3) and s.step > 0]
+  middle = [s for s in warm if s.seconds < 2 * total / 3]
+  last = [s for s in warm if s.seconds >= 2 * total / 3]
+  problems = []
+  for name, limit in (('rss', 1.02), ('files', 1.0), ('threads', 1.0)):
+    before = max(getattr(s, name) for s in middle)
+    after = max(getattr(s, name) for s in last)
+    print(f'{name}: {before} in the middle third, {after} in the last')
+    if after > limit * before:
+      problems.append(f'{name} grew from {before} to {after}')
+  before, after = (statistics.median(step_times(part)) for part in (middle, last))
+  print(f'step: {before:.4f} s in the middle third, {after:.4f} s in the last')
+  if after > 1.1 * before:
+    problems.append(f'the median step went from {before:.4f} s to {after:.4f} s')
+  return problems
+
+
+def watch(workdir, minutes):
+  """Runs the search for so long and returns its samples."""
+  process = subprocess.Popen(
+      [*COMMAND, f'--workdir={workdir}', '--config.num_steps=100000000',
+       '--config.checkpoint_every=100', '--config.log_every=100'],
+      cwd=ROOT, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  began, samples = time.monotonic(), []
+  try:
+    while process.poll() is None and time.monotonic() - began < 60 * minutes:
+      samples.append(sample(process.pid, workdir, began))
+      time.sleep(_INTERVAL)
+    process.send_signal(signal.SIGTERM)
+    if process.wait() != 75:
+      sys.exit(f'the run ended with status {process.returncode}: expected 75')
+  finally:
+    process.kill()
+  return samples
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--minutes', type=float, default=60)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder) / 'run'
+    samples = watch(workdir, args.minutes)
+    subprocess.run(
+        [*COMMAND, f'--workdir={folder}/eval', '--config.mode=eval',
+         f'--config.checkpoint={workdir}', '--config.formats=int4'],
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+  print(f'{len(samples)} samples, {samples[-1].step} steps')
+  if problems := problems_of(samples):
+    sys.exit('\n'.join(problems))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,194 @@
+"""What training and evaluation do to one image, `uint8[H, W, C]`, on the host.
+
+Sizes are `(width, height)`, as OpenCV and PIL have them.
+"""
+
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+cv2.setNumThreads(0)  # what runs in parallel is images
+
+# The part of the image's area and the aspect ratios of a random resized crop
+# (Szegedy et al., 2015), and what of the image evaluation sees.
+_CROP_AREA, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+_CENTRAL_CROP = 0.875
+
+# RandAugment as DeiT has it, `rand-m9-mstd0.5-inc1` of timm: two operations of a table,
+# each done with this probability and at a level that varies by this much.
+_NUM_OPERATIONS, _PROBABILITY, _LEVEL_STDDEV = 2, 0.5, 0.5
+MAX_LEVEL = 10
+
+# The part of the image's area and the aspect ratios of an erased box.
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+
+def decode(encoded: bytes, num_channels: int) -> np.ndarray:
+  """Returns the pixels of a JPEG or PNG file, in RGB or, of one channel, in grey.
+
+  Raises:
+    ValueError: where there is no image in it.
+  """
+  colour = cv2.IMREAD_GRAYSCALE if num_channels == 1 else cv2.IMREAD_COLOR_RGB
+  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION
+  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+  if image is None:
+    raise ValueError('an image cannot be decoded: expected a JPEG or a PNG file')
+  return image.reshape(*image.shape[:2], num_channels)
+
+
+def random_resized_crop(
+  image: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
+  """A crop of random area and aspect ratio, resized; the largest where none fits."""
+  height, width, _ = image.shape
+  for _ in range(10):
+    w, h = _random_sides(width * height, _CROP_AREA, _CROP_RATIO, rng)
+    if 0 < w <= width and 0 < h <= height:
+      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+      return resized_crop(image, (left, top, w, h), size)
+  return central_crop(image, size)
+
+
+def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """The central part of an image, resized; images of the right size stay whole."""
+  height, width, _ = image.shape
+  if (width, height) == size:
+    return image
+  scale = min(width / size[0], height / size[1]) * _CENTRAL_CROP
+  w, h = (max(1, round(scale * side)) for side in size)
+  return resized_crop(image, ((width - w) // 2, (height - h) // 2, w, h), size)
+
+
+def resized_crop(
+  image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
+) -> np.ndarray:
+  """Resizes a box `(left, top, width, height)`.
+
+  Bilinear interpolation reads 2×2 pixels. From more than twice the size it would skip
+  some, so there each pixel is the mean of the area that it covers.
+  """
+  left, top, width, height = box
+  skips = width > 2 * size[0] and height > 2 * size[1]
+  resized = cv2.resize(
+    image[top : top + height, left : left + width],
+    size,
+    interpolation=cv2.INTER_AREA if skips else cv2.INTER_LINEAR,
+  )
+  return resized.reshape(size[1], size[0], image.shape[2])
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """The image, or its mirror image, left to right."""
+  return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def _random_sides(area, part, ratio, rng):
+  """Returns the integer sides of a box with a random part of an area."""
+  area *= rng.uniform(*part)
+  ratio = np.exp(rng.uniform(*np.log(ratio)))
+  return round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+
+
+def rand_augment(
+  image: np.ndarray, rng: np.random.Generator, magnitude: float, fill: tuple[int, ...]
+) -> np.ndarray:
+  """RandAugment (Cubuk et al., 2020, arXiv 1909.13719), in the form of DeiT.
+
+  Args:
+    image: not changed.
+    rng: consumed.
+    magnitude: the mean level of the operations, 0 … `MAX_LEVEL`.
+    fill: per channel, of what moves into the image.
+  """
+  names, shape = list(OPERATIONS), image.shape
+  image = Image.fromarray(image[..., 0] if shape[2] == 1 else image)
+  for _ in range(_NUM_OPERATIONS):
+    operation = OPERATIONS[names[rng.integers(len(names))]]
+    level = np.clip(rng.normal(magnitude, _LEVEL_STDDEV), 0, MAX_LEVEL) / MAX_LEVEL
+    sign = rng.choice((-1, 1))
+    if rng.random() < _PROBABILITY:
+      image = operation(image, float(level), int(sign), fill)
+  return np.asarray(image).reshape(shape)
+
+
+def _posterize(image, level, sign, fill):
+  return ImageOps.posterize(image, max(1, 4 - int(4 * level)))
+
+
+def _solarize_add(image, level, sign, fill):
+  added = [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
+  return image.point(added * len(image.getbands()))
+
+
+def _enhance(kind):
+  return lambda image, level, sign, fill: kind(image).enhance(1 + 0.9 * sign * level)
+
+
+def _affine(coefficients):
+  """An operation that reads pixel (x, y) at (a·x + b·y + c, d·x + e·y + f)."""
+
+  def operation(image, level, sign, fill):
+    return image.transform(
+      image.size,
+      Image.Transform.AFFINE,
+      coefficients(sign * level, *image.size),
+      Image.Resampling.BILINEAR,
+      fillcolor=fill,
+    )
+
+  return operation
+
+
+def _rotate(image, level, sign, fill):
+  return image.rotate(30 * sign * level, Image.Resampling.BILINEAR, fillcolor=fill)
+
+
+# `(image, level in [0, 1], sign, fill) -> image` of PIL, stronger with the level.
+OPERATIONS = {
+  'auto_contrast': lambda image, *_: ImageOps.autocontrast(image),
+  'equalize': lambda image, *_: ImageOps.equalize(image),
+  'invert': lambda image, *_: ImageOps.invert(image),
+  'rotate': _rotate,
+  'posterize': _posterize,
+  'solarize': lambda image, level, *_: ImageOps.solarize(image, 256 - int(256 * level)),
+  'solarize_add': _solarize_add,
+  'color': _enhance(ImageEnhance.Color),
+  'contrast': _enhance(ImageEnhance.Contrast),
+  'brightness': _enhance(ImageEnhance.Brightness),
+  'sharpness': _enhance(ImageEnhance.Sharpness),
+  'shear_x': _affine(lambda part, w, h: (1, 0.3 * part, 0, 0, 1, 0)),
+  'shear_y': _affine(lambda part, w, h: (1, 0, 0, 0.3 * part, 1, 0)),
+  'translate_x': _affine(lambda part, w, h: (1, 0, 0.45 * part * w, 0, 1, 0)),
+  'translate_y': _affine(lambda part, w, h: (1, 0, 0, 0, 1, 0.45 * part * h)),
+}
+
+
+def erase(
+  image: np.ndarray,
+  rng: np.random.Generator,
+  probability: float,
+  mean: tuple[float, ...],
+  stddev: tuple[float, ...],
+) -> np.ndarray:
+  """Random erasing (Zhong et al., 2020, arXiv 1708.04896), with noise in every pixel.
+
+  Args:
+    image: not changed.
+    rng: consumed.
+    probability: of there being a box of noise.
+    mean: per channel, of the normal noise, whose values are pixels in [0, 1].
+    stddev: per channel.
+  """
+  if rng.random() >= probability:
+    return image
+  height, width, channels = image.shape
+  for _ in range(10):
+    w, h = _random_sides(width * height, _ERASED_AREA, _ERASED_RATIO, rng)
+    if 0 < w < width and 0 < h < height:
+      top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+      noise = rng.normal(mean, stddev, size=(h, w, channels))
+      image = image.copy()
+      image[top : top + h, left : left + w] = np.clip(np.rint(255 * noise), 0, 255)
+      break
+  return image

@@ -1,0 +1,43 @@
+"""Searches for several targets, the uniform models beside them, and their Pareto front.
+
+    python -m fliqs_jax.sweep --config=configs/resnet18.py:digits --folder=runs/sweep \
+      --targets=int3,0.5*int8 --widths=0.125,0.25
+
+A target is a format, for the cost of the uniform model in it, a multiple SCALE*FORMAT,
+or a number in the cost model's unit. At each width there is a search for each target
+and a uniform model in each format of the search and of the targets. Each run has a
+workdir of its own in the folder. The same command goes on where it was interrupted, and
+further targets or widths add runs. Bad input ends with one line for each problem and
+status 2 before the first run; a run that fails is reported, the others go on, and the
+status is 1.
+"""
+
+import sys
+
+from absl import flags
+
+from fliqs_jax import command_line, display
+
+_CONFIG = command_line.define_config_flag()
+_FOLDER = flags.DEFINE_string('folder', None, 'Folder of all runs of the sweep.')
+_TARGETS = flags.DEFINE_list('targets', None, 'FORMAT, SCALE*FORMAT or a number, …')
+_WIDTHS = flags.DEFINE_list(
+  'widths', [], "Width multipliers; the config's model.width by default."
+)
+
+
+def main(argv):
+  """Runs the sweep and prints its points."""
+  del argv
+  from fliqs_jax import pareto  # after the flags, whose errors need no TensorFlow
+
+  points, failed = pareto.sweep(
+    _CONFIG.value, _FOLDER.value, _TARGETS.value, _WIDTHS.value
+  )
+  display.print_points(points, failed, _FOLDER.value)
+  if failed:
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  command_line.run(main, required=('config', 'folder', 'targets'))

@@ -1,0 +1,128 @@
+"""Runs as a user starts them, in processes that are cheap to start and to kill."""
+
+import atexit
+import json
+import multiprocessing
+import os
+import pathlib
+import socket
+import sys
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Children of a process that has imported everything and asked for no device.
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['fliqs_jax.main', 'fliqs_jax.train'])
+
+
+_FLAGS = {'coordinator', 'num_processes', 'process_id'}
+
+
+class Smallest(nn.Module):
+  """Three layers and batch norm, because what takes time here is starting."""
+
+  num_classes: int
+  width: float = 1.0
+  small_images: bool = True  # as the configs of the digits say
+  project_first_block: bool = False
+  dtype: Any = jnp.float32
+  conv: Any = nn.Conv
+  dense: Any = nn.Dense
+
+  @nn.compact
+  def __call__(self, images, train):
+    x = self.conv(4, (3, 3), strides=2, name='conv')(images)
+    x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name='norm')(x))
+    x = nn.relu(self.dense(16, name='hidden')(x.reshape(len(x), -1)))
+    return self.dense(self.num_classes, name='classifier')(x)
+
+
+def start(workdir, data_dir, cache, log, num_devices=1, prepare=None, **fields):
+  """Starts a search in the background and returns its process.
+
+  Args:
+    workdir: of the run.
+    data_dir: of TFDS.
+    cache: folder of compiled programs.
+    log: path that takes the output.
+    num_devices: of this process.
+    prepare: a function that the process calls first.
+    **fields: of the config, with `__` for a dot, and `_FLAGS`.
+  """
+  settings = {
+    'model__name': 'smallest', 'input__data_dir': data_dir, 'compilation_cache': cache,
+    'num_steps': 12, 'batch_size': 32, 'eval_batch_size': 128, 'checkpoint_every': 4,
+    'log_every': 3, 'search__num_samples': 2, 'search__statistics_batches': 2, **fields,
+  }  # fmt: skip
+  arguments = ['--config=configs/resnet18.py:digits', f'--workdir={workdir}']
+  arguments += [
+    f'--{name}={value}'
+    if name in _FLAGS
+    else f'--config.{name.replace("__", ".")}={value}'
+    for name, value in settings.items()
+  ]
+  process = CONTEXT.Process(
+    target=_main, args=(arguments, str(log), num_devices, prepare)
+  )
+  process.start()
+  return process
+
+
+def run(*args, **kwargs):
+  """Runs a search to its end and returns its exit status."""
+  process = start(*args, **kwargs)
+  process.join()
+  return process.exitcode
+
+
+def start_several(num_processes, workdir, data_dir, cache, log, **kwargs):
+  """Starts a search on several processes; the log of each gets its number."""
+  coordinator = f'localhost:{free_port()}'
+  return [
+    start(
+        workdir, data_dir, cache, f'{log}{index}', coordinator=coordinator,
+        num_processes=num_processes, process_id=index, **kwargs,
+    )
+    for index in range(num_processes)
+  ]  # fmt: skip
+
+
+def free_port():
+  """Returns a port on which nothing listens."""
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
+
+
+def _main(arguments, log, num_devices, prepare):
+  output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  os.dup2(output, 1)
+  os.dup2(output, 2)
+  os.chdir(ROOT)
+  sys.argv = ['main', *arguments]
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', num_devices)
+  from fliqs_jax import command_line, main, models
+
+  models.MODELS['smallest'] = Smallest
+  if prepare:
+    prepare()
+  try:
+    command_line.run(main.main, required=('config', 'workdir'))
+  finally:
+    atexit._run_exitfuncs()  # which such children skip, and JAX takes leave in
+
+
+def read_history(workdir):
+  """Returns the lines of the history, and checks that none is cut off."""
+  return [json.loads(line) for line in (workdir / 'history.jsonl').open()]
+
+
+def read_result(workdir):
+  """Returns the result's text."""
+  return (workdir / 'search_result.json').read_text()
