@@ -24,15 +24,7 @@ def read_architecture(config: ml_collections.ConfigDict) -> Architecture:
   Raises:
     ValueError: where `config.architecture` is no file with an architecture; one line.
   """
-  if config.architecture:
-    return _read(config.architecture)
-  path = epath.Path(config.formats)
-  if not config.formats or not path.is_file():
-    return {}
-  try:
-    return _read(path)
-  except ValueError:
-    return {}  # whoever reads the formats says what is wrong with the file
+  return _named_architecture(config) or {}
 
 
 def evaluated_architecture(
@@ -58,16 +50,16 @@ def evaluated_architecture(
   else:
     fixed = 'architecture' in trained and not holds_supernet(trained)
     own = read_architecture(trained) if fixed else {}
-  if config.architecture or epath.Path(config.formats or ' ').is_file():
-    named = read_architecture(config)
-    if named != own and not holds_supernet(trained):
-      raise ValueError(
-        f'{str(source)!r} holds a checkpoint of another architecture than '
-        f'{config.architecture or config.formats!r}: only that of a search over '
-        'architectures can be evaluated in any of them'
-      )
-    return named
-  return own
+  named = _named_architecture(config)
+  if named is None or named == own:
+    return own
+  if not holds_supernet(trained):
+    raise ValueError(
+      f'{str(source)!r} holds a checkpoint of another architecture than '
+      f'{config.architecture or config.formats!r}: only that of a search over '
+      'architectures can be evaluated in any of them'
+    )
+  return named
 
 
 def holds_supernet(trained: ml_collections.ConfigDict) -> bool:
@@ -85,6 +77,18 @@ def slice_state(supernet: TrainState, small: TrainState) -> TrainState:
       field: slice_variables(getattr(supernet, field), getattr(small, field))
       for field in ('params', 'batch_stats', 'quant_stats')
   })  # fmt: skip
+
+
+def _named_architecture(config):
+  """What the config names, None where it leaves the architecture open."""
+  if config.architecture:
+    return _read(config.architecture)
+  if not config.formats or not epath.Path(config.formats).is_file():
+    return None
+  try:
+    return _read(config.formats)
+  except ValueError:
+    return None  # formats alone; what is wrong with them, their reader says
 
 
 def _read(path):
