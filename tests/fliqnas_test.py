@@ -95,7 +95,7 @@ def test_overview_and_result_show_the_architecture(found, joint_config, capsys):
   assert content['total'] == pytest.approx(result['cost'], rel=1e-12)
   assert content['architecture'] == result['architecture']
   assert [layer['name'] for layer in content['layers']] == list(result['formats'])
-  overview.print_overview(resolve(joint_config), result['formats'], content)
+  overview.print_overview(resolve(joint_config), content)
   display.print_result(result, str(workdir))
   shown = capsys.readouterr().out
   for name, size in result['architecture'].items():
