@@ -30,7 +30,7 @@ def main():
   builder = input_pipeline.find_builder(config)
   input_pipeline.prepare(config, builder)
   mesh = steps.make_mesh(config.search.num_samples)
-  state = train._initial_state(config, setup, mesh)
+  state = train.initial_state(setup, mesh, config.seed)
   step_fn = train._make_step(config, setup, mesh)
   sharding = steps.batch_sharding(mesh)
   batches = input_pipeline.train_batches(config, builder, config.seed, sharding)

@@ -18,7 +18,7 @@ import optax
 
 from fliqs_jax import architecture, controller, cost_models, models, search_space
 from fliqs_jax import steps
-from fliqs_jax.train_state import create_train_state
+from fliqs_jax.train_state import Arguments, create_train_state
 
 
 def largest(name, options, default):
@@ -45,8 +45,9 @@ def prepare(choose, args):
   )
   mesh = steps.make_mesh(1, jax.devices()[:1])
   step = steps.make_search_step(problem, steps.classification(), args.samples, mesh)
+  example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(
-    model, jnp.zeros(inputs.shape), optax.sgd(0.1, 0.9), policy, jax.random.key(0)
+    model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0)
   )
   return step, state
 

@@ -74,9 +74,9 @@ def make_step(
   optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
 
   def init(key):
-    return train_state.create_train_state(
-      model, jnp.zeros(inputs.shape, dtype), optimizer, controller, key
-    )
+    image = jnp.zeros(inputs.shape, dtype)
+    example = train_state.Arguments((image,), {'train': False})
+    return train_state.create_train_state(model, example, optimizer, controller, key)
 
   return step, init
 

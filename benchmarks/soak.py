@@ -92,8 +92,11 @@ def watch(workdir, minutes):
        '--config.checkpoint_every=100', '--config.log_every=100'],
       cwd=ROOT, stderr=subprocess.DEVNULL,
   )  # fmt: skip
-  began, samples = time.monotonic(), []
+  samples = []
   try:
+    while process.poll() is None and not (workdir / 'history.jsonl').exists():
+      time.sleep(_INTERVAL)  # it compiles
+    began = time.monotonic()
     while process.poll() is None and time.monotonic() - began < 60 * minutes:
       samples.append(sample(process.pid, workdir, began))
       time.sleep(_INTERVAL)

@@ -1,9 +1,9 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import traverse_util
@@ -22,6 +22,17 @@ from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import DTYPES, ConfigError, validate
+from fliqs_jax.train_state import Arguments
+
+
+class Network(NamedTuple):
+  """What is trained: a network, how it is called, and what its outputs are worth."""
+
+  model: Any  # a linen module, or what `searchable.make_searchable` returns
+  example: Arguments  # shapes of one example, in a batch of one
+  layers: tuple[search_space.Layer, ...]
+  objective: steps.Objective
+
 
 Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
 
@@ -29,11 +40,10 @@ Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
 class Setup(NamedTuple):
   """All that a run needs, but data and devices' state."""
 
-  model: nn.Module
-  inputs: jax.ShapeDtypeStruct  # one example, in a batch of one
+  model: Any
+  example: Arguments  # shapes of one example, in a batch of one
   standard_layers: tuple[search_space.Layer, ...]  # of the standard architecture
   architecture: Architecture  # the fixed one, empty also where it is searched
-  preprocess: Callable[[jax.Array], jax.Array]  # a batch's images, for the network
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -84,6 +94,8 @@ def discover_layers(
 ) -> tuple[search_space.Layer, ...]:
   """Returns the quantized layers of a config's network.
 
+  Those of a network that is not among `models` are in the config of its run.
+
   Args:
     config: the config.
     choose: how its architecture is chosen; `searched` gives the supernet's layers.
@@ -91,6 +103,8 @@ def discover_layers(
   Raises:
     ValueError: as `build_model`, or where the network does not fit its input.
   """
+  if 'layers' in config.model:
+    return search_space.layers_from_json(config.model.layers)
   model, inputs = build_model(config, choose=choose)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
@@ -143,10 +157,43 @@ def _searched_choose(config, architecture):
   return choose_architecture(config, architecture)
 
 
+def configured_network(
+  config: ml_collections.ConfigDict, choose: Choose = standard
+) -> Network:
+  """Returns the classifier that a config names.
+
+  Args:
+    config: the config.
+    choose: how its architecture is chosen.
+
+  Raises:
+    ValueError: as `discover_layers`.
+  """
+  model, image = build_model(config, choose=choose)
+  objective = steps.classification(
+    config.reward.quality,
+    config.optimizer.label_smoothing,
+    config.optimizer.auxiliary_weight,
+  )
+  settings = config.input
+
+  def arguments(batch, train):
+    image = preprocessing.normalize(batch['image'], settings.mean, settings.stddev)
+    return Arguments((image,), {'train': train})
+
+  return Network(
+    model=model,
+    example=Arguments((image,), {'train': False}),
+    layers=discover_layers(config, choose),
+    objective=objective._replace(augment=_mixing(config), arguments=arguments),
+  )
+
+
 def build(
   config: ml_collections.ConfigDict,
   num_devices: int,
   assignment: str | Assignment | None = None,
+  network: Network | None = None,
   architecture: Architecture = MappingProxyType({}),
 ) -> Setup:
   """Returns what a resolved config names.
@@ -156,6 +203,7 @@ def build(
     num_devices: of all processes together.
     assignment: fixed formats, one name or those of a file, whose keys may be regexes;
       None searches what `config.search.decide` says.
+    network: None takes the one that the config names.
     architecture: the fixed one, of no effect where it is searched.
 
   Raises:
@@ -165,13 +213,14 @@ def build(
   if config.dtype not in DTYPES:  # the network cannot be built
     raise ConfigError(*problems)
   try:
-    standard_layers = discover_layers(config)
-    find_choose = _searched_choose if assignment is None else choose_architecture
-    choose = find_choose(config, architecture)
-    model, inputs = build_model(config, choose=choose)
-    layers = standard_layers
+    choose = standard
+    if network is None:
+      find_choose = _searched_choose if assignment is None else choose_architecture
+      choose = find_choose(config, architecture)
+      network = configured_network(config, choose)
+    layers = standard_layers = network.layers
     if choose is not standard:
-      layers = discover_layers(config, choose)
+      standard_layers = discover_layers(config)
     space = build_space(config, layers, assignment)
   except ValueError as error:
     # What `validate` has named may come up again here.
@@ -188,26 +237,17 @@ def build(
       priced(space, np.zeros(len(space.decisions), np.int32))
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  objective = steps.classification(
-    config.reward.quality,
-    config.optimizer.label_smoothing,
-    config.optimizer.auxiliary_weight,
-  )
-  objective = objective._replace(augment=_mixing(config))
   learning_rate = _learning_rate(config)
   return Setup(
-    model=model,
-    inputs=inputs,
+    model=network.model,
+    example=network.example,
     standard_layers=standard_layers,
     architecture={} if choose is searched else dict(architecture),
-    preprocess=functools.partial(
-      preprocessing.normalize, mean=config.input.mean, stddev=config.input.stddev
-    ),
     space=space,
     cost_model=cost_model,
     target=target,
     caps=caps,
-    objective=objective,
+    objective=network.objective,
     optimizer=_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     problem=None

@@ -22,7 +22,7 @@ _NUM_KEPT = 3
 # What evaluation needs is an item of its own, so that it can be read without the
 # optimizer's and the controller's state, whose shapes depend on the run.
 _ITEMS = {
-  'variables': ('params', 'batch_stats', 'quant_stats'),
+  'variables': ('params', 'batch_stats', 'quant_stats', 'collections'),
   'training': ('step', 'opt_state', 'controller', 'skipped', 'key'),
 }
 
@@ -51,10 +51,8 @@ class Checkpoints:
 
   def __exit__(self, error_type, *_) -> None:
     # What stopped the run is not hidden by what that did to the checkpoint.
-    suppressed = (
-      contextlib.suppress(RunError) if error_type else contextlib.nullcontext()
-    )
-    with suppressed, self._failures_named():
+    expected = (RunError,) if error_type else ()
+    with contextlib.suppress(*expected), self._failures_named():
       self._manager.close()
 
   def latest_step(self) -> int | None:
@@ -158,7 +156,7 @@ class Checkpoints:
     except (OSError, ValueError, RuntimeError) as error:
       lines = str(error).splitlines() or [type(error).__name__]
       raise RunError(
-        f'cannot write a checkpoint to {str(self._folder)!r}: {lines[0][:300]}; the '
+        f'cannot write a checkpoint to {str(self._folder)!r}: {lines[0][-300:]}; the '
         'ones before are as they were: make room, and start the run again'
       ) from error
 

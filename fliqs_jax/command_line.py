@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import logging
 import os
 import sys
+import threading
 
 from absl import app
 from absl import flags
@@ -52,11 +53,13 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
 
 
 def _log_to_stderr():
-  """Shows this package's own lines, and only errors of the libraries."""
+  """Shows this package's own lines; what fails in a library comes up as an error."""
   # Before TensorFlow is imported.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  # What stops a thread that writes a checkpoint is raised again where it is waited for.
+  threading.excepthook = lambda _: None
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   logger = logging.getLogger('fliqs_jax')
@@ -71,8 +74,9 @@ def _parse(argv, required):
     for name in required:
       if flags.FLAGS[name].value is None:
         raise ValueError(f'--{name} is missing: expected --{name}={name.upper()}')
-    # An error in the config file is kept back until a field is read.
-    _ = flags.FLAGS.config.mode
+    if 'config' in flags.FLAGS:
+      # An error in the config file is kept back until a field is read.
+      _ = flags.FLAGS.config.mode
     if rest[1:]:
       raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
     return rest

@@ -48,6 +48,9 @@ def default_config() -> ml_collections.ConfigDict:
       # searched; empty for that of config.formats, else the standard one.
       'architecture': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
+      # Variables to start from: a workdir, or an Orbax checkpoint with `params` and, if
+      # it has them, `batch_stats`. Empty for random ones.
+      'init_from': '',
       'checkpoint_every': 500,
       'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
       'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none

@@ -40,9 +40,10 @@ class LayerQuantities(NamedTuple):
   """
 
   macs: Array  # [..., L] multiply-accumulates for one example
-  weights: Array  # [..., L] elements of the kernel
-  inputs: Array  # [..., L] elements of the input of one example
-  outputs: Array  # [..., L] elements of the output of one example
+  weights: Array  # [..., L] elements of the kernel, or kernels
+  inputs: Array  # [..., L] elements of the input of one example in one call
+  outputs: Array  # [..., L] elements of the output of one example in one call
+  calls: Array  # [..., L] calls of the layer in one forward pass
   weight_bits: Array  # [..., L] bits of one weight
   activation_bits: Array  # [..., L] bits of one input activation
   weight_formats: Array  # int32[..., L] index in `format_names`
@@ -149,7 +150,7 @@ def linear_compute(layers: LayerQuantities) -> Array:
 @register('activation_bytes', unit='bytes')
 def activation_bytes(layers: LayerQuantities) -> Array:
   """Bytes of the inputs of all layers."""
-  return layers.inputs * layers.activation_bits / 8
+  return layers.calls * layers.inputs * layers.activation_bits / 8
 
 
 @register('peak_activation_bytes', unit='bytes', combine='max')
@@ -174,7 +175,8 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
   tables = devices.format_tables(accelerator, layers.format_names)
   rates, bits = map(layers.asarray, (tables.rates / 1e12, tables.bits))
   weights = layers.weights * bits[layers.weight_formats]
-  activations = (layers.inputs + layers.outputs) * bits[layers.activation_formats]
+  elements = layers.calls * (layers.inputs + layers.outputs)
+  activations = elements * bits[layers.activation_formats]
   compute = layers.macs / rates[layers.weight_formats, layers.activation_formats]
   memory = (weights + activations) / 8 / (accelerator.bandwidth / 1e12)
   return maximum(2 * compute, memory) / 1e9  # from 10⁻¹² s
@@ -184,7 +186,7 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
 def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array:
   """Measured time of one example; with two formats, that of the slower one."""
   times = layers.asarray(latency.layer_times(table, layers.layers, layers.format_names))
-  return maximum(
+  return layers.calls * maximum(
     times[layers.layer_ids, layers.weight_formats],
     times[layers.layer_ids, layers.activation_formats],
   )

@@ -193,10 +193,15 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
       f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
     )
     lines.append(f'Uniform models: {uniform} {unit}')
-  kind = 'One-shot accuracy' if result['policy'] else 'Accuracy'
+  values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
+  kind = 'One-shot ' if result['policy'] else ''
+  shown = ', '.join(
+    f'accuracy: {value:.2%}' if name == 'accuracy' else f'{name}: {value:.6g}'
+    for name, value in values.items()
+  )
+  shown = (kind + shown)[:1].upper() + (kind + shown)[1:]
   lines.append(
-    f'{kind}: {evaluation["accuracy"]:.2%} of {evaluation["num_examples"]} examples '
-    f'(loss {evaluation["loss"]:.4f})'
+    f'{shown} of {evaluation["num_examples"]} examples (loss {evaluation["loss"]:.4f})'
   )
   return lines
 

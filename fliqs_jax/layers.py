@@ -9,10 +9,11 @@ computes in floating point.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from fliqs_jax.quantizers import Quantizer
 
 LAYER_FORMATS = 'layer'  # its variables, each a `LayerFormats`
 QUANT_STATS = 'quant_stats'  # the collection of activation statistics
+_STATISTICS = ('mean_square', 'absmax')  # its variables, moving averages
 
 
 class LayerFormats(NamedTuple):
@@ -110,16 +112,19 @@ class QuantizedOperator(nn.Module):
   Keeps moving averages of the input's mean square and absolute maximum in the
   collection `quant_stats`, updated wherever that collection is mutable. They set the
   clipping threshold of the *next* steps; until there are any, activations stay as
-  they are.
+  they are. Within a transformation that does not carry the collection, as `nn.scan`
+  does only if its `variable_axes` name it, the input at hand sets its own threshold.
 
   Attributes:
     calibration: one of `quantizers.CALIBRATIONS`.
     momentum: of the moving averages.
+    formats: the layer's formats; None reads them from the collection `formats`.
     sizes: what is searched of the layer's sizes, as tables; integers are not.
   """
 
   calibration: str = 'rms'
   momentum: float = 0.95
+  formats: LayerFormats | None = None
   sizes: LayerSizes = LayerSizes()
 
   def compute(self, product, x, w, contracted_axes, scale_shape, axes):
@@ -133,29 +138,57 @@ class QuantizedOperator(nn.Module):
       scale_shape: the shape in which these scales broadcast against `y`.
       axes: an `Axes`.
     """
-    mean_square = self.variable(QUANT_STATS, 'mean_square', jnp.zeros, ())
-    absmax = self.variable(QUANT_STATS, 'absmax', jnp.zeros, ())
-    if not self.has_variable(FORMATS, LAYER_FORMATS):
-      return product(x, w.astype(x.dtype))
-    formats = self.get_variable(FORMATS, LAYER_FORMATS)
     chosen = LayerSizes()
     if self.has_variable(FORMATS, SIZES):
       chosen = self.get_variable(FORMATS, SIZES)
     x_active, w_active = _active_parts(chosen, x, w, axes)
     w = masked(w, w_active)
-    y = quantized_product(
-      product,
-      scale_shape,
-      x,
-      w,
-      self._activation_quantizer(formats.activations, mean_square.value, absmax.value),
+    operand_quantizers = self._operand_quantizers(
+      x, w, contracted_axes, x_active, w_active
+    )
+    if operand_quantizers is None:
+      return product(x, w.astype(x.dtype))
+    y = quantized_product(product, scale_shape, x, w, *operand_quantizers)
+    self._update_statistics(x, x_active, chosen.present)
+    return y
+
+  @nn.nowrap
+  def count_macs(self, x, w, y, contracted_axes) -> int:
+    """Returns the multiply-accumulates of `y = product(x, w)`, from the shapes."""
+    del x
+    return y.size * math.prod(w.shape[axis] for axis in contracted_axes)
+
+  def _operand_quantizers(self, x, w, contracted_axes, x_active=(), w_active=()):
+    """Returns the quantizers of `x` and of `w`, or None where no formats are bound."""
+    has_averages = self._declare_statistics()
+    formats = self.formats
+    if formats is None and self.has_variable(FORMATS, LAYER_FORMATS):
+      formats = self.get_variable(FORMATS, LAYER_FORMATS)
+    if formats is None:
+      return None
+    if has_averages:
+      statistics = (self.get_variable(QUANT_STATS, name) for name in _STATISTICS)
+    else:
+      statistics = _statistics(masked(x, x_active), None, x_active)
+    return (
+      self._activation_quantizer(formats.activations, *statistics),
       self._weight_quantizer(formats.weights, w, contracted_axes, w_active),
     )
+
+  def _declare_statistics(self):
+    """Returns whether there are moving averages, or can be, at this place."""
+    if not self.is_mutable_collection(QUANT_STATS):
+      return self.has_variable(QUANT_STATS, _STATISTICS[0])
+    for name in _STATISTICS:
+      self.variable(QUANT_STATS, name, jnp.zeros, ())
+    return True
+
+  def _update_statistics(self, x, active=(), present=None):
     if self.is_mutable_collection(QUANT_STATS):
-      statistics = _statistics(masked(x, x_active), None, x_active)
-      for variable, new in zip((mean_square, absmax), statistics):
-        variable.value = self._average(variable.value, new, chosen.present)
-    return y
+      statistics = _statistics(masked(x, active), None, active)
+      for name, new in zip(_STATISTICS, statistics):
+        old = self.get_variable(QUANT_STATS, name)
+        self.put_variable(QUANT_STATS, name, self._average(old, new, present))
 
   def _activation_quantizer(self, format, mean_square, absmax):
     # Nothing is known of a tensor that was not seen yet.
@@ -290,11 +323,12 @@ class QuantizedDotGeneral(QuantizedOperator):
     return self.compute(product, lhs, rhs, tuple(rhs_contracting), scale_shape, axes)
 
 
-def _promote_all_but_kernel(inputs, kernel, bias, *, dtype, inexact=True):
+def promote_all_but_kernel(inputs, kernel, bias, *, dtype=None, inexact=True):
   """Flax's `promote_dtype`, but the kernel keeps the parameters' precision.
 
   Cast before the hook sees it, it would be rounded twice.
   """
+  dtype = canonicalize_dtype(inputs, kernel, bias, dtype=dtype, inexact=inexact)
   inputs, bias = promote_dtype(inputs, bias, dtype=dtype, inexact=inexact)
   return inputs, kernel, bias
 
@@ -308,11 +342,11 @@ def conv_hooks(**attributes: Any) -> dict[str, Any]:
   operator = functools.partial(QuantizedConv, **attributes)
   return {
     'conv_general_dilated_cls': operator,
-    'promote_dtype': _promote_all_but_kernel,
+    'promote_dtype': promote_all_but_kernel,
   }
 
 
 def dense_hooks(**attributes: Any) -> dict[str, Any]:
   """The same for `nn.Dense` and `nn.DenseGeneral`."""
   operator = functools.partial(QuantizedDotGeneral, **attributes)
-  return {'dot_general_cls': operator, 'promote_dtype': _promote_all_but_kernel}
+  return {'dot_general_cls': operator, 'promote_dtype': promote_all_but_kernel}

@@ -7,6 +7,7 @@ workdir resumes by itself. Bad input ends with one line for each problem and sta
 SIGTERM with a checkpoint and status 75.
 """
 
+import logging
 import os
 
 from absl import flags
@@ -28,6 +29,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Find the processes of a TPU slice, of GKE or of Slurm.'
 )
 
+_logger = logging.getLogger(__name__)
+
 
 def main(argv):
   """Runs the config in the workdir and prints the result."""
@@ -41,6 +44,17 @@ def main(argv):
   result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:
     display.print_result(result, _WORKDIR.value)
+    if result['config']['mode'] != 'eval':
+      _write_report()
+
+
+def _write_report():
+  from fliqs_jax import report_page  # imports TensorFlow too
+
+  try:
+    print(f'Report: {report_page.write([_WORKDIR.value])}')
+  except Exception as error:  # the run is done, whatever a picture of it may lack
+    _logger.warning('No report was written: %s: %s', type(error).__name__, error)
 
 
 def _cache_compilations(folder):

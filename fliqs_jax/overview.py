@@ -6,6 +6,7 @@ The costs are those of the network with every layer in that format, or in the fo
 of --config.formats. --json prints one JSON object instead of the table.
 """
 
+import functools
 import json
 from types import MappingProxyType
 from typing import Any
@@ -41,9 +42,9 @@ def overview(
   """
   setup = assembly.build(config, 1, assignment, architecture)
   variables = jax.eval_shape(
-    lambda key, x: setup.model.init(key, x, train=False),
+    functools.partial(setup.model.init, **setup.example.kwargs),
     jax.random.key(0),
-    setup.inputs,
+    *setup.example.args,
   )
   layers = setup.space.layers
   fixed = np.zeros(0, np.int32)

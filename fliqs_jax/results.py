@@ -13,6 +13,7 @@ import numpy as np
 
 from fliqs_jax import assignments
 from fliqs_jax import formats as formats_lib
+from fliqs_jax import search_space
 from fliqs_jax.assembly import Setup
 
 RESULT_FILE = 'search_result.json'
@@ -51,6 +52,7 @@ def make_result(
     'seed': config.seed,
     'steps': config.num_steps,
     'formats': space.formats_of(choices),
+    'layers': _layers(space, cost_model, choices, compared),
     'architecture': setup.architecture | space.architecture_of(choices),
     'eval': dict(evaluation),
     'uniform_costs': {
@@ -60,6 +62,27 @@ def make_result(
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
     | {'platform': jax.default_backend()},
     'config': config_to_json(config),
+  }
+
+
+def _layers(space, cost_model, choices, compared):
+  """What each layer is and costs, and would cost in uniform models, by path."""
+  layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
+  fixed = search_space.fixed_space(layers, space.formats_of(choices))
+  costs = cost_model.per_layer(fixed, no_choices)
+  uniform = {
+    name: cost_model.per_layer(search_space.uniform_space(layers, name), no_choices)
+    for name in compared
+  }
+  return {
+    layer.path: {
+      'kind': layer.kind,
+      'macs': layer.macs,
+      'params': layer.params,
+      'cost': float(costs[i]),
+      'uniform_costs': {name: float(values[i]) for name, values in uniform.items()},
+    }
+    for i, layer in enumerate(layers)
   }
 
 

@@ -8,6 +8,7 @@ size of the network's architecture. *Choices* are one option index for each deci
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.architecture import SIZES, Gate, LayerSizes, Table
 from fliqs_jax.layers import LAYER_FORMATS, LayerFormats, QuantizedOperator
+from fliqs_jax.marks import marked, marks
 from fliqs_jax.variants import variants
 
 OPERANDS = ('weights', 'activations')
@@ -35,13 +37,15 @@ class Layer(NamedTuple):
 
   path: str  # module path, `/`-separated
   operator: str  # name of the quantized operator within that module
-  kind: str  # 'conv' or 'dense'
-  input_shape: tuple[int, ...]
+  kind: str  # 'conv', 'dense', 'einsum' or 'conv_transpose'
+  input_shape: tuple[int, ...]  # of one call, as the other shapes
   kernel_shape: tuple[int, ...]
   output_shape: tuple[int, ...]
-  macs: int  # multiply-accumulates
+  macs: int  # multiply-accumulates of all calls
   params: int  # parameters of the layer, its bias included
   arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
+  calls: int = 1  # in one forward pass: of a shared module, or in a scan
+  kernels: int = 1  # of that shape: a scan over parameters has one an iteration
   # Of a supernet's layer, whose shapes above are the largest:
   sizes: LayerSizes | None = None  # as tables, None where nothing is decided
   axes: Any = None  # a `layers.Axes`
@@ -55,62 +59,93 @@ class Decision(NamedTuple):
   options: tuple[str, ...]  # format names, or sizes in decimals
 
 
-def discover(model: nn.Module, inputs: jax.Array, **kwargs: Any) -> tuple[Layer, ...]:
+def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
   """Returns the quantized layers of a network in the order in which they compute.
 
   Traces `model.init` abstractly: nothing is computed or allocated.
 
   Args:
-    model: a linen module whose layers carry the hooks of `layers`.
-    inputs: one example in a batch of one, as an array or `jax.ShapeDtypeStruct`.
+    model: a linen module whose layers carry the hooks of `layers`, or one from
+      `searchable.make_searchable`.
+    *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
     **kwargs: passed to `model.init`.
   """
-  found = {}
+
+  gates, latest = {}, []  # a gate's path, by that of the layer before it
 
   def record(call, args, kwargs, context):
     operator = context.module
-    y = call(*args, **kwargs)
-    if isinstance(operator, Gate) and found:  # it comes after a layer of its block
-      found[next(reversed(found))] = found[next(reversed(found))]._replace(
-        gate='/'.join(operator.path)
-      )
+    if isinstance(operator, Gate):  # it comes after a layer of its block
+      gates[latest[-1]] = '/'.join(operator.path)
     if isinstance(operator, QuantizedOperator) and context.method_name == 'compute':
-      product, x, w, contracted, _, axes = args
-      macs = y.size * int(np.prod([w.shape[a] for a in contracted]))
-      *path, name = operator.path
-      arguments = _hashable(tuple(sorted(product.keywords.items())))
-      layer = Layer(
-        '/'.join(path),
-        name,
-        operator.kind,
-        x.shape,
-        w.shape,
-        y.shape,
-        macs,
-        0,
-        arguments,
-      )
+      product, x, w, contracted, *rest = args
+      layer = _describe(operator, product, x, w, contracted)
       if any(isinstance(size, Table) for size in operator.sizes):
-        layer = layer._replace(sizes=operator.sizes, axes=axes)
-      if layer.path in found:  # a module that is called twice
-        layer = layer._replace(macs=macs + found[layer.path].macs)
-      found[layer.path] = layer
-    return y
+        layer = layer._replace(sizes=operator.sizes, axes=rest[-1])
+      latest.append(layer.path)
+      args = product, marked(x, w, layer), w, contracted, *rest
+    return call(*args, **kwargs)
 
   with nn.intercept_methods(record):
-    variables = jax.eval_shape(
-      functools.partial(model.init, **kwargs), jax.random.key(0), inputs
-    )
-  params = traverse_util.flatten_dict(variables['params'], sep='/')
+    jaxpr, variables = jax.make_jaxpr(
+      functools.partial(model.init, **kwargs), return_shape=True
+    )(jax.random.key(0), *inputs)
+  found = {}
+  for layer, calls in marks(jaxpr):
+    # A module that is called several times is one layer.
+    macs, previous = layer.macs * calls, found.get(layer.path)
+    if previous:
+      macs, calls = macs + previous.macs, calls + previous.calls
+    gate = gates.get(layer.path, '')
+    found[layer.path] = layer._replace(macs=macs, calls=calls, gate=gate)
+  params = traverse_util.flatten_dict(nn.unbox(variables['params']), sep='/')
+  return tuple(_with_params(layer, params) for layer in found.values())
+
+
+def _describe(operator, product, x, w, contracted):
+  y = jax.eval_shape(product, x, jax.ShapeDtypeStruct(w.shape, x.dtype))
+  *path, name = operator.path
+  return Layer(
+    path='/'.join(path),
+    operator=name,
+    kind=operator.kind,
+    input_shape=x.shape,
+    kernel_shape=w.shape,
+    output_shape=y.shape,
+    macs=operator.count_macs(x, w, y, contracted),
+    params=0,
+    arguments=_hashable(tuple(sorted(product.keywords.items()))),
+  )
+
+
+def _with_params(layer, params):
+  own = {
+    name.rpartition('/')[2]: leaf.size
+    for name, leaf in params.items()
+    if name.rpartition('/')[0] == layer.path
+  }
+  # A kernel that was made from several parameters is one.
+  kernels = max(own.get('kernel', 0) // math.prod(layer.kernel_shape), 1)
+  return layer._replace(params=sum(own.values()), kernels=kernels)
+
+
+def layers_to_json(layers: Sequence[Layer]) -> str:
+  """Returns layers as text, for `layers_from_json`."""
+  return json.dumps(
+    [layer._asdict() | {'arguments': dict(layer.arguments)} for layer in layers],
+    default=str,
+  )
+
+
+def layers_from_json(text: str) -> tuple[Layer, ...]:
+  """Returns the layers; of their arguments those that JSON has no type for as text."""
   return tuple(
-      layer._replace(
-          params=sum(
-              leaf.size for name, leaf in params.items()
-              if name.rpartition('/')[0] == layer.path
-          )
-      )
-      for layer in found.values()
-  )  # fmt: skip
+    Layer(
+      **{name: _hashable(value) for name, value in content.items()}
+      | {'arguments': _hashable(sorted(content['arguments'].items()))}
+    )
+    for content in json.loads(text)
+  )
 
 
 def architecture_decisions(
@@ -282,18 +317,22 @@ class SearchSpace:
 
   @functools.cached_property
   def variant_sizes(self) -> np.ndarray:
-    """float64[4, M], what costs count of `variants`.
+    """float64[5, M], what costs count of `variants`.
 
-    Multiply-accumulates, and elements of the kernel, of the input and of the output.
+    Multiply-accumulates, elements of the kernels, of the input and of the output, and
+    calls.
     """
     rows = [
       (
         layer.macs,
-        *map(math.prod, (layer.kernel_shape, layer.input_shape, layer.output_shape)),
+        layer.kernels * math.prod(layer.kernel_shape),
+        math.prod(layer.input_shape),
+        math.prod(layer.output_shape),
+        layer.calls,
       )
       for layer in self.variants
     ]
-    return np.array(rows, np.float64).reshape(-1, 4).T.copy()
+    return np.array(rows, np.float64).reshape(-1, 5).T.copy()
 
   @functools.cached_property
   def _variant_strides(self) -> np.ndarray:

@@ -1,9 +1,10 @@
 """The pure steps: search, training with fixed formats, statistics, evaluation.
 
-A batch is a dict of arrays, `image: [S, B, ...]` and `label: [S, B]`, where sample `s`
-of the policy sees slice `s`. A label is a class, int32[S, B], or the probabilities of
-all classes, float32[S, B, num_classes]. Steps run on a mesh `('sample', 'data')`: each
-device scans its samples, and the devices of one sample split its examples.
+A batch is a dict of arrays `[S, B, ...]`, for a classifier `image` and `label`, where
+sample `s` of the policy sees slice `s`. A label is a class, int32[S, B], or the
+probabilities of all classes, float32[S, B, num_classes]. Steps run on a mesh
+`('sample', 'data')`: each device scans its samples, and the devices of one sample split
+its examples.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from fliqs_jax.controller import Controller
 from fliqs_jax.cost_models import CostModel
 from fliqs_jax.layers import FORMATS, QUANT_STATS
 from fliqs_jax.search_space import SearchSpace
-from fliqs_jax.train_state import BATCH_STATS, TrainState
+from fliqs_jax.train_state import BATCH_STATS, Arguments, TrainState
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -31,15 +32,25 @@ Metrics = dict[str, jax.Array]
 _INTERMEDIATES = 'intermediates'
 
 
+def image_arguments(batch: Batch, train: bool) -> Arguments:
+  """Returns what the networks of `models` are called with."""
+  return Arguments((batch['image'],), {'train': train})
+
+
 class Objective(NamedTuple):
   """What training minimises and what the search rewards, of one batch.
 
-  Each function is of `(outputs, batch)`, and its values are means over examples.
+  Each function is of `(outputs, batch)`. Its values are means over examples, `[]`, or
+  those of the examples, `[B, ...]`, which are averaged.
   """
 
   loss: Callable[[Any, Batch], jax.Array]
   quality: Callable[[Any, Batch], jax.Array]
   metrics: Callable[[Any, Batch], Metrics]  # what else is logged
+  evaluation: Callable[[Any, Batch], Metrics]  # what an evaluation averages
+  arguments: Callable[[Batch, bool], Arguments] = image_arguments  # (batch, train)
+  # Which examples of a batch an evaluation counts, bool[B]; None for all.
+  mask: Callable[[Batch], jax.Array] | None = None
   # Of the same loss of outputs that a network sows, in training, as `aux_logits` into
   # the collection `intermediates`. Inception-v3's authors take 0.4 (TF-slim).
   auxiliary_weight: float = 0.4
@@ -49,10 +60,11 @@ class Objective(NamedTuple):
 
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
   """Returns the fraction of examples whose largest logit is at the likeliest label."""
-  return jnp.mean(_is_correct(logits, batch['label']))
+  return jnp.mean(is_correct(logits, batch['label']))
 
 
-def _is_correct(logits, labels):
+def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns whether each example's largest logit is at the likeliest label, bool[B]."""
   if _are_probabilities(labels):
     labels = jnp.argmax(labels, axis=-1)
   return jnp.argmax(logits, axis=-1) == labels
@@ -101,6 +113,11 @@ def classification(
     if quality == 'accuracy'
     else lambda logits, batch: -mean_loss(logits, batch, 0.0),
     metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
+    evaluation=lambda logits, batch: {
+      'accuracy': is_correct(logits, batch['label']),
+      'loss': cross_entropy(logits, batch['label']),
+    },
+    mask=lambda batch: batch['mask'],
     auxiliary_weight=auxiliary_weight,
   )
 
@@ -160,18 +177,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def _forward(state, params, formats, batch, key):
+def _forward(state, objective, params, formats, batch, key):
   """Returns what a forward pass in training gives.
 
   Returns:
     The outputs, the auxiliary outputs, and the updated statistics.
   """
+  arguments = objective.arguments(batch, True)
   outputs, updated = state.apply_fn(
     {'params': params, FORMATS: formats, **state.model_stats},
-    batch['image'],
-    train=True,
-    mutable=[BATCH_STATS, QUANT_STATS, _INTERMEDIATES],
-    rngs={'dropout': key},
+    *arguments.args,
+    mutable=[*state.model_stats, _INTERMEDIATES],
+    # Random streams of other names than dropout's fall back to that of `params`.
+    rngs={'dropout': key, 'params': jax.random.fold_in(key, 2)},
+    **arguments.kwargs,
   )
   auxiliary = []
   for path, sown in traverse_util.flatten_dict(updated.pop(_INTERMEDIATES, {})).items():
@@ -186,10 +205,10 @@ def _gradients(state, objective, formats, batch, key):
   batch = objective.augment(batch, jax.random.fold_in(key, 1))
 
   def loss_fn(params):
-    outputs, auxiliary, stats = _forward(state, params, formats, batch, key)
-    loss = objective.loss(outputs, batch)
+    outputs, auxiliary, stats = _forward(state, objective, params, formats, batch, key)
+    loss = jnp.mean(objective.loss(outputs, batch))
     for output in auxiliary:
-      loss += objective.auxiliary_weight * objective.loss(output, batch)
+      loss += objective.auxiliary_weight * jnp.mean(objective.loss(output, batch))
     return loss, (stats, outputs)
 
   (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -197,8 +216,8 @@ def _gradients(state, objective, formats, batch, key):
   )
   metrics = {
     'loss': loss,
-    'quality': objective.quality(outputs, batch),
-    **objective.metrics(outputs, batch),
+    'quality': jnp.mean(objective.quality(outputs, batch)),
+    **jax.tree.map(jnp.mean, objective.metrics(outputs, batch)),
   }
   return gradients, stats, metrics
 
@@ -228,8 +247,10 @@ def _mean_over_samples(function, mesh, *per_sample):
       shapes, _ = jax.eval_shape(function, *first(local))
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
       total, stacked = lax.scan(accumulate, zeros, local)
-      mean = jax.tree.map(lambda a: a / num_local, total)
-    return lax.pmean(_split_over_data(mean, mesh), 'sample'), stacked
+      mean = jax.tree.map(lambda a: (a / num_local).astype(a.dtype), total)
+    averaged = lax.pmean(_split_over_data(mean, mesh), 'sample')
+    # Counts among a network's variables stay whole.
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), averaged, mean), stacked
 
   # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
   # batch norm and of the statistics are over all examples of a sample, and networks
@@ -266,10 +287,12 @@ def _split_over_data(tree, mesh):
 
 
 def _apply(state, gradients, stats):
+  stats = dict(stats)
   return state.apply_gradients(
     grads=gradients,
-    batch_stats=stats.get(BATCH_STATS, {}),
-    quant_stats=stats.get(QUANT_STATS, {}),
+    batch_stats=stats.pop(BATCH_STATS, {}),
+    quant_stats=stats.pop(QUANT_STATS, {}),
+    collections=stats,
   )
 
 
@@ -297,8 +320,10 @@ def make_search_step(
     formats = space.bind(choices, state.step >= problem.activation_delay)
     gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
     if problem.held_out:
-      outputs, _, _ = _forward(state, state.params, formats, batch['reward'], key)
-      metrics['quality'] = objective.quality(outputs, batch['reward'])
+      outputs, _, _ = _forward(
+        state, objective, state.params, formats, batch['reward'], key
+      )
+      metrics['quality'] = jnp.mean(objective.quality(outputs, batch['reward']))
     return (gradients, stats), metrics
 
   def search_step(state, batch):
@@ -349,7 +374,7 @@ def make_train_step(
   def train_step(state, batch):
     formats = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
     key = jax.random.fold_in(state.key, state.step)
-    keys = jax.random.split(key, batch['label'].shape[0])
+    keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
 
     def one_sample(batch, key):
       gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
@@ -391,7 +416,7 @@ def skip_unsound(
 
 
 def make_statistics_step(
-  space: SearchSpace, mesh: Mesh
+  space: SearchSpace, objective: Objective, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Any]:
   """Returns the jitted step that measures batch norm's statistics on one batch.
 
@@ -403,13 +428,13 @@ def make_statistics_step(
   """
 
   def statistics_step(state, choices, batch):
-    images = batch['image'].reshape(-1, *batch['image'].shape[2:])
+    batch = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
     formats = space.bind(choices)
 
     def updated(old):
       _, _, stats = _forward(
           state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
-          state.params, formats, {'image': images}, state.key,
+          objective, state.params, formats, batch, state.key,
       )  # fmt: skip
       return stats.get(BATCH_STATS, {})
 
@@ -429,34 +454,51 @@ def make_statistics_step(
 
 
 def make_eval_step(
-  space: SearchSpace, mesh: Mesh
+  space: SearchSpace, objective: Objective, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
   """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
 
   Returns:
-    `(state, choices int32[N], batch) -> sums`: of `accuracy` and `loss` over the
-    examples whose `mask` is True, and `num_examples`.
+    `(state, choices int32[N], batch) -> sums`: of `objective.evaluation` over the
+    examples that `objective.mask` lets count, and `num_examples`.
+
+  Raises:
+    ValueError: in the first call, where a value is not of a shape that can be summed.
   """
 
   def eval_step(state, choices, batch):
     variables = {
         'params': state.params, FORMATS: space.bind(choices), **state.model_stats
     }  # fmt: skip
-    logits = state.apply_fn(variables, batch['image'], train=False)
-    correct = _is_correct(logits, batch['label'])
-    losses = cross_entropy(logits, batch['label'])
-    mask = batch['mask']
-    return {
-      'accuracy': jnp.sum(correct & mask),
-      'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
-      'num_examples': jnp.sum(mask),
+    arguments = objective.arguments(batch, False)
+    outputs = state.apply_fn(variables, *arguments.args, **arguments.kwargs)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    mask = objective.mask and objective.mask(batch)
+    sums = {
+      name: _sum_over_examples(name, values, mask, size)
+      for name, values in objective.evaluation(outputs, batch).items()
     }
+    counted = jnp.int32(size) if mask is None else jnp.sum(mask)
+    return {**sums, 'num_examples': counted}
 
   return jax.jit(
     eval_step,
-    in_shardings=(replicated(mesh), replicated(mesh), eval_sharding(mesh)),
+    in_shardings=(replicated(mesh), replicated(mesh), None),
     out_shardings=replicated(mesh),
   )
+
+
+def _sum_over_examples(name, values, mask, size):
+  if values.ndim == 0 and mask is None:
+    return values * size
+  if values.shape[:1] != (size,):
+    mean = '[], the mean, or ' if mask is None else ''
+    raise ValueError(
+      f'{name} has shape {values.shape} for a batch of {size} examples: expected '
+      f'{mean}[{size}, ...], a value for each'
+    )
+  values = jnp.mean(values.reshape(size, -1).astype(jnp.float32), axis=1)
+  return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
 
 
 def _jit_step(step, mesh):

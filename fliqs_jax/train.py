@@ -1,8 +1,10 @@
 """The one loop, for search and for fixed formats, and what comes before and after."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import functools
+import itertools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import grain
@@ -10,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
 
 from fliqs_jax import assembly, assignments, budget, display, health, input_pipeline
-from fliqs_jax import results, steps, subnetworks, workdirs
+from fliqs_jax import pretrained, results, steps, subnetworks, workdirs
 from fliqs_jax.architecture import searched
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -25,6 +26,16 @@ from fliqs_jax.train_state import TrainState, create_train_state
 _logger = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 3
+
+
+class Data(NamedTuple):
+  """Where a run's batches come from, numpy arrays in dicts."""
+
+  # (seed, sharding) -> this process's part of batches `[S, B, ...]`, in the order that
+  # the seed sets. The iterator tells and takes its position.
+  train: Callable[[int, jax.sharding.Sharding], grain.DatasetIterator]
+  # (sharding) -> its part of batches `[B, ...]` that have each example once.
+  evaluation: Callable[[jax.sharding.Sharding], Iterable[steps.Batch]]
 
 
 def run(
@@ -50,7 +61,22 @@ def run(
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
     return _evaluate_checkpoint(config, workdir)
-  setup, builder = check(config, workdir, allow_config_change)
+  plan = check(config, workdir, allow_config_change)
+  return run_plan(config, workdir, plan)
+
+
+class Plan(NamedTuple):
+  """What a run needs besides its config."""
+
+  setup: assembly.Setup
+  data: Data
+  start: pretrained.Variables | None  # None for random variables
+
+
+def run_plan(
+  config: ml_collections.ConfigDict, workdir: epath.Path, plan: Plan
+) -> dict[str, Any]:
+  """Trains what was checked, resuming as `run` does, and returns the result."""
   path = workdir / results.RESULT_FILE
   if path.exists():
     result = results.read_result(path)
@@ -60,15 +86,15 @@ def run(
   with workdirs.lock(workdir):
     if jax.process_index() == 0:
       workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
-    return _train(config, workdir, setup, builder)
+    return _train(config, workdir, plan)
 
 
 def check(
   config: ml_collections.ConfigDict,
   workdir: epath.Path,
   allow_config_change: bool = False,
-) -> tuple[assembly.Setup, tfds.core.DatasetBuilder]:
-  """Returns the setup and the dataset of a run; prepares a packaged dataset.
+) -> Plan:
+  """Returns what a run needs; prepares a packaged dataset.
 
   Args:
     config: resolved, to search or to train.
@@ -78,18 +104,40 @@ def check(
   Raises:
     ConfigError: with all that stands in the way of the run.
   """
-  attempt = _Attempts()
+  attempt = Attempts()
   fixed = attempt(_fixed_formats, config)
   if config.mode == 'train':
     fixed = fixed or 'float32'
   architecture = attempt(subnetworks.read_architecture, config) or {}
-  setup = attempt(assembly.build, config, jax.device_count(), fixed, architecture)
-  builder = attempt(input_pipeline.find_builder, config)
+  setup = attempt(assembly.build, config, jax.device_count(), fixed, None, architecture)
+  start = check_start(attempt, config, setup)
   attempt(workdirs.check, config, workdir, allow_config_change)
+  return Plan(setup, _configured_data(config, attempt), start)
+
+
+def check_start(
+  attempt: 'Attempts',
+  config: ml_collections.ConfigDict,
+  setup: assembly.Setup | None,
+  given: pretrained.Variables | None = None,
+) -> pretrained.Variables | None:
+  """Returns the variables to start from: given ones, or those that the config names."""
+  start = given or attempt(pretrained.read, config.init_from)
+  if setup and start:
+    attempt(pretrained.check, setup.model, setup.example, start)
+  return start
+
+
+def _configured_data(config, attempt):
+  """Returns the batches of a dataset; raises all problems."""
+  builder = attempt(input_pipeline.find_builder, config)
   attempt.raise_problems()
   attempt(input_pipeline.prepare, config, builder)
   attempt.raise_problems()
-  return setup, builder
+  return Data(
+    functools.partial(input_pipeline.train_batches, config, builder),
+    functools.partial(input_pipeline.eval_batches, config, builder),
+  )
 
 
 def _fixed_formats(config):
@@ -106,14 +154,15 @@ def _fixed_formats(config):
   return assignments.read(config.formats) if config.formats else None
 
 
-def _train(config, workdir, setup, builder):
+def _train(config, workdir, plan):
   """Trains from the newest checkpoint, or from the start, to the result."""
+  setup, data, start = plan
   num_samples = config.search.num_samples if setup.problem else 1
   mesh = steps.make_mesh(num_samples)
-  state = _initial_state(config, setup, mesh)
-  batches = input_pipeline.train_batches(
-    config, builder, config.seed, steps.batch_sharding(mesh)
-  )
+  state = initial_state(setup, mesh, config.seed)
+  if start:
+    state = pretrained.start_from(state, start)
+  batches = data.train(config.seed, steps.batch_sharding(mesh))
   with Checkpoints(workdir) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
@@ -123,29 +172,33 @@ def _train(config, workdir, setup, builder):
       state = _loop(config, workdir, setup, mesh, state, batches, step_fn, checkpoints)
       choices, _ = _final_choices(config, setup, state)
       _logger.info('Re-estimating batch norm and evaluating.')
-      state = _reestimate(config, setup, mesh, builder, state, choices)
+      state = _reestimate(config, setup, mesh, data, state, choices)
       checkpoints.save(state, batches)
   choices, policy = _final_choices(config, setup, state)
-  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, policy, evaluation)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.RESULT_FILE, result)
   return result
 
 
-def _initial_state(config, setup, mesh):
+def initial_state(
+  setup: assembly.Setup, mesh: jax.sharding.Mesh, seed: int
+) -> TrainState:
+  """Returns the state before the first step, on all devices."""
+
   def init(key):
+    example = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), setup.example.args)
     return create_train_state(
       setup.model,
-      jnp.zeros(setup.inputs.shape, setup.inputs.dtype),
+      setup.example._replace(args=example),
       setup.optimizer,
       setup.problem and setup.problem.controller,
       key,
-      setup.preprocess,
     )
 
   init = jax.jit(init, out_shardings=steps.replicated(mesh))
-  return init(jax.random.key(config.seed))
+  return init(jax.random.key(seed))
 
 
 def _make_step(config, setup, mesh):
@@ -187,7 +240,7 @@ def _loop(
     for step in range(start, config.num_steps):
       if commits and step == config.search.commit_step:
         state = _commit(setup, state, mesh)
-      batch = jax.make_array_from_process_local_data(sharding, next(batches))
+      batch = jax.make_array_from_process_local_data(sharding, _next(batches, step))
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
@@ -209,6 +262,15 @@ def _loop(
       if stop:
         raise Preempted(f'stopped by SIGTERM at step {done}: start me again to go on')
   return state
+
+
+def _next(batches, step):
+  for batch in batches:
+    return batch
+  raise ConfigError(
+    f'the training batches ended after {step} steps: expected more, or fewer '
+    'num_steps; a list, or a function that returns an iterator, starts over'
+  )
 
 
 def _average(config, setup, pending, step, checkpoints):
@@ -263,34 +325,59 @@ def _final_choices(config, setup, state):
   return np.argmax(policy, axis=1).astype(np.int32), policy
 
 
-def _reestimate(config, setup, mesh, builder, state, choices):
+def _reestimate(config, setup, mesh, data, state, choices):
   """Returns the state with batch norm's statistics under the final formats."""
   if not state.batch_stats:
     return state
-  statistics_step = steps.make_statistics_step(setup.space, mesh)
+  statistics_step = steps.make_statistics_step(setup.space, setup.objective, mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = input_pipeline.train_batches(
-    config, builder, config.seed + 1, steps.batch_sharding(mesh)
-  )
+  batches = data.train(config.seed + 1, steps.batch_sharding(mesh))
   choices = jax.device_put(choices, steps.replicated(mesh))
-  total = jax.tree.map(jnp.zeros_like, state.batch_stats)
-  for _ in range(config.search.statistics_batches):
-    batch = jax.make_array_from_process_local_data(
-      steps.batch_sharding(mesh), next(batches)
-    )
+  total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
+  for batch in itertools.islice(batches, config.search.statistics_batches):
+    batch = jax.make_array_from_process_local_data(steps.batch_sharding(mesh), batch)
     total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
-  mean = jax.tree.map(lambda a: a / config.search.statistics_batches, total)
+    count += 1
+  if not count:
+    _logger.warning('No batches are left: batch norm keeps its moving averages.')
+    return state
+  mean = jax.tree.map(lambda a: a / count, total)
   return state.replace(batch_stats=mean)
 
 
-def _evaluate(config, setup, mesh, builder, state, choices):
-  """Returns accuracy, loss and the number of examples of the evaluation split."""
-  eval_step = steps.make_eval_step(setup.space, mesh)
+def restored_state(
+  setup: assembly.Setup, workdir: epath.Path
+) -> tuple[TrainState, jax.sharding.Mesh]:
+  """Returns a state with the variables of a run's newest checkpoint, and its mesh.
+
+  Raises:
+    ConfigError: where there is no checkpoint.
+  """
+  mesh = steps.make_mesh(1)
+  state = initial_state(setup, mesh, 0)
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise ConfigError(f'{str(workdir)!r} holds no checkpoint to evaluate')
+    return checkpoints.restore_variables(state), mesh
+
+
+def evaluate(
+  setup: assembly.Setup,
+  mesh: jax.sharding.Mesh,
+  data: Data,
+  state: TrainState,
+  choices: np.ndarray,
+) -> dict[str, float]:
+  """Returns the means over all examples of the evaluation, and their number."""
+  eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
   choices = jax.device_put(choices, steps.replicated(mesh))
   sums = []
   sharding = steps.eval_sharding(mesh)
-  for batch in input_pipeline.eval_batches(config, builder, sharding):
-    batch = jax.make_array_from_process_local_data(sharding, batch)
+  for batch in data.evaluation(sharding):
+    # A last batch may be too small to be split over the devices.
+    uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
+    placed = steps.replicated(mesh) if uneven else sharding
+    batch = jax.make_array_from_process_local_data(placed, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))
@@ -303,23 +390,21 @@ def _evaluate(config, setup, mesh, builder, state, choices):
 def _evaluate_checkpoint(config, workdir):
   """Evaluates a checkpoint under its own formats or given ones."""
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
-  attempt = _Attempts()
+  attempt = Attempts()
   assignment = attempt(_evaluated_formats, config, source)
   architecture = attempt(_evaluated_architecture, config, source) or {}
   setup = attempt(
-    assembly.build, config, jax.device_count(), assignment or 'float32', architecture
+    assembly.build,
+    config,
+    jax.device_count(),
+    assignment or 'float32',
+    None,
+    architecture,
   )
-  builder = attempt(input_pipeline.find_builder, config)
-  attempt.raise_problems()
-  attempt(input_pipeline.prepare, config, builder)
-  attempt.raise_problems()
-  mesh = steps.make_mesh(1)
-  with Checkpoints(source, read_only=True) as checkpoints:
-    if checkpoints.latest_step() is None:
-      raise ConfigError(f'{str(source)!r} holds no checkpoint to evaluate')
-    state = _restore_variables(config, setup, mesh, checkpoints, source)
+  data = _configured_data(config, attempt)
   choices = np.zeros(0, np.int32)
-  evaluation = _evaluate(config, setup, mesh, builder, state, choices)
+  state, mesh = _evaluated_state(config, setup, source)
+  evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, None, evaluation)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.EVAL_FILE, result)
@@ -333,13 +418,12 @@ def _evaluated_architecture(config, source):
   return subnetworks.evaluated_architecture(config, source, trained)
 
 
-def _restore_variables(config, setup, mesh, checkpoints, source):
-  state = _initial_state(config, setup, mesh)
+def _evaluated_state(config, setup, source):
   if not subnetworks.holds_supernet(workdirs.read_config(source)):
-    return checkpoints.restore_variables(state)
+    return restored_state(setup, source)
   model, _ = assembly.build_model(config, choose=searched)
-  supernet = _initial_state(config, setup._replace(model=model), mesh)
-  return subnetworks.slice_state(checkpoints.restore_variables(supernet), state)
+  supernet, mesh = restored_state(setup._replace(model=model), source)
+  return subnetworks.slice_state(supernet, initial_state(setup, mesh, 0)), mesh
 
 
 def _evaluated_formats(config, source):
@@ -360,18 +444,20 @@ def _evaluated_formats(config, source):
   return results.read_result(source / results.RESULT_FILE)['formats']
 
 
-class _Attempts:
+class Attempts:
   """Calls functions and gathers their problems, to report all of them together."""
 
   def __init__(self):
     self.problems = []
 
-  def __call__(self, function, *args):
+  def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns the function's result, or None where it raises a ValueError."""
     try:
       return function(*args)
     except ValueError as error:
       self.problems += str(error).splitlines()
 
-  def raise_problems(self):
+  def raise_problems(self) -> None:
+    """Raises ConfigError where there were problems."""
     if self.problems:
       raise ConfigError(*self.problems)

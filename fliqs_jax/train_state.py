@@ -1,9 +1,10 @@
 """The train state: everything that a step reads and writes."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import struct
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,13 @@ from fliqs_jax.layers import QUANT_STATS
 BATCH_STATS = 'batch_stats'
 
 
+class Arguments(NamedTuple):
+  """What a network is called with."""
+
+  args: tuple[Any, ...]
+  kwargs: Mapping[str, Any]  # static: whether to train, by the name that it has there
+
+
 class TrainState(train_state.TrainState):
   """Flax's train state (step, params, opt_state, and static apply_fn, tx), and more."""
 
@@ -23,42 +31,45 @@ class TrainState(train_state.TrainState):
   controller: ControllerState | None  # None where formats are fixed
   skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
+  # What else the network updates: {collection: variables}.
+  collections: Mapping[str, Any] = struct.field(default_factory=dict)
 
   @property
   def model_stats(self) -> dict[str, Any]:
     """The variable collections that a forward pass in training updates."""
-    return {BATCH_STATS: self.batch_stats, QUANT_STATS: self.quant_stats}
+    return {
+      BATCH_STATS: self.batch_stats,
+      QUANT_STATS: self.quant_stats,
+      **self.collections,
+    }
 
 
 def create_train_state(
   model: nn.Module,
-  inputs: jax.Array,
+  example: Arguments,
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
-  preprocess: Callable[[jax.Array], jax.Array] = lambda inputs: inputs,
 ) -> TrainState:
   """Returns the state before the first step.
 
   Args:
-    model: the network, called as `model(inputs, train)`.
-    inputs: an example input, in any batch size.
+    model: the network: a linen module, or another object with its `init` and `apply`.
+    example: what the network is called with, in any batch size.
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
-    preprocess: of the inputs in a batch, to what the network takes.
   """
   init_key, run_key = jax.random.split(key)
-  variables = model.init(init_key, inputs, train=False)
+  variables = dict(model.init(init_key, *example.args, **example.kwargs))
   return TrainState.create(
-    apply_fn=lambda variables, inputs, **options: model.apply(
-      variables, preprocess(inputs), **options
-    ),
-    params=variables['params'],
+    apply_fn=model.apply,
+    params=variables.pop('params'),
     tx=optimizer,
-    batch_stats=variables.get(BATCH_STATS, {}),
-    quant_stats=variables.get(QUANT_STATS, {}),
+    batch_stats=variables.pop(BATCH_STATS, {}),
+    quant_stats=variables.pop(QUANT_STATS, {}),
     controller=controller and controller.init(),
     skipped=jnp.zeros((), jnp.int32),
     key=run_key,
+    collections=variables,
   )

@@ -58,7 +58,10 @@ def _resized(layer, inputs, outputs, kernel, present):
     input_shape=tuple(input_shape),
     kernel_shape=tuple(kernel_shape),
     output_shape=tuple(output_shape),
-    macs=math.prod(output_shape) * elements // kernel_shape[axes.w_outputs],
+    macs=layer.calls
+    * math.prod(output_shape)
+    * elements
+    // kernel_shape[axes.w_outputs],
     params=elements + biases,
     arguments=tuple(sorted(arguments.items())),
     sizes=None,

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
+import tensorflow as tf
 
 from fliqs_jax import results
 from fliqs_jax.config import ConfigError
@@ -70,6 +71,26 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   if not isinstance(content, dict):
     raise ValueError(f'{str(path)!r} is damaged: expected a JSON object')
   return ml_collections.ConfigDict(content, convert_dict=True)
+
+
+def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Returns the lines of a run's history; none where it has not begun.
+
+  Raises:
+    ValueError: where it is damaged. A last line that was cut off is left out.
+  """
+  path = workdir / HISTORY_FILE
+  try:
+    lines = path.read_text().splitlines() if path.exists() else []
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+  rows = []
+  for number, line in enumerate(lines, 1):
+    if _step_of(line) < float('inf'):
+      rows.append(json.loads(line))
+    elif number < len(lines):
+      raise ValueError(f'{str(path)!r} is damaged: line {number} is not of a history')
+  return rows
 
 
 @contextlib.contextmanager
@@ -135,12 +156,14 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
 def _failures_named(workdir):
   try:
     yield
-  except OSError as error:
+  except (OSError, tf.errors.OpError) as error:
     raise RunError(_cannot_write(workdir, error)) from None
 
 
 def _cannot_write(workdir, error):
-  return f'cannot write to workdir {str(workdir)!r}: {error.strerror or error}'
+  reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+  reason = reason.rpartition('}} ')[2]  # after the operation that TensorFlow names
+  return f'cannot write to workdir {str(workdir)!r}: {reason}'
 
 
 def _is_remote(path):
@@ -174,8 +197,12 @@ class History:
   def __enter__(self) -> 'History':
     return self
 
-  def __exit__(self, *_) -> None:
-    if self._events:
+  def __exit__(self, error_type, *_) -> None:
+    if not self._events:
+      return
+    # What stopped the run is not hidden by what that did to the events.
+    expected = (RunError,) if error_type else ()
+    with contextlib.suppress(*expected), _failures_named(self._workdir):
       self._events.close()
 
   def write(
@@ -203,9 +230,10 @@ class History:
 
 def _step_of(line):
   try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError, TypeError):
+    step = json.loads(line)['step']
+  except (ValueError, KeyError, TypeError, RecursionError):
     return float('inf')  # cut off by an interruption
+  return step if isinstance(step, int) else float('inf')
 
 
 def _flatten(tree, prefix=''):

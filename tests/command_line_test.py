@@ -68,10 +68,14 @@ def test_search_from_the_command_line(tmp_path, data_dir):
     'of the target',
     'One-shot accuracy',
     'Files:',
+    'Report:',
   ):
     assert text in result.stdout
   assert 'step 8/8' in result.stderr
   assert (tmp_path / 'run' / 'search_result.json').exists()
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  for text in ('stage4_block2/conv2', 'Where the cost is', 'How the policy got there'):
+    assert text in page
 
 
 def test_overview_reproduces_a_published_cost():

@@ -7,13 +7,21 @@ CORE = (
     'architecture', 'formats', 'quantizers', 'layers', 'variants', 'search_space',
     'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'marks', 'operands', 'searchable', 'tasks',
     'assignments', 'figures',
 )  # fmt: skip
-FORBIDDEN = ('tensorflow', 'tensorflow_datasets', 'grain', 'clu', 'orbax.checkpoint')
+FORBIDDEN = (
+  'tensorflow',
+  'tensorflow_datasets',
+  'grain',
+  'clu',
+  'orbax.checkpoint',
+  'matplotlib',
+)
 
 
 def test_core_imports():
-  modules = ', '.join(f'fliqs_jax.{name}' for name in CORE)
+  modules = ', '.join(['fliqs_jax', *(f'fliqs_jax.{name}' for name in CORE)])
   script = f'import sys, {modules}\nprint([m for m in {FORBIDDEN} if m in sys.modules])'
   result = subprocess.run(
     [sys.executable, '-c', script], capture_output=True, text=True, check=True

@@ -34,6 +34,10 @@ class Classifier(nn.Module):
     return dense(CLASSES)(x)
 
 
+def arguments(inputs):
+  return train_state.Arguments((inputs,), {'train': False})
+
+
 def make_problem(num_samples, activation_delay=0, held_out=False):
   model, inputs = Classifier(), jnp.zeros((1, FEATURES))
   found = search_space.discover(model, inputs, train=False)
@@ -57,7 +61,7 @@ def make_problem(num_samples, activation_delay=0, held_out=False):
 
   def init(mesh):
     state = train_state.create_train_state(
-      model, inputs, optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
+      model, arguments(inputs), optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
     )
     return jax.device_put(state, steps.replicated(mesh))
 
@@ -204,7 +208,7 @@ def test_train_step_with_float32_is_plain_training():
 def test_statistics_step_gives_the_batch_statistics(num_devices):
   mesh = steps.make_mesh(2, jax.devices()[:num_devices])
   problem, init = make_problem(2)
-  step = steps.make_statistics_step(problem.space, mesh)
+  step = steps.make_statistics_step(problem.space, steps.classification(), mesh)
   state, batch = init(mesh), make_batch(2)
   choices = jnp.zeros(2, jnp.int32)
   stats = step(
@@ -230,7 +234,10 @@ def test_statistics_step_gives_the_batch_statistics(num_devices):
 def test_eval_step_counts_what_is_not_padding():
   mesh = steps.make_mesh(1, jax.devices()[:2])
   problem, init = make_problem(1)
-  step, state = steps.make_eval_step(problem.space, mesh), init(mesh)
+  step, state = (
+    steps.make_eval_step(problem.space, steps.classification(), mesh),
+    init(mesh),
+  )
   batch = {key: value[0] for key, value in make_batch(1).items()}
   mask = np.arange(EXAMPLES) < 5
   choices = jax.device_put(jnp.ones(2, jnp.int32), steps.replicated(mesh))
@@ -306,7 +313,7 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
   mesh = steps.make_mesh(1, jax.devices()[:1])
   state = jax.device_put(
     train_state.create_train_state(
-      model, inputs, optax.sgd(LEARNING_RATE), None, jax.random.key(1)
+      model, arguments(inputs), optax.sgd(LEARNING_RATE), None, jax.random.key(1)
     ),
     steps.replicated(mesh),
   )

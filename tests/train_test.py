@@ -15,7 +15,8 @@ from fliqs_jax.config import ConfigError, resolve
 
 RESULT_FIELDS = {
     'model', 'dataset', 'cost_model', 'cost_unit', 'target', 'cost', 'seed', 'steps',
-    'formats', 'architecture', 'eval', 'uniform_costs', 'policy', 'versions', 'config',
+    'formats', 'layers', 'architecture', 'eval', 'uniform_costs', 'policy', 'versions',
+    'config',
 }  # fmt: skip
 
 

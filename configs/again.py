@@ -1,0 +1,19 @@
+"""The config of a run that there is, to do it again.
+
+python -m fliqs_jax.main --config=configs/again.py:runs/digits --workdir=runs/again
+"""
+
+from etils import epath
+import ml_collections
+
+from fliqs_jax import workdirs
+from fliqs_jax.config import default_config
+
+
+def get_config(workdir: str) -> ml_collections.ConfigDict:
+  """Returns the config of the run in a folder."""
+  found = workdirs.read_config(epath.Path(workdir))
+  config = default_config()
+  config.model = found.model
+  config.update(found)
+  return config

@@ -1,0 +1,25 @@
+"""Writes the report of runs, finished or not, as one page that needs no network.
+
+    python -m fliqs_jax.report --workdir=runs/digits --workdir=runs/int3
+
+The page is about the first run; others are set beside it. It goes into the first
+workdir as `report.html`, or to --out, and its figures as PNG into a folder beside it.
+docs/report.md says how to read it.
+"""
+
+from absl import flags
+
+from fliqs_jax import command_line, report_page
+
+_WORKDIR = flags.DEFINE_multi_string('workdir', None, 'Folder of a run; repeatable.')
+_OUT = flags.DEFINE_string('out', None, 'The page to write.')
+
+
+def main(argv):
+  """Writes the report of the given workdirs."""
+  del argv
+  print(f'Report: {report_page.write(_WORKDIR.value, _OUT.value)}')
+
+
+if __name__ == '__main__':
+  command_line.run(main, required=('workdir',))

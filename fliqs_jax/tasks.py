@@ -1,0 +1,138 @@
+"""A user's task: what feeds the network, and what its outputs are worth."""
+
+from collections.abc import Callable
+import inspect
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fliqs_jax import steps
+from fliqs_jax.config import ConfigError
+from fliqs_jax.names import not_among
+from fliqs_jax.steps import Batch, Metrics, Objective
+from fliqs_jax.train_state import Arguments
+
+Score = Callable[[Any, Batch], jax.Array]  # (outputs, batch) -> [] or [B, ...]
+
+# How networks name the flag of their call that tells training, and its value then.
+_TRAIN_FLAGS = {
+  'train': True, 'training': True, 'is_training': True, 'deterministic': False
+}  # fmt: skip
+
+
+def make_objective(
+  model: nn.Module,
+  loss: Score | None = None,
+  quality: Score | None = None,
+  metrics: Callable[[Any, Batch], Metrics] | None = None,
+  inputs: str | Callable[[Batch], Any] = 'image',
+) -> Objective:
+  """Returns the objective of a task.
+
+  Args:
+    model: the network, whose call may take one of the flags `train`, `training`,
+      `is_training` and `deterministic`.
+    loss: what training minimises, of (outputs, batch): a mean over the batch, or a
+      value for each example. By default the cross entropy of logits and
+      `batch['label']`.
+    quality: what the search rewards, in the same form. By default the accuracy, or,
+      with a loss of the user's, minus that loss.
+    metrics: what else is logged and evaluated, a dict of such values.
+    inputs: the entry of a batch that the network is called with, or a function from a
+      batch to its argument or to the tuple of its arguments.
+  """
+  objective = steps.classification()
+  parts = {'loss': loss or objective.loss, 'quality': quality}
+  if quality is None:
+    parts['quality'] = objective.quality if loss is None else _minus(loss)
+  if loss is None and quality is None:
+    own_metrics, own_evaluation = objective.metrics, objective.evaluation
+  else:
+    own_metrics = lambda outputs, batch: {}
+    own_evaluation = lambda outputs, batch: {
+      name: part(outputs, batch) for name, part in parts.items()
+    }
+  more = metrics or (lambda outputs, batch: {})
+  return objective._replace(
+    **parts,
+    metrics=lambda *args: {**own_metrics(*args), **more(*args)},
+    evaluation=lambda *args: {**own_evaluation(*args), **more(*args)},
+    arguments=_arguments(model, inputs),
+    mask=None,
+  )
+
+
+def _minus(loss):
+  return lambda outputs, batch: -jnp.asarray(loss(outputs, batch))
+
+
+def _arguments(model, inputs):
+  """Returns the function from (batch, train) to what the network is called with."""
+  taken = inspect.signature(type(model).__call__).parameters
+  flags = {name: value for name, value in _TRAIN_FLAGS.items() if name in taken}
+
+  def arguments(batch: Batch, train: bool) -> Arguments:
+    args = _entry(batch, inputs) if isinstance(inputs, str) else inputs(batch)
+    return Arguments(
+      args if isinstance(args, tuple) else (args,),
+      {name: value == train for name, value in flags.items()},
+    )
+
+  return arguments
+
+
+def _entry(batch, name):
+  if name not in batch:
+    given = f'the network is fed from {name!r}, which a batch lacks'
+    raise ConfigError(
+      not_among(given, name, batch, f'inputs to name one of {", ".join(batch)}')
+    )
+  return batch[name]
+
+
+def check(model: Any, objective: Objective, batch: Batch) -> None:
+  """Checks, by tracing, that a network and its objective fit a batch `[B, ...]`.
+
+  Raises:
+    ConfigError: where they return what a search cannot use.
+  """
+
+  def forward(batch):
+    example = objective.arguments(batch, False)
+    variables = model.init(jax.random.key(0), *example.args, **example.kwargs)
+    call = objective.arguments(batch, True)
+    collections = [name for name in variables if name != 'params']
+    key = jax.random.key(0)
+    outputs, updated = model.apply(
+      variables,
+      *call.args,
+      mutable=collections,
+      rngs={'params': key, 'dropout': key},
+      **call.kwargs,
+    )
+    values = {
+      'loss': objective.loss(outputs, batch),
+      'quality': objective.quality(outputs, batch),
+      **objective.metrics(outputs, batch),
+    }
+    return values, {name: variables[name] for name in collections}, updated
+
+  values, before, after = jax.eval_shape(forward, batch)
+  size = jax.tree.leaves(batch)[0].shape[0]
+  problems = [
+    f'{name} has shape {value.shape} for a batch of {size} examples: expected [], the '
+    f'mean, or [{size}, ...], a value for each'
+    for name, value in values.items()
+    if value.shape[:1] not in ((), (size,))
+  ]
+  shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+  problems += [
+    f'the network changes the shape of its collection {name!r} as it is called: '
+    'expected the shapes that `init` makes; what is sown belongs in `intermediates`'
+    for name in before
+    if shapes(before[name]) != shapes(after.get(name))
+  ]
+  if problems:
+    raise ConfigError(*problems)

@@ -1,0 +1,271 @@
+"""The Python interface: the README's example, a sequence model, and wrong input."""
+
+import functools
+import re
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT
+
+import fliqs_jax
+from fliqs_jax import assembly, batches, display, pretrained, tasks, train_state
+from fliqs_jax.config import ConfigError
+
+LENGTH, SYMBOLS = 8, 5
+
+
+class Sequence(nn.Module):
+  """One block of attention, with a counter of its own and dropout."""
+
+  @nn.compact
+  def __call__(self, tokens, deterministic):
+    x = nn.Embed(SYMBOLS, 8)(tokens)
+    mask = nn.make_causal_mask(tokens)
+    x = x + nn.MultiHeadDotProductAttention(2, name='attention')(x, mask=mask)
+    calls = self.variable('counts', 'calls', jnp.zeros, (), jnp.int32)
+    if not deterministic and self.is_mutable_collection('counts'):
+      calls.value += 1
+    x = nn.Dropout(0.1, deterministic=deterministic)(x)
+    return nn.Dense(SYMBOLS, name='head')(x)
+
+
+def sequences(sizes):
+  rng = np.random.default_rng(0)
+  for size in sizes:
+    yield {'tokens': rng.integers(SYMBOLS, size=(size, LENGTH))}
+
+
+def loss(logits, batch):
+  """Cross entropy of the next token, one value for each."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch['tokens'][:, 1:])
+
+
+TASK = {'loss': loss, 'inputs': lambda batch: batch['tokens'][:, :-1]}
+FIELDS = {'formats': ['int2', 'int4', 'int8'], 'target_format': 'int4'}
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  readme = (ROOT / 'README.md').read_text()
+  (code,) = re.findall(r'```python\n(import fliqs_jax\n.*?)```', readme, re.DOTALL)
+  names = {}
+  exec(code, names)
+  result = names['result']
+  assert set(result.formats) == {'Conv_0', 'Dense_0'}
+  assert result.cost <= result.target
+  assert result.eval['num_examples'] == 1797 - 23 * 64
+  # The result's own network is what was evaluated.
+  images, labels = names['images'][23 * 64 :], names['labels'][23 * 64 :]
+  apply = jax.jit(functools.partial(result.model.apply, train=False))
+  correct = np.sum(np.argmax(apply(result.variables, images), -1) == labels)
+  assert result.eval['accuracy'] == pytest.approx(correct / 325)
+  assert correct > 0.8 * 325
+  assert {p.name for p in (tmp_path / 'runs/own').iterdir()} >= {
+      'search_result.json', 'config.json', 'history.jsonl', 'checkpoints'
+  }  # fmt: skip
+  with pytest.raises(ConfigError, match='expected a new or empty folder'):
+    result.save('runs/own')
+
+
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory):
+  """A search of a sequence model over a generator; its folder and its evaluation."""
+  workdir = tmp_path_factory.mktemp('own') / 'run'
+  evaluation = list(sequences([16, 16, 5]))
+  result = fliqs_jax.search(
+    Sequence(), sequences([16, 16, 3, *[16] * 8]), evaluation, num_steps=10,
+    log_every=5, num_samples=2, workdir=workdir, optimizer='adamw',
+    metrics=lambda logits, batch: {'double': 2 * jnp.mean(loss(logits, batch))},
+    **TASK, **FIELDS,
+  )  # fmt: skip
+  return result, evaluation
+
+
+def test_a_sequence_model_with_a_loss_of_its_own(searched):
+  result, evaluation = searched
+  projections = {f'attention/{name}' for name in ('query', 'key', 'value', 'out')}
+  assert set(result.formats) == {*projections, 'head'}
+  assert result.cost <= result.target
+  assert [line['step'] for line in result.history] == [5, 10]
+  assert result.history[0]['quality'] == pytest.approx(-result.history[0]['loss'])
+  # Ten steps, of which each sample counted one.
+  assert result.variables['counts']['calls'] == 10
+
+  # Every example counts alike, whatever the size of its batch.
+  @jax.jit
+  def losses(batch):
+    arguments = result.variables, TASK['inputs'](batch)
+    logits = result.model.apply(*arguments, deterministic=True)
+    return jnp.mean(loss(logits, batch), axis=1)
+
+  values = np.concatenate([losses(batch) for batch in evaluation])
+  assert result.eval['num_examples'] == values.size == 37
+  assert result.eval['loss'] == pytest.approx(values.mean(), rel=1e-5)
+  assert result.eval['quality'] == pytest.approx(-values.mean(), rel=1e-5)
+  assert result.eval['double'] == pytest.approx(2 * values.mean(), rel=1e-5)
+
+
+def test_the_result_is_read_without_the_network(searched, capsys):
+  result, _ = searched
+  config = ml_collections.ConfigDict(result.content['config'])
+  layers = assembly.discover_layers(config)
+  assert [layer.path for layer in layers] == list(result.formats)
+  assert [layer.macs for layer in layers] == [
+    layer.macs for layer in result.coverage.layers
+  ]
+  display.print_result(result.content, 'DIR')
+  shown = f'quality: {result.eval["quality"]:.6g}'
+  assert shown in capsys.readouterr().out
+
+
+def test_evaluation_of_a_saved_search(searched, tmp_path):
+  result, evaluation = searched
+  result.save(tmp_path / 'saved')
+  own = fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'saved', **TASK)
+  assert own['loss'] == pytest.approx(result.eval['loss'], rel=1e-5)
+  with pytest.raises(ConfigError, match='holds no run'):
+    fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'nothing', **TASK)
+
+
+# Wrong input
+
+
+def search(train=None, model=None, **arguments):
+  train = list(sequences([16])) if train is None else train
+  arguments = {'num_steps': 4, 'num_samples': 2, **TASK, **FIELDS, **arguments}
+  return fliqs_jax.search(model or Sequence(), train, [], **arguments)
+
+
+class NoLayers(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    return nn.Embed(SYMBOLS, SYMBOLS)(tokens)
+
+
+class Sowing(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Dense(SYMBOLS)(nn.Embed(SYMBOLS, 8)(tokens))
+    self.sow('losses', 'norm', jnp.sum(x))
+    return x
+
+
+@pytest.mark.parametrize(
+  'arguments, expected',
+  [
+    ({'num_step': 3}, "unknown argument 'num_step': .* the nearest is 'num_steps'"),
+    ({'target_scale': 'much'}, "target_scale='much'"),
+    ({'target_scale': 0.01}, 'cannot be reached: expected one from'),
+    ({'num_samples': 3}, 'batch_size=16: expected a multiple of'),
+    ({'train': []}, 'train_batches is empty'),
+    ({'train': [{'tokens': np.zeros((4, 2)), 'x': np.zeros(3)}]}, 'along the first'),
+    ({'inputs': 'token'}, "fed from 'token', .* the nearest is 'tokens'"),
+    ({'model': NoLayers()}, 'no layer of NoLayers can be searched\nEmbed_0: nn.Embed'),
+    ({'model': Sowing()}, "its collection 'losses'"),
+    ({'loss': lambda logits, batch: logits.T}, r'loss has shape \(5, 7, 16\)'),
+    ({'variables': {'params': {'head': {'kernel': np.zeros((8, 4))}}}},
+     r'params/head/kernel has shape \(8, 4\): expected shape \(8, 5\)'),
+  ],
+)  # fmt: skip
+def test_wrong_input_is_named(arguments, expected, tmp_path):
+  with pytest.raises(ConfigError) as error:
+    search(**arguments, workdir=tmp_path / 'run')
+  assert re.search(expected, str(error.value), re.DOTALL), str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+# Batches
+
+
+def test_a_list_starts_over_and_a_generator_ends():
+  again = batches.TrainBatches(list(sequences([4, 4, 2])), 2, 4)
+  taken = [next(again)['tokens'] for _ in range(5)]
+  assert taken[0].shape == (2, 2, LENGTH) and taken[0].dtype == np.int32
+  np.testing.assert_array_equal(taken[0], taken[2])
+  np.testing.assert_array_equal(taken[0], taken[4])
+  once = batches.TrainBatches(sequences([4, 4]), 2, 4)
+  assert len(list(once)) == 2
+
+
+@pytest.mark.parametrize('kind', ['list', 'factory', 'generator'])
+def test_a_stream_goes_on_from_its_position(kind):
+  def source():
+    if kind == 'list':
+      return list(sequences([4] * 3))
+    return (lambda: sequences([4] * 6)) if kind == 'factory' else sequences([4] * 6)
+
+  stream = batches.TrainBatches(source(), 1, 4)
+  for _ in range(4):
+    next(stream)
+  position, expected = stream.get_state(), next(stream)
+  resumed = batches.TrainBatches(source(), 1, 4)
+  resumed.set_state(position)
+  jax.tree.map(np.testing.assert_array_equal, next(resumed), expected)
+
+
+def test_the_first_batch_is_seen_twice():
+  first, source = batches.first_batch(sequences([4, 4]))
+  taken = [batch['tokens'] for batch in batches.eval_batches(source)]
+  assert len(taken) == 2
+  np.testing.assert_array_equal(first['tokens'], taken[0])
+
+
+@pytest.mark.parametrize(
+  'flag, value', [('train', True), ('is_training', True), ('deterministic', False)]
+)
+def test_the_flag_of_training_has_many_names(flag, value):
+  scope = {}
+  exec(f'def call(self, x, {flag}=None): return x', scope)
+  model = type('Model', (nn.Module,), {'__call__': scope['call']})()
+  arguments = tasks.make_objective(model).arguments
+  batch = {'image': 1}
+  assert arguments(batch, True) == ((1,), {flag: value})
+  assert arguments(batch, False) == ((1,), {flag: not value})
+
+
+# Variables to start from
+
+
+def test_variables_of_any_orbax_checkpoint(searched, tmp_path):
+  result, _ = searched
+  params = result.variables['params']
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'standard', {'params': params, 'step': 3})
+  for path in (tmp_path / 'standard', result.workdir):
+    given = pretrained.read(str(path))
+    jax.tree.map(np.testing.assert_array_equal, given['params'], params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'other', {'weights': params})
+  with pytest.raises(ValueError, match='expected a checkpoint with `params`, found w'):
+    pretrained.read(str(tmp_path / 'other'))
+  with pytest.raises(ValueError, match='does not exist'):
+    pretrained.read(str(tmp_path / 'nothing'))
+
+
+def test_a_start_is_checked_and_taken(searched):
+  result, _ = searched
+  example = train_state.Arguments(
+    (jnp.zeros((1, LENGTH), jnp.int32),), {'deterministic': True}
+  )
+  params = dict(result.variables['params'])
+  pretrained.check(Sequence(), example, {'params': params})
+  state = train_state.create_train_state(
+    Sequence(), example, optax.sgd(0.1), None, jax.random.key(5)
+  )
+  started = pretrained.start_from(state, {'params': params})
+  jax.tree.map(np.testing.assert_array_equal, started.params, params)
+  params['neck'] = params.pop('head')
+  with pytest.raises(ValueError) as error:
+    pretrained.check(Sequence(), example, {'params': params})
+  assert [line.split(': ')[1] for line in str(error.value).splitlines()] == [
+    'params/head/bias is missing',
+    'params/head/kernel is missing',
+    'params/neck/bias (5,) is unknown to the network',
+    'params/neck/kernel (8, 5) is unknown to the network',
+  ]
