@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and are committed with pictures."""
+"""The notebooks run from first cell to last, and are committed with pictures."""
 
 import os
 import sys
