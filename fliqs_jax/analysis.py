@@ -16,7 +16,6 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -53,8 +52,7 @@ def network_weights(
   setup = assembly.build(config, jax.device_count(), 'float32')
 
   def init(key):
-    inputs = jnp.zeros(setup.inputs.shape, setup.inputs.dtype)
-    return create_train_state(setup.model, inputs, setup.optimizer, None, key)
+    return create_train_state(setup.model, setup.example, setup.optimizer, None, key)
 
   state = jax.jit(init)(jax.random.key(config.seed))
   if workdir:

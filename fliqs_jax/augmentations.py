@@ -3,11 +3,21 @@
 Sizes are `(width, height)`, as OpenCV and PIL have them.
 """
 
+import io
+
 import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 cv2.setNumThreads(0)  # what runs in parallel is images
+
+_REDUCED = {
+  1: 0,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+_NO_IMAGE = 'an image cannot be decoded: expected a JPEG or a PNG file'
 
 # The part of the image's area and the aspect ratios of a random resized crop
 # (Szegedy et al., 2015), and what of the image evaluation sees.
@@ -23,31 +33,57 @@ MAX_LEVEL = 10
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
-def decode(encoded: bytes, num_channels: int) -> np.ndarray:
+def decode(encoded: bytes, num_channels: int, reduction: int = 1) -> np.ndarray:
   """Returns the pixels of a JPEG or PNG file, in RGB or, of one channel, in grey.
+
+  Args:
+    encoded: the file's content.
+    num_channels: 1 or 3.
+    reduction: 1, 2, 4 or 8, of both sides. A JPEG is decoded at the lower resolution,
+      each pixel the mean of those that it stands for.
 
   Raises:
     ValueError: where there is no image in it.
   """
   colour = cv2.IMREAD_GRAYSCALE if num_channels == 1 else cv2.IMREAD_COLOR_RGB
-  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION
+  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
   if image is None:
-    raise ValueError('an image cannot be decoded: expected a JPEG or a PNG file')
+    raise ValueError(_NO_IMAGE)
   return image.reshape(*image.shape[:2], num_channels)
 
 
 def random_resized_crop(
-  image: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+  encoded: bytes, num_channels: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-  """A crop of random area and aspect ratio, resized; the largest where none fits."""
-  height, width, _ = image.shape
+  """Decodes a crop of random area and aspect ratio, resized; the central one where
+  none fits.
+
+  What is at least twice as large as it will be is decoded at a lower resolution, since
+  decoding is what takes the time.
+  """
+  box = _random_box(_image_size(encoded), rng)
+  if box is None:
+    return central_crop(decode(encoded, num_channels), size)
+  times = min(side // new for side, new in zip(box[2:], size))
+  reduction = max(r for r in _REDUCED if r <= max(times, 1))
+  image = decode(encoded, num_channels, reduction)
+  return resized_crop(image, tuple(side // reduction for side in box), size)
+
+
+def _image_size(encoded):
+  try:
+    return Image.open(io.BytesIO(encoded)).size
+  except UnidentifiedImageError:
+    raise ValueError(_NO_IMAGE) from None
+
+
+def _random_box(image_size, rng):
+  width, height = image_size
   for _ in range(10):
     w, h = _random_sides(width * height, _CROP_AREA, _CROP_RATIO, rng)
     if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-      return resized_crop(image, (left, top, w, h), size)
-  return central_crop(image, size)
+      return rng.integers(width - w + 1), rng.integers(height - h + 1), w, h
 
 
 def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -80,7 +116,9 @@ def resized_crop(
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """The image, or its mirror image, left to right."""
-  return image[:, ::-1] if rng.random() < 0.5 else image
+  if rng.random() < 0.5:
+    return image
+  return cv2.flip(image, 1).reshape(image.shape)
 
 
 def _random_sides(area, part, ratio, rng):

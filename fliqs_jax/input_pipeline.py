@@ -226,11 +226,13 @@ def _split_samples(batch, num_samples):
 
 
 def _train_example(settings, example, rng):
-  image, size = _decode(example, settings), _size(settings)
   if settings.augmentation == 'none':
-    image = augmentations.central_crop(image, size)
+    image = _central_crop(settings, example)
   else:
-    image = augmentations.random_resized_crop(image, size, rng)
+    channels = settings.image_shape[-1]
+    image = augmentations.random_resized_crop(
+      example['image'], channels, _size(settings), rng
+    )
     image = augmentations.random_flip(image, rng)
   if settings.augmentation == 'rand_augment':
     fill = tuple(round(255 * mean) for mean in settings.mean)
@@ -243,12 +245,13 @@ def _train_example(settings, example, rng):
 
 
 def _eval_example(settings, example):
-  image = augmentations.central_crop(_decode(example, settings), _size(settings))
+  image = _central_crop(settings, example)
   return {'image': image, 'label': np.int32(example['label'])}
 
 
-def _decode(example, settings):
-  return augmentations.decode(example['image'], settings.image_shape[-1])
+def _central_crop(settings, example):
+  image = augmentations.decode(example['image'], settings.image_shape[-1])
+  return augmentations.central_crop(image, _size(settings))
 
 
 def _size(settings):

@@ -188,10 +188,9 @@ def initial_state(
   """Returns the state before the first step, on all devices."""
 
   def init(key):
-    example = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), setup.example.args)
     return create_train_state(
       setup.model,
-      setup.example._replace(args=example),
+      setup.example,
       setup.optimizer,
       setup.problem and setup.problem.controller,
       key,

@@ -55,13 +55,14 @@ def create_train_state(
 
   Args:
     model: the network: a linen module, or another object with its `init` and `apply`.
-    example: what the network is called with, in any batch size.
+    example: what the network is called with, in any batch size: arrays or their shapes.
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
   """
   init_key, run_key = jax.random.split(key)
-  variables = dict(model.init(init_key, *example.args, **example.kwargs))
+  args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
+  variables = dict(model.init(init_key, *args, **example.kwargs))
   return TrainState.create(
     apply_fn=model.apply,
     params=variables.pop('params'),

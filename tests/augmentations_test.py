@@ -46,9 +46,12 @@ def test_random_crops_are_of_their_area_and_ratio():
   image = np.zeros((height, width, 3), np.uint8)
   image[..., 0] = np.arange(height)[:, None]
   image[..., 1] = np.arange(width)
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, 'PNG')
   rng, areas, ratios = np.random.default_rng(0), [], []
   for _ in range(400):
-    crop = augmentations.random_resized_crop(image, (64, 64), rng).astype(float)
+    crop = augmentations.random_resized_crop(file.getvalue(), 3, (64, 64), rng)
+    crop = crop.astype(float)
     # 64 means over equal parts span 63 of them.
     h = (crop[-1, 0, 0] - crop[0, 0, 0]) * 64 / 63
     w = (crop[0, -1, 1] - crop[0, 0, 1]) * 64 / 63
@@ -91,9 +94,30 @@ def test_decodes_as_pil_does(mode, channels):
   assert np.abs(found.astype(int) - expected).max() <= bound
 
 
-def test_broken_file():
+@pytest.mark.parametrize('reduction', [2, 4, 8])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_reduced_decoding_takes_means(reduction, channels):
+  image = Image.fromarray(noise(10, 12)).resize((96, 80), Image.Resampling.BICUBIC)
+  file = io.BytesIO()
+  image.save(file, 'JPEG', quality=95, subsampling=0)
+  found = augmentations.decode(file.getvalue(), channels, reduction)
+  whole = augmentations.decode(file.getvalue(), channels)
+  expected = area_means(whole, (96 // reduction, 80 // reduction))
+  assert found.shape == expected.shape
+  # The decoder's means are of values before they are rounded and clipped.
+  assert np.abs(found.astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize(
+  'read',
+  [
+    lambda file: augmentations.decode(file, 3),
+    lambda file: augmentations.random_resized_crop(file, 3, (8, 8), None),
+  ],
+)
+def test_broken_file(read):
   with pytest.raises(ValueError, match='expected a JPEG or a PNG file'):
-    augmentations.decode(b'no image', 3)
+    read(b'no image')
 
 
 def apply(name, image, level, sign=1):
