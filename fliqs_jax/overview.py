@@ -40,7 +40,7 @@ def overview(
     label: what to call them.
     architecture: empty for the standard one.
   """
-  setup = assembly.build(config, 1, assignment, architecture)
+  setup = assembly.build(config, 1, assignment, architecture=architecture)
   variables = jax.eval_shape(
     functools.partial(setup.model.init, **setup.example.kwargs),
     jax.random.key(0),

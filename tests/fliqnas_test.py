@@ -108,7 +108,7 @@ def test_one_of_both_is_searched_alone(joint_config):
   def decisions(decide, formats, scale, architecture=()):
     config = joint_config.copy_and_resolve_references()
     config.search.update(decide=decide, formats=formats, target_scale=scale)
-    setup = assembly.build(resolve(config), 1, None, dict(architecture))
+    setup = assembly.build(resolve(config), 1, None, None, dict(architecture))
     return setup, [decision.name for decision in setup.space.decisions]
 
   sizes = ['stage1/width', 'stage2/width', 'stage2_block2/present']
