@@ -86,7 +86,8 @@ def test_overview_reproduces_a_published_cost():
   assert result.returncode == 0, result.stderr
   content = json.loads(result.stdout)
   assert set(content) == {
-      'model', 'cost_model', 'cost_unit', 'format', 'total', 'params', 'macs', 'layers'
+      'model', 'architecture', 'cost_model', 'cost_unit', 'format', 'total', 'params',
+      'macs', 'layers',
   }  # fmt: skip
   assert (
     f'{content["total"]:.2f}' == '31.13'
