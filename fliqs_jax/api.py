@@ -20,18 +20,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import (
-  assembly,
-  assignments,
-  batches,
-  evaluation,
-  plans,
-  results,
-  search_space,
-  tasks,
-  train,
-  workdirs,
-)
+from fliqs_jax import assembly, assignments, batches, discovery, evaluation, plans
+from fliqs_jax import results, tasks, train, workdirs
 from fliqs_jax.config import ConfigError, default_config, resolve
 from fliqs_jax.layers import FORMATS
 from fliqs_jax.names import not_among
@@ -163,7 +153,7 @@ def search(
   config.model = {
     'name': type(model).__name__,
     'width': 1.0,
-    'layers': search_space.layers_to_json(network.layers),
+    'layers': discovery.layers_to_json(network.layers),
   }
   config = resolve(config)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
