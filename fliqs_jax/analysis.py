@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import quantization_error, report_figures, report_text, runs
+from fliqs_jax import quality, quantization_error, report_figures, runs
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -111,7 +111,7 @@ def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]
         'steps': [row['step'] for row in history],
         'entropy': [row['entropy'] for row in history],
         'accuracy': result['eval']['accuracy'],
-        'standard_error': report_text.standard_error(result['eval']),
+        'standard_error': quality.of(result['eval']).error,
         'cost_ratio': result['cost'] / result['target'],
       }
     )

@@ -8,7 +8,7 @@ CORE = (
     'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',
-    'assignments', 'figures',
+    'assignments', 'quality',
 )  # fmt: skip
 FORBIDDEN = (
   'tensorflow',
