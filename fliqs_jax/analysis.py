@@ -1,12 +1,13 @@
-"""Makes the paper's analysis figures of a config's network.
+r"""Makes the figures of the paper's analysis for a config's network.
 
-    python -m fliqs_jax.analysis --config=configs/resnet18.py:digits --folder=analysis
+    python -m fliqs_jax.analysis --config=configs/resnet18.py:digits \
+      --folder=runs/analysis --figure=switching
 
 switching: the error of the weights between every two formats. clipping: errors against
-clipping thresholds, and the best ones (Figure 4a). entropy: short searches with several
-entropy weights (Figure 4b); they resume in the same folder. formats: bits against depth
-and kind of layers (Figure 3), of the finished searches in --workdir, or of those that
-`entropy` made. Each leaves a PNG and its numbers as JSON in the folder.
+clipping thresholds, and the best ones (Figure 4a). entropy: four searches with other
+entropy weights (Figure 4b). formats: bits against depth and kind of layers (Figure 3),
+of the searches in --workdir, or of those that entropy made. Each leaves a PNG and its
+numbers as JSON in the folder.
 """
 
 from collections.abc import Mapping, Sequence
