@@ -1,6 +1,8 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
+from collections.abc import Mapping
 import functools
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -11,9 +13,11 @@ import ml_collections
 import numpy as np
 import optax
 
+from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import assignments, cost_models, formats, latency, models
 from fliqs_jax import preprocessing, rewards, search_space, steps
+from fliqs_jax.architecture import Choose, searched, standard
 from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
@@ -30,11 +34,16 @@ class Network(NamedTuple):
   objective: steps.Objective
 
 
+Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
+
+
 class Setup(NamedTuple):
   """All that a run needs, but data and devices' state."""
 
   model: Any
   example: Arguments  # shapes of one example, in a batch of one
+  standard_layers: tuple[search_space.Layer, ...]  # of the standard architecture
+  architecture: Architecture  # the fixed one, empty also where it is searched
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
@@ -46,38 +55,57 @@ class Setup(NamedTuple):
 
 
 def build_model(
-  config: ml_collections.ConfigDict, quantized: bool = True
+  config: ml_collections.ConfigDict,
+  quantized: bool = True,
+  choose: Choose = standard,
 ) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
   """Returns the network and the shape of one example.
+
+  Args:
+    config: the config.
+    quantized: whether its layers carry quantized operators.
+    choose: how its architecture is chosen.
 
   Raises:
     ValueError: where the network is unknown or lacks an option.
   """
-  options = config.model.to_dict()
+  # Lists, as a config from JSON has them, are no options of a linen module.
+  options = jax.tree.map(
+    _tuples, config.model.to_dict(), is_leaf=lambda x: isinstance(x, list)
+  )
   model = models.create_model(
     options.pop('name'),
     config.num_classes,
     quantized=quantized,
     operator=config.quantizer.to_dict(),
     dtype=jnp.dtype(config.dtype),
+    choose=choose,
     **options,
   )
   return model, jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
 
 
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def discover_layers(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, choose: Choose = standard
 ) -> tuple[search_space.Layer, ...]:
   """Returns the quantized layers of a config's network.
 
   Those of a network that is not among `models` are in the config of its run.
+
+  Args:
+    config: the config.
+    choose: how its architecture is chosen; `searched` gives the supernet's layers.
 
   Raises:
     ValueError: as `build_model`, or where the network does not fit its input.
   """
   if 'layers' in config.model:
     return search_space.layers_from_json(config.model.layers)
-  model, inputs = build_model(config)
+  model, inputs = build_model(config, choose=choose)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
     f'{config.input.image_shape} at width {config.model.width}'
@@ -92,13 +120,56 @@ def discover_layers(
   return layers
 
 
-def configured_network(config: ml_collections.ConfigDict) -> Network:
+def choose_architecture(
+  config: ml_collections.ConfigDict, architecture: Architecture
+) -> Choose:
+  """Returns how a config's network of a given architecture is built.
+
+  Raises:
+    ValueError: where the network has no such architecture.
+  """
+  if not architecture:
+    return standard
+  supernet = discover_layers(config, searched)
+  return architecture_lib.fix(
+    search_space.architecture_decisions(supernet), architecture
+  )
+
+
+def searched_layers(
+  config: ml_collections.ConfigDict, architecture: Architecture = MappingProxyType({})
+) -> tuple[search_space.Layer, ...]:
+  """Returns the layers that a config's search is over.
+
+  Args:
+    config: the config.
+    architecture: the fixed one, of no effect where it is searched.
+
+  Raises:
+    ValueError: as `discover_layers` and `choose_architecture`.
+  """
+  return discover_layers(config, _searched_choose(config, architecture))
+
+
+def _searched_choose(config, architecture):
+  if config.search.decide != 'formats':
+    return searched
+  return choose_architecture(config, architecture)
+
+
+def configured_network(
+  config: ml_collections.ConfigDict, choose: Choose = standard
+) -> Network:
   """Returns the classifier that a config names.
+
+  Args:
+    config: the config.
+    choose: how its architecture is chosen.
 
   Raises:
     ValueError: as `discover_layers`.
   """
-  model, image = build_model(config)
+  model, image = build_model(config, choose=choose)
   objective = steps.classification(
     config.reward.quality,
     config.optimizer.label_smoothing,
@@ -113,7 +184,7 @@ def configured_network(config: ml_collections.ConfigDict) -> Network:
   return Network(
     model=model,
     example=Arguments((image,), {'train': False}),
-    layers=discover_layers(config),
+    layers=discover_layers(config, choose),
     objective=objective._replace(augment=_mixing(config), arguments=arguments),
   )
 
@@ -123,6 +194,7 @@ def build(
   num_devices: int,
   assignment: str | Assignment | None = None,
   network: Network | None = None,
+  architecture: Architecture = MappingProxyType({}),
 ) -> Setup:
   """Returns what a resolved config names.
 
@@ -130,8 +202,9 @@ def build(
     config: from `config.resolve`.
     num_devices: of all processes together.
     assignment: fixed formats, one name or those of a file, whose keys may be regexes;
-      None searches them.
+      None searches what `config.search.decide` says.
     network: None takes the one that the config names.
+    architecture: the fixed one, of no effect where it is searched.
 
   Raises:
     ConfigError: with everything that is wrong, before anything is computed.
@@ -140,8 +213,14 @@ def build(
   if config.dtype not in DTYPES:  # the network cannot be built
     raise ConfigError(*problems)
   try:
-    network = network or configured_network(config)
-    layers = network.layers
+    choose = standard
+    if network is None:
+      find_choose = _searched_choose if assignment is None else choose_architecture
+      choose = find_choose(config, architecture)
+      network = configured_network(config, choose)
+    layers = standard_layers = network.layers
+    if choose is not standard:
+      standard_layers = discover_layers(config)
     space = build_space(config, layers, assignment)
   except ValueError as error:
     # What `validate` has named may come up again here.
@@ -151,8 +230,8 @@ def build(
     raise ConfigError(*problems)
   try:
     cost_model = build_cost_model(config)
-    target = search_target(config, layers)
-    caps = search_caps(config, layers) if assignment is None else ()
+    target = search_target(config, standard_layers)
+    caps = search_caps(config, standard_layers) if assignment is None else ()
     # A table of latencies may lack a layer or a format.
     for priced in (cost_model, *(cap.cost_model for cap in caps)):
       priced(space, np.zeros(len(space.decisions), np.int32))
@@ -162,6 +241,8 @@ def build(
   return Setup(
     model=network.model,
     example=network.example,
+    standard_layers=standard_layers,
+    architecture={} if choose is searched else dict(architecture),
     space=space,
     cost_model=cost_model,
     target=target,
@@ -202,7 +283,12 @@ def build_cost_model(
 def search_target(
   config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
 ) -> float:
-  """Returns the target in the cost model's unit."""
+  """Returns the target in the cost model's unit.
+
+  Args:
+    config: the config.
+    layers: of the standard network, a multiple of whose cost may be the target.
+  """
   search = config.search
   if search.target is not None:
     return search.target
@@ -245,13 +331,21 @@ def build_space(
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:
     return search_space.fixed_space(layers, assignments.expand(assignment, layers))
+  names = formats.parse_names(config.search.formats)
+  if config.search.decide == 'architecture' and len(names) > 1:
+    raise ValueError(
+      f'search.decide=architecture: expected one format in search.formats, found '
+      f'{config.search.formats!r}'
+    )
   space = search_space.build_space(
     layers,
-    formats.parse_names(config.search.formats),
+    names,
     config.search.weights_and_activations,
     config.search.groups,
     config.search.pins,
   )
+  if config.search.decide == 'architecture':
+    space = space.without_format_decisions()
   if not any(len(decision.options) > 1 for decision in space.decisions):
     raise ValueError(
       'nothing to search: every layer is pinned, or search.formats names one format'
@@ -269,8 +363,8 @@ def _problem(config, space, cost_model, target, caps):
     raise ConfigError(
       f'the target of {target:.6g} {cost_model.unit} cannot be reached: expected one '
       f'from {low:.6g} to {high:.6g} {cost_model.unit}, the range of search.formats='
-      f'{config.search.formats!r}; change search.target_scale, search.target_format, '
-      'search.target or search.formats'
+      f'{config.search.formats!r}{_architectures(config)}; change search.target_scale, '
+      'search.target_format, search.target or search.formats'
     )
   _check_caps(config, space, cost_model, target, caps)
   reward = functools.partial(
@@ -300,6 +394,10 @@ def _problem(config, space, cost_model, target, caps):
     activation_delay=config.search.activation_delay,
     held_out=config.reward.split == 'validation',
   )
+
+
+def _architectures(config):
+  return '' if config.search.decide == 'formats' else ' and all architectures'
 
 
 def _check_caps(config, space, cost_model, target, caps):

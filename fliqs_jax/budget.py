@@ -151,6 +151,7 @@ def _layer_sum(cost_model, space, choices):
 def _extreme(space, cost_model, sign):
   """The choices of the lowest (sign 1) or highest (-1) cost, layer by layer.
 
+  Then the sizes of the architecture one by one, and all again until nothing changes.
   All options of a layer's decisions are tried together, since the best format of its
   weights may depend on that of its activations.
   """
@@ -159,6 +160,8 @@ def _extreme(space, cost_model, sign):
     tuple(sorted({a for a in assigned if isinstance(a, int)})): None
     for assigned in zip(space.weights, space.activations)
   }
+  first = len(space.format_decisions)
+  layer_decisions |= {(i,): None for i in range(first, len(space.decisions))}
   while True:
     before = choices
     for decisions in filter(None, layer_decisions):

@@ -1,6 +1,7 @@
 """What the commands share: the config flag, and errors in one line with status 2."""
 
 from collections.abc import Callable, Sequence
+import functools
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ _USER_ERROR_STATUS = 2
 _PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
+@functools.cache
 def define_config_flag() -> flags.FlagHolder:
   """Defines --config, a file with `get_config`, whose fields --config.x overrides."""
   return config_flags.DEFINE_config_file(

@@ -44,6 +44,9 @@ def default_config() -> ml_collections.ConfigDict:
       # a formats.json (assignments.py) or a search_result.json. In eval, empty takes
       # the checkpoint's own.
       'formats': '',
+      # The path of a search_result.json whose architecture to build, where it is not
+      # searched; empty for that of config.formats, else the standard one.
+      'architecture': '',
       'checkpoint': '',  # for eval: another workdir than --workdir
       # Variables to start from: a workdir, or an Orbax checkpoint with `params` and, if
       # it has them, `batch_stats`. Empty for random ones.
@@ -84,6 +87,7 @@ def default_config() -> ml_collections.ConfigDict:
         'momentum': 0.95,  # of the activations' statistics
       },
       'search': {
+        'decide': 'formats',  # or architecture (in one format), or both
         'formats': 'int_small',  # a space's name or a comma-separated list
         'weights_and_activations': 'tied',  # or separate, or weights
         'groups': (),  # regexes on whole module paths that tie layers
@@ -179,6 +183,7 @@ _NAMES = {
   'optimizer.name': OPTIMIZERS,
   'quantizer.calibration': quantizers.CALIBRATIONS,
   'search.weights_and_activations': SEARCHED_OPERANDS,
+  'search.decide': ('formats', 'architecture', 'both'),
   'search.cost_model': tuple(cost_models.COST_MODELS),
   'search.cap_cost_model': ('', *cost_models.COST_MODELS),
   'search.device': tuple(devices.DEVICES),
@@ -204,7 +209,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   problems += _check_augmentation(config) + _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
-    problems += _check_reward(config)
+    problems += _check_reward(config) + _check_decide(config)
   return problems
 
 
@@ -380,6 +385,16 @@ def _check_cap(config):
     ]
   if search.cap is not None and not search.cap_cost_model:
     return [f'search.cap={search.cap}: expected the cost in search.cap_cost_model']
+  return []
+
+
+def _check_decide(config):
+  decide = config.search.decide
+  if decide != 'formats' and config.architecture:
+    return [
+      f'architecture={config.architecture!r}: expected search.decide=formats, since '
+      f'search.decide={decide} searches the architecture'
+    ]
   return []
 
 

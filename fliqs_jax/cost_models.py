@@ -16,7 +16,6 @@ binds. docs/costs.md lists the models.
 from collections.abc import Callable
 import functools
 import inspect
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,19 +33,24 @@ Array = jax.Array | np.ndarray
 
 
 class LayerQuantities(NamedTuple):
-  """What a cost can depend on, in arrays over the L layers of a network."""
+  """What a cost can depend on, in arrays over the L layers of a network.
 
-  macs: Array  # [L] multiply-accumulates for one example
-  weights: Array  # [L] elements of the kernel, or kernels
-  inputs: Array  # [L] elements of the input of one example in one call
-  outputs: Array  # [L] elements of the output of one example in one call
-  calls: Array  # [L] calls of the layer in one forward pass
+  Where the architecture is searched, sizes have the axes of the choices in front; a
+  layer that is skipped has sizes of 0.
+  """
+
+  macs: Array  # [..., L] multiply-accumulates for one example
+  weights: Array  # [..., L] elements of the kernel, or kernels
+  inputs: Array  # [..., L] elements of the input of one example in one call
+  outputs: Array  # [..., L] elements of the output of one example in one call
+  calls: Array  # [..., L] calls of the layer in one forward pass
   weight_bits: Array  # [..., L] bits of one weight
   activation_bits: Array  # [..., L] bits of one input activation
   weight_formats: Array  # int32[..., L] index in `format_names`
   activation_formats: Array  # int32[..., L] index in `format_names`
   format_names: tuple[str, ...]
-  layers: tuple[Layer, ...]
+  layer_ids: Array  # int32[..., L] index in `layers`
+  layers: tuple[Layer, ...]  # all that the L layers can become
 
   def asarray(self, values: np.ndarray) -> Array:
     """Returns constants as the other fields are: numpy float64, or jax float32."""
@@ -182,9 +186,9 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
 def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array:
   """Measured time of one example; with two formats, that of the slower one."""
   times = layers.asarray(latency.layer_times(table, layers.layers, layers.format_names))
-  each = np.arange(len(layers.layers))
   return layers.calls * maximum(
-    times[each, layers.weight_formats], times[each, layers.activation_formats]
+    times[layers.layer_ids, layers.weight_formats],
+    times[layers.layer_ids, layers.activation_formats],
   )
 
 
@@ -200,20 +204,16 @@ def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
   if isinstance(choices, np.ndarray):
     # In one memory order, so that sums round alike for one row of choices and many.
     ids = type(ids)(*map(np.ascontiguousarray, ids))
+  layer_ids = space.variant_ids(choices)
   return LayerQuantities(
-    macs=asarray([layer.macs for layer in space.layers]),
-    weights=asarray(
-      [layer.kernels * math.prod(layer.kernel_shape) for layer in space.layers]
-    ),
-    inputs=asarray([math.prod(layer.input_shape) for layer in space.layers]),
-    outputs=asarray([math.prod(layer.output_shape) for layer in space.layers]),
-    calls=asarray([layer.calls for layer in space.layers]),
+    *(asarray(sizes)[layer_ids] for sizes in space.variant_sizes),
     weight_bits=bits[ids.weights],
     activation_bits=bits[ids.activations],
     weight_formats=ids.weights,
     activation_formats=ids.activations,
     format_names=space.format_names,
-    layers=space.layers,
+    layer_ids=layer_ids,
+    layers=space.variants,
   )
 
 

@@ -112,20 +112,45 @@ def layer_table(
   return table
 
 
+def architecture_table(
+  architecture: Mapping[str, int], policy: Mapping[str, Mapping[str, float]]
+) -> Table:
+  """Returns the table with a row for each decision on the architecture.
+
+  Args:
+    architecture: the sizes, by decision.
+    policy: the probability of each option, by decision; of others than these too.
+  """
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('architecture', overflow='fold')
+  table.add_column('size', justify='right')
+  table.add_column('policy', justify='right')
+  for name, size in architecture.items():
+    probability = policy.get(name, {}).get(str(size))
+    confidence = 'fixed' if probability is None else f'{probability:.2f}'
+    table.add_row(Text(name), str(size), confidence)
+  return table
+
+
 def print_result(result: Mapping[str, Any], workdir: str) -> None:
   """Prints what a run found, from its result alone."""
   config = ml_collections.ConfigDict(result['config'])
-  layers = assembly.discover_layers(config)
+  architecture = result['architecture']
+  layers = assembly.discover_layers(
+    config, assembly.choose_architecture(config, architecture)
+  )
   space = search_space.fixed_space(layers, result['formats'])
   costs = assembly.build_cost_model(config).per_layer(space, np.zeros(0, np.int32))
   console = make_console()
-  confidence = _confidence(config, layers, result)
+  confidence = _confidence(config, result)
   table = layer_table(layers, result['formats'], costs, result['cost'], confidence)
   console.print(table)
+  if architecture:
+    console.print(architecture_table(architecture, result['policy']))
   for line in summary_lines(result):
     console.print(line, markup=False)
   if config.mode == 'search':
-    for cap in assembly.search_caps(config, layers):
+    for cap in assembly.search_caps(config, assembly.discover_layers(config)):
       console.print(cap_line(cap, space), markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
@@ -190,13 +215,16 @@ def cap_line(cap: budget.Budget, space: search_space.SearchSpace) -> str:
   )
 
 
-def _confidence(config, layers, result):
+def _confidence(config, result):
   """The policy's probability of each layer's formats, weights' / activations'."""
   if not result['policy']:
     return {}
+  layers = assembly.searched_layers(config, result['architecture'])
   space = assembly.build_space(config, layers)
   texts = {}
   for i, layer in enumerate(layers):
+    if layer.path not in result['formats']:
+      continue  # skipped
     operands = {}  # decision name -> format name
     for operand in search_space.OPERANDS:
       assigned = getattr(space, operand)[i]

@@ -37,7 +37,7 @@ def describe(layer: Layer) -> dict[str, Any]:
   return json.loads(json.dumps(content, default=str))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**16)
 def layer_key(layer: Layer) -> str:
   """Returns a text that is equal for layers that compute the same."""
   return _key(describe(layer))
@@ -47,6 +47,8 @@ def layer_times(
   table: LatencyTable, layers: Sequence[Layer], names: Sequence[str]
 ) -> np.ndarray:
   """Returns the milliseconds of L layers in K formats for one example, float64[L, K].
+
+  A layer that an architecture skips takes none.
 
   Raises:
     ValueError: where the table lacks a layer or a format; it names the first.
@@ -91,6 +93,8 @@ def read_table(path: os.PathLike | str) -> LatencyTable:
 
 
 def _time(table, layer, name):
+  if not any(layer.kernel_shape):  # skipped
+    return 0.0
   name = UNQUANTIZED_FORMAT if name == UNQUANTIZED else name
   key = layer_key(layer)
   if key not in table.times:

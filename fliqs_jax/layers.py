@@ -19,10 +19,10 @@ from jax import lax
 import jax.numpy as jnp
 
 from fliqs_jax import quantizers
+from fliqs_jax.architecture import FORMATS, SIZES, LayerSizes
 from fliqs_jax.formats import get_format
 from fliqs_jax.quantizers import Quantizer
 
-FORMATS = 'formats'  # the collection in which operators find their formats
 LAYER_FORMATS = 'layer'  # its variables, each a `LayerFormats`
 QUANT_STATS = 'quant_stats'  # the collection of activation statistics
 _STATISTICS = ('mean_square', 'absmax')  # its variables, moving averages
@@ -91,8 +91,23 @@ def _quantized_product_backward(product, scale_shape, residuals, y_bar):
 quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
 
 
+class Axes(NamedTuple):
+  """Where the channels and the extents in space are."""
+
+  x_inputs: int  # axis of the activations, and of the outputs
+  w_inputs: int  # axes of the weights
+  w_outputs: int
+  w_space: tuple[int, ...]
+
+
 class QuantizedOperator(nn.Module):
   """Quantizes the two operands of a product by the formats bound to its layer.
+
+  Where sizes of the layer are searched, what lies outside the chosen ones is masked in
+  the weights, in the forward and so in the backward pass, and left out of all
+  statistics. The activations need no mask of their own: channels beyond the chosen ones
+  hold something finite, which meets weights of zero. A skipped layer computes, but
+  keeps its statistics as they are.
 
   Keeps moving averages of the input's mean square and absolute maximum in the
   collection `quant_stats`, updated wherever that collection is mutable. They set the
@@ -104,13 +119,15 @@ class QuantizedOperator(nn.Module):
     calibration: one of `quantizers.CALIBRATIONS`.
     momentum: of the moving averages.
     formats: the layer's formats; None reads them from the collection `formats`.
+    sizes: what is searched of the layer's sizes, as tables; integers are not.
   """
 
   calibration: str = 'rms'
   momentum: float = 0.95
   formats: LayerFormats | None = None
+  sizes: LayerSizes = LayerSizes()
 
-  def compute(self, product, x, w, contracted_axes, scale_shape):
+  def compute(self, product, x, w, contracted_axes, scale_shape, axes):
     """Applies `product` to `x` and `w`, quantized where formats are bound.
 
     Args:
@@ -119,12 +136,20 @@ class QuantizedOperator(nn.Module):
       w: weights in the parameters' own dtype.
       contracted_axes: the axes of `w` that one output channel, and its scale, spans.
       scale_shape: the shape in which these scales broadcast against `y`.
+      axes: an `Axes`.
     """
-    operand_quantizers = self._operand_quantizers(x, w, contracted_axes)
+    chosen = LayerSizes()
+    if self.has_variable(FORMATS, SIZES):
+      chosen = self.get_variable(FORMATS, SIZES)
+    x_active, w_active = _active_parts(chosen, x, w, axes)
+    w = masked(w, w_active)
+    operand_quantizers = self._operand_quantizers(
+      x, w, contracted_axes, x_active, w_active
+    )
     if operand_quantizers is None:
       return product(x, w.astype(x.dtype))
     y = quantized_product(product, scale_shape, x, w, *operand_quantizers)
-    self._update_statistics(x)
+    self._update_statistics(x, x_active, chosen.present)
     return y
 
   @nn.nowrap
@@ -133,7 +158,7 @@ class QuantizedOperator(nn.Module):
     del x
     return y.size * math.prod(w.shape[axis] for axis in contracted_axes)
 
-  def _operand_quantizers(self, x, w, contracted_axes):
+  def _operand_quantizers(self, x, w, contracted_axes, x_active=(), w_active=()):
     """Returns the quantizers of `x` and of `w`, or None where no formats are bound."""
     has_averages = self._declare_statistics()
     formats = self.formats
@@ -144,10 +169,10 @@ class QuantizedOperator(nn.Module):
     if has_averages:
       statistics = (self.get_variable(QUANT_STATS, name) for name in _STATISTICS)
     else:
-      statistics = _statistics(x)
+      statistics = _statistics(masked(x, x_active), None, x_active)
     return (
       self._activation_quantizer(formats.activations, *statistics),
-      self._weight_quantizer(formats.weights, w, contracted_axes),
+      self._weight_quantizer(formats.weights, w, contracted_axes, w_active),
     )
 
   def _declare_statistics(self):
@@ -158,11 +183,12 @@ class QuantizedOperator(nn.Module):
       self.variable(QUANT_STATS, name, jnp.zeros, ())
     return True
 
-  def _update_statistics(self, x):
+  def _update_statistics(self, x, active=(), present=None):
     if self.is_mutable_collection(QUANT_STATS):
-      for name, new in zip(_STATISTICS, _statistics(x)):
+      statistics = _statistics(masked(x, active), None, active)
+      for name, new in zip(_STATISTICS, statistics):
         old = self.get_variable(QUANT_STATS, name)
-        self.put_variable(QUANT_STATS, name, self._average(old, new))
+        self.put_variable(QUANT_STATS, name, self._average(old, new, present))
 
   def _activation_quantizer(self, format, mean_square, absmax):
     # Nothing is known of a tensor that was not seen yet.
@@ -171,23 +197,76 @@ class QuantizedOperator(nn.Module):
     )
     return quantizers.calibrate(format, mean_square, absmax, self.calibration)
 
-  def _weight_quantizer(self, format, w, axes):
-    return quantizers.calibrate(format, *_statistics(w, axes), self.calibration)
+  def _weight_quantizer(self, format, w, axes, active):
+    statistics = _statistics(w, axes, active)
+    return quantizers.calibrate(format, *statistics, self.calibration)
 
-  def _average(self, old, new):
+  def _average(self, old, new, present):
     momentum = jnp.where(old > 0, self.momentum, 0.0)
-    return momentum * old + (1 - momentum) * new
+    average = momentum * old + (1 - momentum) * new
+    return average if present is None else jnp.where(present > 0, average, old)
 
 
-def _statistics(x, axes=None):
-  """The mean square and the absolute maximum over `axes`, kept where they are given."""
+class Active(NamedTuple):
+  """The part of an axis that is in use."""
+
+  axis: int
+  mask: jax.Array  # bool, broadcastable against the array
+  share: jax.Array  # float32[], of the axis
+
+  @classmethod
+  def first(cls, axis: int, x: jax.Array, size: jax.Array) -> 'Active':
+    """Returns the first `size` of an axis of `x`."""
+    return cls._where(axis, x, jnp.arange(x.shape[axis]) < size, size)
+
+  @classmethod
+  def centre(cls, axis: int, x: jax.Array, size: jax.Array) -> 'Active':
+    """Returns the `size` in the middle of an axis of `x`, both odd."""
+    extent = x.shape[axis]
+    distance = jnp.abs(jnp.arange(extent) - extent // 2)
+    return cls._where(axis, x, 2 * distance < size, size)
+
+  @classmethod
+  def _where(cls, axis, x, mask, size):
+    shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+    return cls(axis, mask.reshape(shape), size.astype(jnp.float32) / x.shape[axis])
+
+
+def _active_parts(chosen, x, w, axes):
+  """The active parts of the axes of `x`, and of those of `w`, that are searched."""
+  x_active, w_active = [], []
+  if chosen.inputs is not None:
+    x_active.append(Active.first(axes.x_inputs, x, chosen.inputs))
+    if w.shape[axes.w_inputs] == x.shape[axes.x_inputs]:  # not so if depthwise
+      w_active.append(Active.first(axes.w_inputs, w, chosen.inputs))
+  if chosen.outputs is not None:
+    w_active.append(Active.first(axes.w_outputs, w, chosen.outputs))
+  if chosen.kernel is not None:
+    w_active += [Active.centre(axis, w, chosen.kernel) for axis in axes.w_space]
+  return tuple(x_active), tuple(w_active)
+
+
+def masked(x: jax.Array, active: tuple[Active, ...]) -> jax.Array:
+  """Returns `x` with zeros outside the active parts of its axes."""
+  if not active:
+    return x
+  return jnp.where(functools.reduce(jnp.logical_and, [a.mask for a in active]), x, 0)
+
+
+def _statistics(x, axes, active):
+  """The mean square and the absolute maximum over `axes`, kept where they are given.
+
+  What is not active of `x` is zero and does not count.
+  """
   square = jnp.square(lax.stop_gradient(x).astype(jnp.float32))
   keepdims = axes is not None
   # Both of the squares, so that a compiler reads `x` once for the two.
-  return (
-    jnp.mean(square, axes, keepdims=keepdims),
-    jnp.sqrt(jnp.max(square, axes, keepdims=keepdims)),
-  )
+  mean = jnp.mean(square, axes, keepdims=keepdims)
+  absmax = jnp.sqrt(jnp.max(square, axes, keepdims=keepdims))
+  for axis, _, share in active:
+    if axes is None or axis in axes:
+      mean = mean / share
+  return mean, absmax
 
 
 class QuantizedConv(QuantizedOperator):
@@ -212,7 +291,13 @@ class QuantizedConv(QuantizedOperator):
     contracted = tuple(a for a in range(rhs.ndim) if a != out_axis)
     scale_shape = [1] * lhs.ndim
     scale_shape[feature_axis] = rhs.shape[out_axis]
-    return self.compute(product, lhs, rhs, contracted, tuple(scale_shape))
+    axes = Axes(
+      x_inputs=dimensions.lhs_spec[1],
+      w_inputs=dimensions.rhs_spec[1],
+      w_outputs=out_axis,
+      w_space=dimensions.rhs_spec[2:],
+    )
+    return self.compute(product, lhs, rhs, contracted, tuple(scale_shape), axes)
 
 
 class QuantizedDotGeneral(QuantizedOperator):
@@ -234,7 +319,8 @@ class QuantizedDotGeneral(QuantizedOperator):
     own = [a for a in kept if a not in rhs_batch]
     batch_shape = tuple(rhs.shape[a] for a in rhs_batch)
     scale_shape = batch_shape + (1,) * lhs_own + tuple(rhs.shape[a] for a in own)
-    return self.compute(product, lhs, rhs, tuple(rhs_contracting), scale_shape)
+    axes = Axes(lhs.ndim - 1, 0, rhs.ndim - 1, ())  # those of `nn.Dense`
+    return self.compute(product, lhs, rhs, tuple(rhs_contracting), scale_shape, axes)
 
 
 def promote_all_but_kernel(inputs, kernel, bias, *, dtype=None, inexact=True):

@@ -28,6 +28,7 @@ from fliqs_jax import formats as formats_lib
 from fliqs_jax import layers as layers_lib
 from fliqs_jax.config import ConfigError, resolve, validate
 from fliqs_jax.search_space import UNQUANTIZED, Layer
+from fliqs_jax.variants import variants
 
 _CONFIG = command_line.define_config_flag()
 _OUT = flags.DEFINE_string('out', None, 'The file to write.')
@@ -54,7 +55,10 @@ def measure(
     repeats: of which the median counts.
   """
   groups = {}
-  for layer in assembly.discover_layers(config):
+  # All that the layers can become, and those that the target is a multiple of.
+  supernet = assembly.searched_layers(config)
+  candidates = [v for layer in supernet for v in variants(layer).values if v.macs]
+  for layer in (*assembly.discover_layers(config), *candidates):
     groups.setdefault(latency.layer_key(layer), []).append(layer)
   names = _format_names(config)
   entries = []
@@ -63,7 +67,7 @@ def measure(
     entries.append(
       latency.describe(layers[0])
       | {
-        'layers': [layer.path for layer in layers],
+        'layers': list(dict.fromkeys(layer.path for layer in layers)),
         'formats': _time_layer(layers[0], names, batch_size, repeats, config.dtype),
       }
     )

@@ -8,6 +8,7 @@ of --config.formats. --json prints one JSON object instead of the table.
 
 import functools
 import json
+from types import MappingProxyType
 from typing import Any
 
 from absl import flags
@@ -15,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, command_line, display
+from fliqs_jax import assembly, assignments, command_line, display, subnetworks
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.budget import cost_range
 from fliqs_jax.config import ConfigError, resolve
@@ -29,6 +30,7 @@ def overview(
   config: ml_collections.ConfigDict,
   assignment: str | assignments.Assignment,
   label: str,
+  architecture: assembly.Architecture = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns the layers and totals of a config's network, ready for JSON.
 
@@ -36,8 +38,9 @@ def overview(
     config: resolved.
     assignment: the formats.
     label: what to call them.
+    architecture: empty for the standard one.
   """
-  setup = assembly.build(config, 1, assignment)
+  setup = assembly.build(config, 1, assignment, architecture=architecture)
   variables = jax.eval_shape(
     functools.partial(setup.model.init, **setup.example.kwargs),
     jax.random.key(0),
@@ -52,6 +55,7 @@ def overview(
     'cost_model': setup.cost_model.name,
     'cost_unit': setup.cost_model.unit,
     'format': label,
+    'architecture': setup.architecture,
     'total': float(setup.cost_model.total(costs)),
     'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
     'macs': sum(layer.macs for layer in layers),
@@ -71,12 +75,17 @@ def overview(
 
 def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -> None:
   """Prints an overview as a table, with what the search could reach."""
-  layers = assembly.discover_layers(config)
+  architecture = content['architecture']
+  layers = assembly.discover_layers(
+    config, assembly.choose_architecture(config, architecture)
+  )
   formats = {layer['name']: layer for layer in content['layers']}
   costs = np.array([layer['cost'] for layer in content['layers']])
   console = display.make_console()
   table = display.layer_table(layers, formats, costs, content['total'], confidence={})
   console.print(table)
+  if architecture:
+    console.print(display.architecture_table(architecture, policy={}))
   unit = content['cost_unit']
   lines = [
     f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
@@ -85,18 +94,20 @@ def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -
   ]
   if config.mode == 'search':
     cost_model = assembly.build_cost_model(config)
+    standard_layers = assembly.discover_layers(config)
     uniform = ', '.join(
-      f'{name} {cost_model.uniform(layers, name):.6g}'
+      f'{name} {cost_model.uniform(standard_layers, name):.6g}'
       for name in formats_lib.parse_names(config.search.formats)
     )
-    space = assembly.build_space(config, layers)
+    searched = assembly.searched_layers(config, architecture)
+    space = assembly.build_space(config, searched)
     low, high = cost_range(space, cost_model)
     lines += [
       f'Uniform models: {uniform} {unit}',
       f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
-      f'{assembly.search_target(config, layers):.6g} {unit}',
+      f'{assembly.search_target(config, standard_layers):.6g} {unit}',
     ]
-    for cap in assembly.search_caps(config, layers):
+    for cap in assembly.search_caps(config, standard_layers):
       low, high = cost_range(space, cap.cost_model)
       unit = cap.cost_model.unit
       lines.append(
@@ -116,9 +127,10 @@ def main(argv):
   label = _FORMAT.value or config.formats or 'bf16'
   try:
     assignment = assignments.read(label)
+    architecture = subnetworks.read_architecture(config)
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  content = overview(config, assignment, label)
+  content = overview(config, assignment, label, architecture)
   if _JSON.value:
     print(json.dumps(content))
   else:

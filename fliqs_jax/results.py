@@ -53,10 +53,10 @@ def make_result(
     'steps': config.num_steps,
     'formats': space.formats_of(choices),
     'layers': _layers(space, cost_model, choices, compared),
-    'architecture': {},
+    'architecture': setup.architecture | space.architecture_of(choices),
     'eval': dict(evaluation),
     'uniform_costs': {
-      name: cost_model.uniform(space.layers, name) for name in compared
+      name: cost_model.uniform(setup.standard_layers, name) for name in compared
     },
     'policy': policy_by_name(space, policy) if searched else {},
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -67,11 +67,11 @@ def make_result(
 
 def _layers(space, cost_model, choices, compared):
   """What each layer is and costs, and would cost in uniform models, by path."""
-  costs = cost_model.per_layer(space, choices)
+  layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
+  fixed = search_space.fixed_space(layers, space.formats_of(choices))
+  costs = cost_model.per_layer(fixed, no_choices)
   uniform = {
-    name: cost_model.per_layer(
-      search_space.uniform_space(space.layers, name), np.zeros(0, np.int32)
-    )
+    name: cost_model.per_layer(search_space.uniform_space(layers, name), no_choices)
     for name in compared
   }
   return {
@@ -82,7 +82,7 @@ def _layers(space, cost_model, choices, compared):
       'cost': float(costs[i]),
       'uniform_costs': {name: float(values[i]) for name, values in uniform.items()},
     }
-    for i, layer in enumerate(space.layers)
+    for i, layer in enumerate(layers)
   }
 
 

@@ -1,8 +1,9 @@
 """The decisions of a search: discovered, grouped, pinned; choices ⇄ formats.
 
 A *layer* is a quantized operator of the network. A *decision* picks one format out of
-several options, for one or more operands (weights or activations) of layers. *Choices*
-are one option index for each decision, `int32[N]`.
+several options, for one or more operands (weights or activations) of layers, or one
+size of the network's architecture. *Choices* are one option index for each decision,
+`int32[N]`.
 """
 
 import dataclasses
@@ -19,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import formats as formats_lib
+from fliqs_jax.architecture import SIZES, Gate, LayerSizes, Table
 from fliqs_jax.layers import LAYER_FORMATS, LayerFormats, QuantizedOperator
 from fliqs_jax.marks import marked, marks
+from fliqs_jax.variants import variants
 
 OPERANDS = ('weights', 'activations')
 UNQUANTIZED = 'float32'
@@ -42,13 +46,17 @@ class Layer(NamedTuple):
   arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
   calls: int = 1  # in one forward pass: of a shared module, or in a scan
   kernels: int = 1  # of that shape: a scan over parameters has one an iteration
+  # Of a supernet's layer, whose shapes above are the largest:
+  sizes: LayerSizes | None = None  # as tables, None where nothing is decided
+  axes: Any = None  # a `layers.Axes`
+  gate: str = ''  # module path of the gate that its output goes through, if any
 
 
 class Decision(NamedTuple):
-  """A choice of one format out of several."""
+  """A choice of one format, or of one size, out of several."""
 
   name: str
-  options: tuple[str, ...]  # format names
+  options: tuple[str, ...]  # format names, or sizes in decimals
 
 
 def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
@@ -63,11 +71,18 @@ def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
     **kwargs: passed to `model.init`.
   """
 
+  gates, latest = {}, []  # a gate's path, by that of the layer before it
+
   def record(call, args, kwargs, context):
     operator = context.module
+    if isinstance(operator, Gate):  # it comes after a layer of its block
+      gates[latest[-1]] = '/'.join(operator.path)
     if isinstance(operator, QuantizedOperator) and context.method_name == 'compute':
       product, x, w, contracted, *rest = args
       layer = _describe(operator, product, x, w, contracted)
+      if any(isinstance(size, Table) for size in operator.sizes):
+        layer = layer._replace(sizes=operator.sizes, axes=rest[-1])
+      latest.append(layer.path)
       args = product, marked(x, w, layer), w, contracted, *rest
     return call(*args, **kwargs)
 
@@ -81,7 +96,8 @@ def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
     macs, previous = layer.macs * calls, found.get(layer.path)
     if previous:
       macs, calls = macs + previous.macs, calls + previous.calls
-    found[layer.path] = layer._replace(macs=macs, calls=calls)
+    gate = gates.get(layer.path, '')
+    found[layer.path] = layer._replace(macs=macs, calls=calls, gate=gate)
   params = traverse_util.flatten_dict(nn.unbox(variables['params']), sep='/')
   return tuple(_with_params(layer, params) for layer in found.values())
 
@@ -132,6 +148,21 @@ def layers_from_json(text: str) -> tuple[Layer, ...]:
   )
 
 
+def architecture_decisions(
+  layers: Sequence[Layer],
+) -> tuple[architecture_lib.Decision, ...]:
+  """Returns what decides the sizes of a network's layers, in network order."""
+  return tuple(
+    dict.fromkeys(
+      decision
+      for layer in layers
+      for size in layer.sizes or ()
+      if isinstance(size, Table)
+      for decision in size.decisions
+    )
+  )
+
+
 def _hashable(value):
   """Lists as tuples, within tuples too; named ones stay as they are."""
   if type(value) in (list, tuple):
@@ -141,25 +172,38 @@ def _hashable(value):
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-  """The formats that every operand of every layer can have.
+  """The formats that every operand of every layer can have, and the layers' sizes.
 
   Attributes:
     layers: the L layers, in network order.
-    decisions: the N decisions.
+    format_decisions: the decisions on formats.
     weights: for each layer the index of the decision on its weights, or the name of
       the format that they are fixed to.
     activations: the same for the activations.
   """
 
   layers: tuple[Layer, ...]
-  decisions: tuple[Decision, ...]
+  format_decisions: tuple[Decision, ...]
   weights: tuple[int | str, ...]
   activations: tuple[int | str, ...]
 
   @functools.cached_property
+  def architecture(self) -> tuple[architecture_lib.Decision, ...]:
+    """The decisions on sizes, whose choices follow those on formats."""
+    return architecture_decisions(self.layers)
+
+  @functools.cached_property
+  def decisions(self) -> tuple[Decision, ...]:
+    """All N decisions."""
+    return self.format_decisions + tuple(
+      Decision(name, tuple(map(str, options))) for name, options, _ in self.architecture
+    )
+
+  @functools.cached_property
   def format_names(self) -> tuple[str, ...]:
     """The names in `format_table`, which has a row for every format in use."""
-    searched = [name for decision in self.decisions for name in decision.options]
+    decisions = self.format_decisions
+    searched = [name for decision in decisions for name in decision.options]
     fixed = [a for a in self.weights + self.activations if isinstance(a, str)]
     return tuple(dict.fromkeys([*searched, *fixed, UNQUANTIZED]))
 
@@ -171,9 +215,9 @@ class SearchSpace:
 
   @functools.cached_property
   def _option_ids(self) -> np.ndarray:
-    """int32[N, K], the row in the format table of each option, 0 where padded."""
-    ids = np.zeros(self.valid.shape, np.int32)
-    for row, decision in zip(ids, self.decisions):
+    """int32[F, K], the row in the format table of each option, 0 where padded."""
+    ids = np.zeros((len(self.format_decisions), *self.valid.shape[1:]), np.int32)
+    for row, decision in zip(ids, self.format_decisions):
       row[: len(decision.options)] = list(
         map(self.format_names.index, decision.options)
       )
@@ -189,13 +233,13 @@ class SearchSpace:
       `LayerFormats` of int32[..., L].
     """
     numpy = np if isinstance(choices, np.ndarray) else jnp
-    chosen = numpy.asarray(self._option_ids)[np.arange(len(self.decisions)), choices]
+    offset = len(self.format_decisions)
+    chosen = numpy.asarray(self._option_ids)[np.arange(offset), choices[..., :offset]]
     fixed = numpy.broadcast_to(
       np.arange(len(self.format_names), dtype=np.int32),
       (*chosen.shape[:-1], len(self.format_names)),
     )
     ids = numpy.concatenate([chosen, fixed], axis=-1)
-    offset = len(self.decisions)
     return LayerFormats(*(
         ids[..., [
             a if isinstance(a, int) else offset + self.format_names.index(a)
@@ -231,33 +275,132 @@ class SearchSpace:
         for operand in OPERANDS
       )
     )
-    return traverse_util.unflatten_dict(
-      {
-        (
-          *filter(None, layer.path.split('/')),
-          layer.operator,
-          LAYER_FORMATS,
-        ): jax.tree.map(lambda field, i=i: field[i], layer_formats)
-        for i, layer in enumerate(self.layers)
-      }
+    bound = {
+      (
+        *filter(None, layer.path.split('/')),
+        layer.operator,
+        LAYER_FORMATS,
+      ): jax.tree.map(lambda field, i=i: field[i], layer_formats)
+      for i, layer in enumerate(self.layers)
+    }
+    return traverse_util.unflatten_dict(bound | self._bound_sizes(choices))
+
+  def _bound_sizes(self, choices):
+    """The chosen sizes, `{(*path, SIZES): LayerSizes of int32[]}`, and the gates'."""
+    bound = {}
+    for layer in self.layers:
+      if layer.sizes is None:
+        continue
+      chosen = LayerSizes(*(self._chosen_size(size, choices) for size in layer.sizes))
+      bound[(*layer.path.split('/'), layer.operator, SIZES)] = chosen
+      if layer.gate:
+        bound[(*layer.gate.split('/'), SIZES)] = chosen.present
+    return bound
+
+  def _chosen_size(self, size, choices):
+    """The value of a table, int32[]; None of what is not searched."""
+    if not isinstance(size, Table):
+      return None
+    strides = size.strides()
+    row = [strides.get(decision.name, 0) for decision in self.architecture]
+    index = choices[len(self.format_decisions) :] @ np.array(row, np.int32)
+    return jnp.asarray(size.values, jnp.int32)[index]
+
+  @functools.cached_property
+  def _variant_tables(self) -> tuple[Table, ...]:
+    return tuple(map(variants, self.layers))
+
+  @functools.cached_property
+  def variants(self) -> tuple[Layer, ...]:
+    """All layers that the layers can become, M of them, those of one after another."""
+    return tuple(layer for table in self._variant_tables for layer in table.values)
+
+  @functools.cached_property
+  def variant_sizes(self) -> np.ndarray:
+    """float64[5, M], what costs count of `variants`.
+
+    Multiply-accumulates, elements of the kernels, of the input and of the output, and
+    calls.
+    """
+    rows = [
+      (
+        layer.macs,
+        layer.kernels * math.prod(layer.kernel_shape),
+        math.prod(layer.input_shape),
+        math.prod(layer.output_shape),
+        layer.calls,
+      )
+      for layer in self.variants
+    ]
+    return np.array(rows, np.float64).reshape(-1, 5).T.copy()
+
+  @functools.cached_property
+  def _variant_strides(self) -> np.ndarray:
+    """int32[A, L], by how many variants the options of a decision lie apart."""
+    rows = [table.strides() for table in self._variant_tables]
+    names = [decision.name for decision in self.architecture]
+    return np.array([[row.get(name, 0) for row in rows] for name in names], np.int32)
+
+  def variant_ids(self, choices: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Returns which of `variants` each layer is.
+
+    Args:
+      choices: int32[..., N]; numpy in, numpy out.
+
+    Returns:
+      int32[..., L], or int32[L] where the architecture is fixed.
+    """
+    sizes = [len(table.values) for table in self._variant_tables]
+    first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    if not self.architecture:
+      return first
+    return first + choices[..., len(self.format_decisions) :] @ self._variant_strides
+
+  def layers_of(self, choices: np.ndarray) -> tuple[Layer, ...]:
+    """Returns the layers of the network of choices int32[N], without skipped ones."""
+    chosen = (self.variants[i] for i in self.variant_ids(np.asarray(choices)))
+    return tuple(layer for layer in chosen if any(layer.kernel_shape))
+
+  def architecture_of(self, choices: np.ndarray) -> dict[str, int]:
+    """Returns `{decision: size}` of choices int32[N]."""
+    chosen = np.asarray(choices)[len(self.format_decisions) :]
+    return {
+      decision.name: decision.options[choice]
+      for decision, choice in zip(self.architecture, chosen)
+    }
+
+  def without_format_decisions(self) -> 'SearchSpace':
+    """Returns the space in which every operand has the first of its formats."""
+    return dataclasses.replace(
+      self,
+      format_decisions=(),
+      **{
+        operand: tuple(
+          self.format_decisions[a].options[0] if isinstance(a, int) else a
+          for a in getattr(self, operand)
+        )
+        for operand in OPERANDS
+      },
     )
 
   def formats_of(self, choices: np.ndarray) -> dict[str, dict[str, str]]:
     """Returns `{module path: {'weights': name, 'activations': name}}`.
 
     Args:
-      choices: int32[N].
+      choices: int32[N]. Layers that they skip are left out.
     """
     ids = self.format_ids(np.asarray(choices))
+    present = {layer.path for layer in self.layers_of(choices)}
     return {
       layer.path: {
         operand: self.format_names[getattr(ids, operand)[i]] for operand in OPERANDS
       }
       for i, layer in enumerate(self.layers)
+      if layer.path in present
     }
 
   def choices_of(self, formats: Mapping[str, Mapping[str, str]]) -> np.ndarray:
-    """The inverse of `formats_of`: returns int32[N].
+    """The inverse of `formats_of` where the architecture is fixed: returns int32[N].
 
     Raises:
       ValueError: where the formats are for other layers or outside the space.
@@ -329,7 +472,7 @@ def build_space(
   groups: Sequence[str] = (),
   pins: Sequence[tuple[str, str]] = (),
 ) -> SearchSpace:
-  """Returns the search space over the layers of a network.
+  """Returns the search space over the layers of a network, and over their sizes.
 
   Args:
     layers: from `discover`.
@@ -380,7 +523,9 @@ def build_space(
       activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
   return SearchSpace(
     layers=tuple(layers),
-    decisions=tuple(Decision(name, tuple(options)) for name in decisions.values()),
+    format_decisions=tuple(
+      Decision(name, tuple(options)) for name in decisions.values()
+    ),
     weights=tuple(weights),
     activations=tuple(activations),
   )

@@ -14,7 +14,8 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import assembly, assignments, budget, display, health, input_pipeline
-from fliqs_jax import pretrained, results, steps, workdirs
+from fliqs_jax import pretrained, results, steps, subnetworks, workdirs
+from fliqs_jax.architecture import searched
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -107,7 +108,8 @@ def check(
   fixed = attempt(_fixed_formats, config)
   if config.mode == 'train':
     fixed = fixed or 'float32'
-  setup = attempt(assembly.build, config, jax.device_count(), fixed)
+  architecture = attempt(subnetworks.read_architecture, config) or {}
+  setup = attempt(assembly.build, config, jax.device_count(), fixed, None, architecture)
   start = check_start(attempt, config, setup)
   attempt(workdirs.check, config, workdir, allow_config_change)
   return Plan(setup, _configured_data(config, attempt), start)
@@ -389,15 +391,38 @@ def _evaluate_checkpoint(config, workdir):
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
   attempt = Attempts()
   assignment = attempt(_evaluated_formats, config, source)
-  setup = attempt(assembly.build, config, jax.device_count(), assignment or 'float32')
+  architecture = attempt(_evaluated_architecture, config, source) or {}
+  setup = attempt(
+    assembly.build,
+    config,
+    jax.device_count(),
+    assignment or 'float32',
+    None,
+    architecture,
+  )
   data = _configured_data(config, attempt)
   choices = np.zeros(0, np.int32)
-  state, mesh = restored_state(setup, source)
+  state, mesh = _evaluated_state(config, setup, source)
   evaluation = evaluate(setup, mesh, data, state, choices)
   result = results.make_result(config, setup, choices, None, evaluation)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.EVAL_FILE, result)
   return result
+
+
+def _evaluated_architecture(config, source):
+  if not (source / workdirs.CONFIG_FILE).exists():
+    return {}  # which `_evaluated_formats` reports
+  trained = workdirs.read_config(source)
+  return subnetworks.evaluated_architecture(config, source, trained)
+
+
+def _evaluated_state(config, setup, source):
+  if not subnetworks.holds_supernet(workdirs.read_config(source)):
+    return restored_state(setup, source)
+  model, _ = assembly.build_model(config, choose=searched)
+  supernet, mesh = restored_state(setup._replace(model=model), source)
+  return subnetworks.slice_state(supernet, initial_state(setup, mesh, 0)), mesh
 
 
 def _evaluated_formats(config, source):

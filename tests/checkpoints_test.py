@@ -15,7 +15,7 @@ import pytest
 from fliqs_jax import checkpoints
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.errors import RunError
-from fliqs_jax.train_state import create_train_state
+from fliqs_jax.train_state import Arguments, create_train_state
 
 
 class Network(nn.Module):
@@ -26,7 +26,11 @@ class Network(nn.Module):
 
 def make_state(step=0):
   state = create_train_state(
-    Network(), jnp.zeros((1, 3)), optax.adam(0.1), None, jax.random.key(7)
+    Network(),
+    Arguments((jnp.zeros((1, 3)),), {'train': False}),
+    optax.adam(0.1),
+    None,
+    jax.random.key(7),
   )
   return state.replace(
     step=jnp.int32(step), params=jax.tree.map(lambda a: a + step, state.params)

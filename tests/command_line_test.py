@@ -63,14 +63,17 @@ def test_overview_reproduces_a_published_cost():
   assert result.returncode == 0, result.stderr
   content = json.loads(result.stdout)
   assert set(content) == {
-      'model', 'cost_model', 'cost_unit', 'format', 'total', 'params', 'macs', 'layers'
+      'model', 'architecture', 'cost_model', 'cost_unit', 'format', 'total', 'params',
+      'macs', 'layers',
   }  # fmt: skip
   assert (
     f'{content["total"]:.2f}' == '31.13'
   )  # ResNet-18 in E4M3 at width 0.5, as FLIQS publishes it
   assert content['total'] == pytest.approx(64e-9 * content['macs'])
   assert content['macs'] == sum(layer['macs'] for layer in content['layers'])
-  assert set(content['layers'][0]) == {'name', 'kind', 'macs', 'params', 'cost'}
+  assert set(content['layers'][0]) == {
+      'name', 'kind', 'macs', 'params', 'weights', 'activations', 'cost'
+  }  # fmt: skip
 
 
 def test_overview_of_an_unknown_format():

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 CORE = (
-    'formats', 'quantizers', 'layers', 'search_space', 'devices', 'latency',
-    'cost_models', 'rewards', 'preprocessing',
+    'architecture', 'formats', 'quantizers', 'layers', 'variants', 'search_space',
+    'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',
     'assignments', 'quality',

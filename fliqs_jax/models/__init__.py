@@ -1,12 +1,14 @@
 """Networks in plain Flax. They know nothing of quantization: layers are injected."""
 
 import functools
+import inspect
 from typing import Any
 
 from flax import linen as nn
 import jax.numpy as jnp
 
 from fliqs_jax import layers
+from fliqs_jax.architecture import Choose, standard
 from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
 from fliqs_jax.names import not_among
 
@@ -34,6 +36,7 @@ def create_model(
   quantized: bool = True,
   operator: dict[str, Any] | None = None,
   dtype: Any = jnp.float32,
+  choose: Choose = standard,
   **options: Any,
 ) -> nn.Module:
   """Returns the network of that name.
@@ -45,15 +48,29 @@ def create_model(
       float network.
     operator: attributes of `layers.QuantizedOperator`.
     dtype: of the computation.
+    choose: how its architecture is chosen, by default as published.
     **options: attributes of the network, such as `width`.
 
   Raises:
-    ValueError: where there is no such network; the message names the nearest one.
+    ValueError: where there is no such network; the message names the nearest one. Where
+      its architecture is fixed, and is to be chosen.
   """
   if name not in MODELS:
     raise ValueError(not_among(f'unknown model {name!r}', name, MODELS))
+  if choose is not standard:
+    if not has_choices(name):
+      names = ', '.join(filter(has_choices, MODELS))
+      raise ValueError(
+        f'the architecture of model {name!r} cannot be chosen: expected one of {names}'
+      )
+    options['choose'] = choose
   if quantized:
     operator = operator or {}
     options['conv'] = functools.partial(nn.Conv, **layers.conv_hooks(**operator))
     options['dense'] = functools.partial(nn.Dense, **layers.dense_hooks(**operator))
   return MODELS[name](num_classes=num_classes, dtype=dtype, **options)
+
+
+def has_choices(name: str) -> bool:
+  """Whether the architecture of a network of `MODELS` can be chosen."""
+  return 'choose' in inspect.signature(MODELS[name]).parameters

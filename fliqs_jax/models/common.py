@@ -9,6 +9,9 @@ ModuleDef = Any  # a module class or a partial of one
 # Keeps the variance of gradients over depth (He et al., 2015, arXiv 1502.01852).
 fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
+# Options of searched widths, as multiples of the published one.
+WIDTH_MULTIPLIERS = (0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0)
+
 
 def make_divisible(channels: float) -> int:
   """Rounds to the nearest multiple of 8, but down by no more than a tenth."""

@@ -1,13 +1,28 @@
-"""MobileNetV2 (Sandler et al., 2018, arXiv 1801.04381), in torchvision's structure."""
+"""MobileNetV2 (Sandler et al., 2018, arXiv 1801.04381), in torchvision's structure.
 
+What can be decided of its architecture (FLIQNAS, in FLIQS, arXiv 2308.03290): the width
+of the stem, of each stage and of the head, and of each block the depthwise kernel, the
+expansion and, after the first of a stage, whether it is there at all. Blocks of the
+first stage do not expand, and so have no such choice; all others keep their first
+convolution, at an expansion of 1 too.
+"""
+
+from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax.models.common import ModuleDef, fan_out_normal, make_divisible
+from fliqs_jax.architecture import Choose, Size, gated, largest, standard, tell_sizes
+from fliqs_jax.models.common import (
+  WIDTH_MULTIPLIERS,
+  ModuleDef,
+  fan_out_normal,
+  make_divisible,
+)
 
 
 class Stage(NamedTuple):
@@ -33,27 +48,36 @@ STAGES = (
 class InvertedResidual(nn.Module):
   """Expands, convolves each channel by itself, and projects without nonlinearity."""
 
-  filters: int
-  expansion: int
+  inputs: Size
+  hidden: Size
+  filters: Size
+  kernel: Size
+  present: Size
+  expand: bool  # whether there is a convolution that expands
+  residual: bool
   strides: int
   conv: ModuleDef
   norm: ModuleDef
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, H, W, C] -> [B, H / strides, W / strides, filters]`."""
-    y, hidden = x, self.expansion * x.shape[-1]
-    if self.expansion > 1:
-      y = self.conv(hidden, (1, 1), name='expand')(y)
+    """`[B, H, W, inputs] -> [B, H / strides, W / strides, filters]`."""
+    y, hidden, kernel = x, largest(self.hidden), largest(self.kernel)
+    conv = functools.partial(tell_sizes, self.conv, present=self.present)
+    if self.expand:
+      expand = conv(inputs=self.inputs, outputs=self.hidden)
+      y = expand(hidden, (1, 1), name='expand')(y)
       y = nn.relu6(self.norm(name='bn_expand')(y))
-    y = self.conv(
-        hidden, (3, 3), self.strides, padding=1, feature_group_count=hidden,
-        name='depthwise',
+    depthwise = conv(inputs=self.hidden, outputs=self.hidden, kernel=self.kernel)
+    y = depthwise(
+        hidden, (kernel, kernel), self.strides, padding=kernel // 2,
+        feature_group_count=hidden, name='depthwise',
     )(y)  # fmt: skip
     y = nn.relu6(self.norm(name='bn_depthwise')(y))
-    y = self.conv(self.filters, (1, 1), name='project')(y)
+    project = conv(inputs=self.hidden, outputs=self.filters)
+    y = project(largest(self.filters), (1, 1), name='project')(y)
     y = self.norm(name='bn_project')(y)
-    return x + y if x.shape == y.shape else y
+    return x + gated(y, self.present) if self.residual else y
 
 
 class MobileNetV2(nn.Module):
@@ -68,6 +92,12 @@ class MobileNetV2(nn.Module):
     small_images: no stride in the stem and after the third stage, so that the image is
       halved twice instead of five times.
     dropout_rate: before the classifier.
+    stages: the rows of the paper's Table 2, each a `Stage` or its four numbers.
+    last_filters: of the last convolution.
+    choose: how the architecture is chosen, by default as the paper's.
+    kernels: what can be chosen for a depthwise convolution, odd.
+    expansions: what can be chosen for a block.
+    multipliers: what can be chosen for the width of the stem, a stage or the head.
     dtype: of the computation; parameters and batch statistics are float32.
     conv: the convolutions' class, `nn.Conv` or a partial of it.
     dense: the classifier's class, `nn.Dense` or a partial of it.
@@ -78,6 +108,12 @@ class MobileNetV2(nn.Module):
   small_images: bool = False
   dropout_rate: float = 0.2
   dtype: Any = jnp.float32
+  stages: Sequence[Sequence[int]] = STAGES
+  last_filters: int = 1280
+  choose: Choose = standard
+  kernels: Sequence[int] = (3, 5, 7)
+  expansions: Sequence[int] = (1, 3, 6)
+  multipliers: Sequence[float] = WIDTH_MULTIPLIERS
   conv: ModuleDef = nn.Conv
   dense: ModuleDef = nn.Dense
 
@@ -91,28 +127,65 @@ class MobileNetV2(nn.Module):
       nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
     )
     x = x.astype(self.dtype)
-    x = conv(
-        make_divisible(32 * self.width), (3, 3), 1 if self.small_images else 2,
-        padding=1, name='conv_init',
+    width = self._choose_width('stem', 32 * self.width)
+    x = tell_sizes(conv, outputs=width)(
+        largest(width), (3, 3), 1 if self.small_images else 2, padding=1,
+        name='conv_init',
     )(x)  # fmt: skip
     x = nn.relu6(norm(name='bn_init')(x))
-    for index, stage in enumerate(STAGES):
+    for index, stage in enumerate(itertools.starmap(Stage, self.stages)):
       strides = 1 if self.small_images and index > 2 else stage.strides
+      stage_name = f'stage{index + 1}'
+      filters = self._choose_width(stage_name, stage.filters * self.width)
       for block in range(stage.blocks):
-        x = InvertedResidual(
-          filters=make_divisible(stage.filters * self.width),
-          expansion=stage.expansion,
-          strides=strides if block == 0 else 1,
+        x = self._block(
+          f'{stage_name}_block{block + 1}',
+          x,
+          stage,
+          inputs=filters if block else width,
+          filters=filters,
+          strides=1 if block else strides,
+          first=block == 0,
           conv=conv,
           norm=norm,
-          name=f'stage{index + 1}_block{block + 1}',
-        )(x)
-    x = conv(make_divisible(1280 * max(1.0, self.width)), (1, 1), name='conv_last')(x)
+        )
+      width = filters
+    last = self._choose_width('head', self.last_filters * max(1.0, self.width))
+    x = tell_sizes(conv, inputs=width, outputs=last)(
+      largest(last), (1, 1), name='conv_last'
+    )(x)
     x = nn.relu6(norm(name='bn_last')(x))
     x = jnp.mean(x, axis=(1, 2))
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-    x = self.dense(
+    x = tell_sizes(self.dense, inputs=last)(
         self.num_classes, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype,
         name='classifier',
     )(x)  # fmt: skip
     return x.astype(jnp.float32)
+
+  def _choose_width(self, name, channels):
+    options = [make_divisible(channels * multiplier) for multiplier in self.multipliers]
+    return self.choose(f'{name}/width', options, make_divisible(channels))
+
+  def _block(self, name, x, stage, inputs, filters, strides, first, **attributes):
+    expansion = stage.expansion
+    if expansion > 1:
+      expansion = self.choose(f'{name}/expansion', self.expansions, expansion)
+    kernel = self.choose(f'{name}/kernel', self.kernels, 3)
+    present = 1 if first else self.choose(f'{name}/present', (0, 1), 1)
+    if present == 0:
+      return x
+    # Widths that a search makes equal by chance connect nothing.
+    by_chance = self.choose is standard and strides == 1 and inputs == filters
+    return InvertedResidual(
+      inputs=inputs,
+      hidden=inputs * expansion,
+      filters=filters,
+      kernel=kernel,
+      present=present,
+      expand=stage.expansion > 1,
+      residual=not first or by_chance,
+      strides=strides,
+      name=name,
+      **attributes,
+    )(x)

@@ -1,0 +1,93 @@
+"""Accuracy on the digits: architecture and formats searched together, or either alone.
+
+    python benchmarks/joint_search.py [--workdir=DIR] [--seeds=5] [--json]
+
+Three searches of ResNet-18 at equal cost, for each target and seed: `both`, of widths,
+depths and formats {int2, int3, int4, int8}; `formats`, of the standard network;
+`architecture`, of networks in int8. Targets are multiples of the standard network's
+cost in int4, which all three reach. A workdir that holds some of the runs is continued;
+`--finished` reports on those alone.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import pathlib
+import statistics
+import tempfile
+
+import jax
+
+from fliqs_jax import results, train
+
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
+DECIDE = ('both', 'formats', 'architecture')
+
+
+def load_config(decide, scale, seed, num_steps):
+  """Returns the digits config for a run."""
+  spec = importlib.util.spec_from_file_location('resnet18_config', CONFIG)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config('digits')
+  config.seed, config.num_steps = seed, num_steps
+  config.checkpoint_every = num_steps
+  config.model.multipliers = (0.5, 0.75, 1.0, 1.5)
+  config.search.decide = decide
+  config.search.target_format, config.search.target_scale = 'int4', scale
+  if decide == 'architecture':
+    config.search.formats = 'int8'
+  return config
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--workdir', help='folder for the runs (default: temporary)')
+  parser.add_argument('--seeds', type=int, default=5)
+  parser.add_argument('--scales', type=float, nargs='+', default=[0.75, 1.0, 2.0])
+  parser.add_argument('--num_steps', type=int, default=800)
+  parser.add_argument('--finished', action='store_true', help='run nothing')
+  parser.add_argument('--json', action='store_true', help='print one JSON object')
+  args = parser.parse_args()
+
+  with contextlib.ExitStack() as stack:
+    folder = args.workdir or stack.enter_context(tempfile.TemporaryDirectory())
+    folder = pathlib.Path(folder)
+    # Every seed runs the same programs.
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+    rows = []
+    for seed in range(args.seeds):
+      for scale in args.scales:
+        for decide in DECIDE:
+          run = folder / f'{decide}-{scale}-{seed}'
+          if args.finished and not (run / results.RESULT_FILE).exists():
+            continue
+          result = train.run(load_config(decide, scale, seed, args.num_steps), run)
+          rows.append({
+              'decide': decide, 'scale': scale, 'seed': seed,
+              'accuracy': result['eval']['accuracy'],
+              'cost_ratio': result['cost'] / result['target'],
+          })  # fmt: skip
+          if not args.json:
+            print(rows[-1], flush=True)
+  if args.json:
+    print(json.dumps(rows))
+    return
+  print('| cost / int4 | both | formats | architecture |')
+  print('|---|---|---|---|')
+  for scale in args.scales:
+    cells = []
+    for decide in DECIDE:
+      accuracies = [
+        row['accuracy']
+        for row in rows
+        if row['scale'] == scale and row['decide'] == decide
+      ]
+      mean = f'{statistics.mean(accuracies):.2%}' if accuracies else '-'
+      cells.append(f'{mean} ({len(accuracies)} seeds)')
+    print(f'| {scale} | {" | ".join(cells)} |')
+
+
+if __name__ == '__main__':
+  main()
