@@ -11,8 +11,17 @@ from fliqs_jax.config import default_config
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
-  """Returns the config of the run in a folder."""
+  """Returns the config of the run in a folder.
+
+  Raises:
+    ValueError: where there is none, or `fliqs_jax.search` made it.
+  """
   found = workdirs.read_config(epath.Path(workdir))
+  if 'layers' in found.model:
+    raise ValueError(
+      f'{workdir!r} was made by fliqs_jax.search, whose network and data it does not '
+      'hold: expected a run of fliqs_jax.main; make the same call in Python again'
+    )
   config = default_config()
   config.model = found.model
   config.update(found)

@@ -1,12 +1,13 @@
-"""Makes the paper's analysis figures of a config's network.
+r"""Makes the figures of the paper's analysis for a config's network.
 
-    python -m fliqs_jax.analysis --config=configs/resnet18.py:digits --folder=analysis
+    python -m fliqs_jax.analysis --config=configs/resnet18.py:digits \
+      --folder=runs/analysis --figure=switching
 
 switching: the error of the weights between every two formats. clipping: errors against
-clipping thresholds, and the best ones (Figure 4a). entropy: short searches with several
-entropy weights (Figure 4b); they resume in the same folder. formats: bits against depth
-and kind of layers (Figure 3), of the finished searches in --workdir, or of those that
-`entropy` made. Each leaves a PNG and its numbers as JSON in the folder.
+clipping thresholds, and the best ones (Figure 4a). entropy: four searches with other
+entropy weights (Figure 4b). formats: bits against depth and kind of layers (Figure 3),
+of the searches in --workdir, or of those that entropy made. Each leaves a PNG and its
+numbers as JSON in the folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import quantization_error, report_figures, report_text, runs
+from fliqs_jax import quality, quantization_error, report_figures, runs
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -111,7 +112,7 @@ def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]
         'steps': [row['step'] for row in history],
         'entropy': [row['entropy'] for row in history],
         'accuracy': result['eval']['accuracy'],
-        'standard_error': report_text.standard_error(result['eval']),
+        'standard_error': quality.of(result['eval']).error,
         'cost_ratio': result['cost'] / result['target'],
       }
     )

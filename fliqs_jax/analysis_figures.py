@@ -8,10 +8,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from fliqs_jax import report_figures
-from fliqs_jax.report_figures import PALETTE, STYLE
-
-# Lines of a figure, in the order in which they are told apart best.
-_LINES = ('integer', 'float', 'architecture', 'accent', 'unquantized', 'ink')
+from fliqs_jax.report_figures import LINES, PALETTE, STYLE
 
 _styled = matplotlib.rc_context(STYLE)
 
@@ -55,9 +52,9 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
   grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
   for axes, (title, curves) in zip(grid, panels.items()):
     for place, (name, curve) in enumerate(curves.items()):
-      colour = PALETTE[_LINES[place % len(_LINES)]]
+      colour = PALETTE[LINES[place % len(LINES)]]
       thresholds, errors = curve['thresholds'], curve['errors']
-      style = ('-', '--', ':')[place // len(_LINES) % 3]
+      style = ('-', '--', ':')[place // len(LINES) % 3]
       axes.plot(thresholds, errors, style, color=colour, label=name)
       axes.plot(thresholds[curve['best']], errors[curve['best']], 'o', color=colour)
     axes.set_yscale('log')
@@ -84,7 +81,7 @@ def entropy(rows: Sequence[Mapping]) -> Figure:
   figure = Figure(figsize=(10.4, 3.8), layout='constrained')
   left, right = figure.subplots(1, 2)
   for place, row in enumerate(rows):
-    colour = PALETTE[_LINES[place % len(_LINES)]]
+    colour = PALETTE[LINES[place % len(LINES)]]
     left.plot(row['steps'], row['entropy'], color=colour, label=f'{row["weight"]:g}')
     right.errorbar(
       place, row['accuracy'], row['standard_error'], fmt='o', color=colour, capsize=3
@@ -113,7 +110,7 @@ def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   axes = figure.subplots()
   kinds = list(dict.fromkeys(row['kind'] for row in rows))
   axes.plot([row['bits'] for row in rows], color=PALETTE['axis'], linewidth=1)
-  for kind, colour in zip(kinds, _LINES):
+  for kind, colour in zip(kinds, LINES):
     these = [(i, row['bits']) for i, row in enumerate(rows) if row['kind'] == kind]
     axes.plot(*zip(*these), 'o', color=PALETTE[colour], label=kind)
   names = [report_figures.shorten(row['path'], 28) for row in rows]

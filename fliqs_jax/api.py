@@ -148,6 +148,7 @@ def search(
   config = _with_fields(config, fields)
   first, train_batches = batches.first_batch(train_batches)
   config.batch_size = batches.batch_size(first, 'train_batches')
+  config.dataset = 'own batches'
   network, coverage = _network(config, model, first, loss, quality, metrics, inputs)
   _logger.info('%s', coverage)
   config.model = {

@@ -18,6 +18,9 @@ from fliqs_jax.config import ConfigError
 from fliqs_jax.errors import Preempted, RunError
 from fliqs_jax.names import not_among
 
+# Flags that are defined here belong to the command, whose --help lists them.
+flags.disclaim_key_flags()
+
 _USER_ERROR_STATUS = 2
 _PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
@@ -82,6 +85,8 @@ def _parse(argv, required):
     if rest[1:]:
       raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
     return rest
+  except SystemExit:  # absl has printed the help, and calls that a failure
+    sys.exit(0)
   except Exception as error:  # a config file is code and raises what it likes
     _fail([_missing_file(argv) or _unknown_field(argv) or _one_line(error)])
 

@@ -1,6 +1,6 @@
 """Times a network's layers on the device at hand, in each format that is searched.
 
-    python -m fliqs_jax.measure --config=configs/resnet18.py --out=latency.json
+    python -m fliqs_jax.measure --config=configs/resnet18.py:digits --out=latency.json
 
 writes the file that the cost model `latency_table` reads. Where the device multiplies a
 format itself, a layer's operands are given in that type; otherwise the operator that

@@ -9,8 +9,9 @@ from etils import epath
 import jax
 import ml_collections
 
-from fliqs_jax import figures, plans, results, train
+from fliqs_jax import pareto_figure, plans, report_page, results, train
 from fliqs_jax import formats as formats_lib
+from fliqs_jax import runs as runs_lib
 from fliqs_jax.config import ConfigError, resolve
 
 PARETO_FILE = 'pareto.json'
@@ -226,23 +227,10 @@ def read_points(folder: epath.Path) -> list[Point]:
       }
     )
   points.sort(key=lambda point: (point['cost'], -point['accuracy']))
-  front = pareto_front([(point['cost'], point['accuracy']) for point in points])
+  front = runs_lib.pareto_front(
+    [(point['cost'], point['accuracy']) for point in points]
+  )
   return [point | {'on_front': on} for point, on in zip(points, front)]
-
-
-def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
-  """Returns which pairs (cost, accuracy) are on the Pareto front.
-
-  On it is what no other pair beats in one of the two and at least equals in the other;
-  equal pairs are on it together.
-  """
-  best = {}  # pairs on the front, from the cheapest on
-  highest = -math.inf
-  for cost, accuracy in sorted(pairs, key=lambda pair: (pair[0], -pair[1])):
-    if accuracy > highest:
-      highest = accuracy
-      best[cost, accuracy] = True
-  return [tuple(pair) in best for pair in pairs]
 
 
 def _write(folder):
@@ -250,6 +238,18 @@ def _write(folder):
     points = read_points(folder)
     results.write_json(folder / PARETO_FILE, points)
     temporary = folder / f'.{FIGURE_FILE}'
-    with temporary.open('wb') as file:
-      figures.pareto(points).savefig(file, format='png')
+    temporary.write_bytes(report_page.to_png(_figure(points)))
     temporary.replace(folder / FIGURE_FILE)
+
+
+def _figure(points):
+  drawn = [
+    {
+      **point,
+      'label': point['target'],
+      'group': f'width {point["width"]:g}',
+      'quality': point['accuracy'],
+    }
+    for point in points
+  ]
+  return pareto_figure.pareto(drawn, points[0]['cost_unit'], 'accuracy')

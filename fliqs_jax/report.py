@@ -1,15 +1,15 @@
 """Writes the report of runs, finished or not, as one page that needs no network.
 
-    python -m fliqs_jax.report --workdir=runs/digits --workdir=runs/int3
+    python -m fliqs_jax.report --workdir=runs/digits
 
-The page is about the first run; others are set beside it. It goes into the first
-workdir as `report.html`, or to --out, and its figures as PNG into a folder beside it.
-docs/report.md says how to read it.
+The page is about that run; those of further --workdir are set beside it. It goes into
+the first workdir as report.html, or to --out, and its figures as PNG into a folder
+beside it. docs/report.md says how to read it.
 """
 
 from absl import flags
 
-from fliqs_jax import command_line, report_page
+from fliqs_jax import command_line
 
 _WORKDIR = flags.DEFINE_multi_string('workdir', None, 'Folder of a run; repeatable.')
 _OUT = flags.DEFINE_string('out', None, 'The page to write.')
@@ -18,6 +18,8 @@ _OUT = flags.DEFINE_string('out', None, 'The page to write.')
 def main(argv):
   """Writes the report of the given workdirs."""
   del argv
+  from fliqs_jax import report_page  # after the flags, whose errors need no TensorFlow
+
   print(f'Report: {report_page.write(_WORKDIR.value, _OUT.value)}')
 
 

@@ -59,7 +59,10 @@ STYLE = {
   'ytick.labelcolor': PALETTE['muted'],
 }
 
-_SMALL = 7.5  # points
+# Lines of a figure, in the order in which they are told apart best.
+LINES = ('integer', 'float', 'architecture', 'accent', 'unquantized', 'ink')
+
+SMALL = 7.5  # points
 _POINTS = 72  # an inch
 
 _styled = matplotlib.rc_context(STYLE)
@@ -172,7 +175,7 @@ def _format_bar(axes, place, width, name, row):
   crowded = width < 0.5 or len(row) > 24
   axes.annotate(
     name, (place, bits), (0, 2), textcoords='offset points', ha='center', va='bottom',
-    fontsize=_SMALL - crowded, rotation=90 if crowded else 0,
+    fontsize=SMALL - crowded, rotation=90 if crowded else 0,
   )  # fmt: skip
 
 
@@ -226,8 +229,8 @@ def policy_heat_map(
   image, bands = _heat_image(np.asarray(steps), decisions)
   fewest = min(len(decision['options']) for decision in decisions)
   # Type needs its height: of every option where there is room, else of decisions.
-  row = max(min(_SMALL + 1, 1500 / len(image)), (_SMALL + 1.5) / fewest)
-  labelled = row >= _SMALL
+  row = max(min(SMALL + 1, 1500 / len(image)), (SMALL + 1.5) / fewest)
+  labelled = row >= SMALL
   figure = _figure(width, 0.8 + row * len(image) / _POINTS)
   axes = figure.subplots()
   axes.imshow(
@@ -237,7 +240,7 @@ def policy_heat_map(
     [top + len(d['options']) / 2 for top, d in zip(bands, decisions)],
     [shorten(d['name'], 34 if width > 6 else 17) for d in decisions],
   )
-  axes.tick_params(axis='y', length=0, labelsize=_SMALL, labelcolor=PALETTE['ink'])
+  axes.tick_params(axis='y', length=0, labelsize=SMALL, labelcolor=PALETTE['ink'])
   axes.spines['left'].set_visible(False)
   axes.grid(visible=False)
   for top, decision in zip(bands, decisions):
@@ -250,7 +253,7 @@ def policy_heat_map(
         )  # fmt: skip
       if labelled:
         axes.annotate(
-          shorten(option, 8), (steps[-1], middle), (6, 0), fontsize=_SMALL - 1,
+          shorten(option, 8), (steps[-1], middle), (6, 0), fontsize=SMALL - 1,
           textcoords='offset points', va='center', color=PALETTE['muted'],
           annotation_clip=False,
         )  # fmt: skip
@@ -320,55 +323,6 @@ def curves(
   return figure
 
 
-@_styled
-def pareto(
-  points: Sequence[Mapping[str, Any]], unit: str = '', width: float = WIDE
-) -> Figure:
-  """Draws accuracy against cost, and the Pareto front.
-
-  Args:
-    points: `kind` (searched, uniform or fixed), `label`, `cost`, `accuracy` and
-      `on_front` of each.
-    unit: of the costs.
-    width: in inches.
-  """
-  figure = _figure(width, 4.2 if width > 6 else 3.4)
-  axes = figure.subplots()
-  front = sorted((p['cost'], p['accuracy']) for p in points if p['on_front'])
-  axes.plot(
-    *zip(*front), color=PALETTE['accent'], linewidth=1.2, drawstyle='steps-post',
-    label='Pareto front',
-  )  # fmt: skip
-  for kind, marker, colour in (
-    ('searched', 'o', 'accent'), ('uniform', 's', 'unquantized'), ('fixed', 'D', 'ink'),
-  ):  # fmt: skip
-    these = [point for point in points if point['kind'] == kind]
-    axes.plot(
-        [p['cost'] for p in these], [p['accuracy'] for p in these], marker,
-        color=PALETTE[colour], markeredgecolor=PALETTE['surface'], markersize=8,
-        label=kind if these else None,
-    )  # fmt: skip
-  _label_points(axes, points, 24 if width > 6 else 12)
-  axes.margins(0.14 if width > 6 else 0.22, 0.16)
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(7 if width > 6 else 3))
-  axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-  axes.set_xlabel(f'cost ({unit})' if unit else 'cost')
-  axes.set_ylabel('accuracy')
-  figure.legend(loc='outside upper left', ncols=4)
-  return figure
-
-
-def _label_points(axes, points, length):
-  """Labels points above and below in turns, so that neighbours stay readable."""
-  for place, point in enumerate(sorted(points, key=lambda p: p['cost'])):
-    above = place % 2 == 0
-    axes.annotate(
-      shorten(point['label'], length), (point['cost'], point['accuracy']),
-      (0, 8 if above else -8), textcoords='offset points', ha='center',
-      va='bottom' if above else 'top', fontsize=_SMALL, color=PALETTE['muted'],
-    )  # fmt: skip
-
-
 def shorten(name: str, length: int) -> str:
   """Returns the end of a name, which tells layers apart, without odd characters."""
   odd = '\N{REPLACEMENT CHARACTER}'
@@ -387,14 +341,14 @@ def _layer_rows(layers, width, height):
   per_row = math.ceil(len(layers) / num_rows)
   longest = 28 if width > 6 else 20
   names = [shorten(layer['path'], longest) for layer in layers]
-  name_height = max(map(len, names)) * 0.6 * _SMALL / _POINTS
+  name_height = max(map(len, names)) * 0.6 * SMALL / _POINTS
   figure = _figure(width, 0.4 + num_rows * (height + name_height + 0.15))
   grid = figure.subplots(num_rows, squeeze=False)[:, 0]
   rows = []
   for index, axes in enumerate(grid):
     part = slice(index * per_row, (index + 1) * per_row)
     axes.set_xlim(-0.6, per_row - 0.4)
-    axes.set_xticks(range(len(names[part])), names[part], rotation=90, fontsize=_SMALL)
+    axes.set_xticks(range(len(names[part])), names[part], rotation=90, fontsize=SMALL)
     axes.tick_params(axis='x', length=0)
     axes.grid(axis='x', visible=False)
     rows.append((axes, layers[part]))
@@ -420,5 +374,5 @@ def _draw_marks(axes, marks, last):
       offset = (2, -8 * place)  # letters of near steps stay apart
       axes.annotate(
         mark.letter, (mark.step, 1), offset, xycoords=('data', 'axes fraction'),
-        textcoords='offset points', va='top', fontsize=_SMALL, color=PALETTE['muted'],
+        textcoords='offset points', va='top', fontsize=SMALL, color=PALETTE['muted'],
       )  # fmt: skip

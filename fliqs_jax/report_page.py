@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fliqs_jax import report_figures, report_text
+from fliqs_jax import pareto_figure, report_figures, report_text
 from fliqs_jax import runs as runs_lib
 from fliqs_jax.config import ConfigError
 from fliqs_jax.runs import Run
@@ -171,6 +171,7 @@ def _progress(run, section, draw):
 def _comparison(runs):
   """What the template shows of several runs, and of those left out of the picture."""
   finished = runs_lib.comparable(runs)
+  quality = finished[0].quality.name if finished else ''
   points = runs_lib.points(finished)
   drawing = None
   if len(points) > 1:
@@ -178,14 +179,14 @@ def _comparison(runs):
     drawing = _draw(
       '',
       'pareto',
-      report_text.pareto_alt(points, unit),
-      functools.partial(report_figures.pareto, points, unit),
+      report_text.pareto_alt(points, unit, quality),
+      functools.partial(pareto_figure.pareto, points, unit, quality),
     )
   rows = [
     {'run': run, 'point': point} for run, point in zip(finished, points, strict=True)
   ]
   others = [run for run in runs if run not in finished]
-  return {'rows': rows, 'others': others, 'drawing': drawing}
+  return {'rows': rows, 'others': others, 'drawing': drawing, 'quality': quality}
 
 
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:

@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from fliqs_jax import report_figures
+from fliqs_jax import quality, report_figures
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.runs import Run
 
@@ -13,6 +13,7 @@ from fliqs_jax.runs import Run
 _PANELS = {
   'loss': ('Training loss', '{:.3g}', None),
   'accuracy': ('Training accuracy', '{:.1%}', None),
+  'quality': ('Training quality', '{:.4g}', None),
   'reward': ('Reward', '{:.3f}', None),
   'cost_ratio': ('Cost ÷ target', '{:.3f}', 1.0),
   'entropy': ('Entropy (nats)', '{:.3g}', None),
@@ -41,8 +42,10 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
   result = run.result
   if not result:
     return _unfinished(run)
-  accuracy, examples = result['eval']['accuracy'], result['eval']['num_examples']
-  reached = f'{accuracy:.2%} of {examples:,} examples right'
+  examples = f'{result["eval"]["num_examples"]:,} examples'
+  reached = f'a {run.quality.name} of {run.quality} on {examples}'
+  if run.quality.name == 'accuracy':
+    reached = f'{run.quality} of {examples} right'
   cost = f'{number(result["cost"])} {result["cost_unit"]}'
   if run.kind != 'searched':
     name = run.uniform_format
@@ -57,25 +60,9 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
   other = uniform[nearest].result
   return (
     f'{text}. The uniform {nearest} model, at {number(other["cost"])} '
-    f'{other["cost_unit"]}, gets {other["eval"]["accuracy"]:.2%}: '
-    f'{_difference(result["eval"], other["eval"])}.'
+    f'{other["cost_unit"]}, gets {uniform[nearest].quality}: '
+    f'{run.quality.against(uniform[nearest].quality)}.'
   )
-
-
-def _difference(found, other):
-  points = found['accuracy'] - other['accuracy']
-  if points == 0:
-    return 'the same'
-  text = f'{abs(100 * points):.2f} points {"less" if points > 0 else "more"}'
-  if abs(points) < math.hypot(standard_error(found), standard_error(other)):
-    text += ', which is within the standard error of the difference'
-  return text
-
-
-def standard_error(evaluation: Mapping[str, float]) -> float:
-  """Returns the standard error of an accuracy over independent examples."""
-  accuracy, examples = evaluation['accuracy'], evaluation['num_examples']
-  return math.sqrt(max(accuracy * (1 - accuracy), 0) / max(examples, 1))
 
 
 def _nearest_uniform(result, uniform):
@@ -91,8 +78,9 @@ def _unfinished(run):
   last = run.history[-1]
   text = f'This run has not finished: step {last["step"]:,} of '
   text += f'{run.config["num_steps"]:,}'
-  if 'accuracy' in last:
-    text += f', {last["accuracy"]:.1%} training accuracy'
+  name = quality.logged(last)
+  if name:
+    text += f', {quality.text(name, last[name])} training {name}'
   if run.kind == 'searched' and 'cost_ratio' in last:
     text += f', sampled costs {last["cost_ratio"]:.3f} of the target'
   return text + '.'
@@ -104,14 +92,12 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
   if not result:
     done = run.history[-1]['step'] if run.history else 0
     return [('Steps', f'{done:,}', f'of {run.config["num_steps"]:,}')]
-  accuracy, examples = result['eval']['accuracy'], result['eval']['num_examples']
+  reached, remark = run.quality, f'{result["eval"]["num_examples"]:,} examples'
+  if reached.error is not None:
+    remark = f'± {100 * reached.error:.2f} points, the standard error of {remark}'
+  name = f'One-shot {reached.name}' if run.kind == 'searched' else reached.name
   found = [
-    (
-      'One-shot accuracy' if run.kind == 'searched' else 'Accuracy',
-      f'{accuracy:.2%}',
-      f'± {100 * standard_error(result["eval"]):.2f} points, the standard error of '
-      f'{examples:,} examples',
-    ),
+    (name[0].upper() + name[1:], str(reached), remark),
     ('Cost', number(result['cost']), f'{result["cost_unit"]} ({result["cost_model"]})'),
   ]
   target = result.get('target')
@@ -139,7 +125,7 @@ def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
     {
       'label': 'found' if run.kind == 'searched' else 'this run',
       'cost': result['cost'],
-      'note': f'{result["eval"]["accuracy"]:.2%}',
+      'note': str(run.quality),
       'found': True,
     }
   ]
@@ -149,7 +135,7 @@ def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
       unknown.setdefault(cost, []).append(name)
   for name, other in uniform.items():
     if other != run:
-      note = f'{other.result["eval"]["accuracy"]:.2%}'
+      note = str(other.quality)
       rows.append(_model(f'uniform {name}', other.result['cost'], note))
   for cost, names in unknown.items():
     label = f'uniform {names[0]}' + (f' + {len(names) - 1}' if names[1:] else '')
@@ -264,6 +250,7 @@ def marks(run: Run) -> list[report_figures.Mark]:
 
 def panels(run: Run) -> dict[str, dict[str, Any]]:
   """Returns the scalars that every line of a history has, for `curves`."""
+  hidden = {'accuracy', 'quality'} - {quality.logged(row) for row in run.history}
   return {
     title: {
       'values': [row[name] for row in run.history],
@@ -271,7 +258,7 @@ def panels(run: Run) -> dict[str, dict[str, Any]]:
       'reference': reference,
     }
     for name, (title, form, reference) in _PANELS.items()
-    if all(name in row for row in run.history)
+    if name not in hidden and all(name in row for row in run.history)
   }
 
 
@@ -286,8 +273,13 @@ def settings(config: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any
   return rows
 
 
-def command(run: Run) -> str:
-  """Returns the command that does the run again, from the project's folder."""
+def command(run: Run) -> str | None:
+  """Returns the command that does the run again, from the project's folder.
+
+  None where no command can, since the network and its data are a Python program's.
+  """
+  if run.made_in_python:
+    return None
   config = shlex.quote(f'--config=configs/again.py:{run.workdir.absolute()}')
   workdir = shlex.quote(f'--workdir=runs/{run.label}_again')
   return f'python -m fliqs_jax.main {config} {workdir}'
@@ -297,7 +289,7 @@ def scale_alt(models: Sequence[Mapping], target: float | None, unit: str) -> str
   """Returns the cost bars in words."""
   bars = ', '.join(f'{m["label"]} {number(m["cost"])} ({m["note"]})' for m in models)
   aim = f' The target is {number(target)}.' if target else ''
-  return f'Bars of cost in {unit}, with the accuracy where known: {bars}.{aim}'
+  return f'Bars of cost in {unit}, with what they reach where known: {bars}.{aim}'
 
 
 def formats_alt(layers: Sequence[Mapping]) -> str:
@@ -346,11 +338,11 @@ def curves_alt(panels: Mapping[str, Mapping], steps: Sequence[int]) -> str:
   return f'Curves over {steps[-1]:,} steps, which end at: {ends}.'
 
 
-def pareto_alt(points: Sequence[Mapping], unit: str) -> str:
+def pareto_alt(points: Sequence[Mapping], unit: str, name: str) -> str:
   """Returns the picture of several runs in words."""
   named = ', '.join(
-    f'{p["label"]} ({number(p["cost"])} {unit}, {p["accuracy"]:.2%}'
+    f'{p["label"]} ({number(p["cost"])} {unit}, {quality.text(name, p["quality"])}'
     f'{", on the front" if p["on_front"] else ""})'
     for p in points
   )
-  return f'Accuracy against cost: {named}.'
+  return f'{name.capitalize()} against cost: {named}.'

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from fliqs_jax import quality as quality_lib
 from fliqs_jax import results, workdirs
 
 _NUMBER = (int, float)
@@ -13,7 +14,7 @@ _NUMBER = (int, float)
 # What a report needs of a result: fields by type, of the entries of a mapping too.
 _RESULT_FIELDS = {
   'model': str, 'dataset': str, 'cost_model': str, 'cost_unit': str, 'cost': _NUMBER,
-  'formats': dict, 'eval': {'accuracy': _NUMBER, 'loss': _NUMBER, 'num_examples': int},
+  'formats': dict, 'eval': {'loss': _NUMBER, 'num_examples': int},
   'uniform_costs': dict, 'policy': dict, 'versions': dict, 'config': dict,
 }  # fmt: skip
 _LAYER_FIELDS = {
@@ -45,6 +46,23 @@ class Run(NamedTuple):
     return 'uniform' if self.uniform_format else 'fixed'
 
   @property
+  def network(self) -> str:
+    """What the network is called, with its width where it has one."""
+    model = self.config['model']
+    width = None if self.made_in_python else model.get('width')
+    return model['name'] + (f', width {width:g}' if width else '')
+
+  @property
+  def made_in_python(self) -> bool:
+    """Whether `fliqs_jax.search` made it, whose network no config can name."""
+    return 'layers' in self.config['model']
+
+  @property
+  def quality(self) -> quality_lib.Quality:
+    """What the evaluation of a finished run says of it."""
+    return quality_lib.of(self.result['eval'])
+
+  @property
   def uniform_format(self) -> str | None:
     """The format that all layers of a finished run have, if they have one."""
     assigned = self.result['formats'].values() if self.result else ()
@@ -73,7 +91,7 @@ def read_run(workdir: str) -> Run:
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
-  """Returns the finished runs whose costs and accuracies mean the same as the first's.
+  """Returns the finished runs whose costs and qualities mean the same as the first's.
 
   On one dataset, in one cost model; networks and their widths may differ.
   """
@@ -82,23 +100,34 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
 
 
 def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Returns `kind`, `label`, `cost`, `accuracy`, `on_front` of comparable runs."""
-  values = [(run.result['cost'], run.result['eval']['accuracy']) for run in runs]
+  """Returns the points of comparable runs, as `pareto_figure.pareto` takes them."""
+  values = [(run.result['cost'], run.quality.value) for run in runs]
   return [
     {
       'kind': run.kind,
       'label': run.label,
+      'group': run.network,
       'cost': cost,
-      'accuracy': accuracy,
-      'on_front': not any(dominates(other, (cost, accuracy)) for other in values),
+      'quality': quality,
+      'on_front': on_front,
     }
-    for run, (cost, accuracy) in zip(runs, values)
+    for run, (cost, quality), on_front in zip(runs, values, pareto_front(values))
   ]
 
 
-def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
-  """Returns whether `a`, (cost, accuracy), is nowhere worse than `b`, and not equal."""
-  return a != b and a[0] <= b[0] and a[1] >= b[1]
+def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
+  """Returns which pairs (cost, quality) are on the Pareto front.
+
+  On it is what no other pair beats in one of the two and at least equals in the other;
+  equal pairs are on it together.
+  """
+  best = set()  # pairs on the front, from the cheapest on
+  highest = -math.inf
+  for cost, quality in sorted(pairs, key=lambda pair: (pair[0], -pair[1])):
+    if quality > highest:
+      highest = quality
+      best.add((cost, quality))
+  return [tuple(pair) in best for pair in pairs]
 
 
 def uniform_runs(run: Run, runs: Sequence[Run]) -> dict[str, Run]:
@@ -125,7 +154,8 @@ def _measure(run):
   result = run.result
   device = run.config['search'].get('device')
   on_device = device if result['cost_model'] == 'roofline' else None
-  return result['dataset'], result['cost_model'], result['cost_unit'], on_device
+  costs = result['cost_model'], result['cost_unit'], on_device
+  return result['dataset'], run.quality.name, *costs
 
 
 def _check_fields(content, fields, path, prefix=''):

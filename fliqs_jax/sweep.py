@@ -1,15 +1,13 @@
-"""Searches for several targets, the uniform models beside them, and their Pareto front.
+r"""Searches for several targets, beside uniform models, and draws their Pareto front.
 
-    python -m fliqs_jax.sweep --config=configs/resnet18.py:digits --folder=runs/sweep \
-      --targets=int3,0.5*int8 --widths=0.125,0.25
+    python -m fliqs_jax.sweep --config=configs/resnet18.py:digits --targets=int3 \
+      --folder=runs/sweep
 
-A target is a format, for the cost of the uniform model in it, a multiple SCALE*FORMAT,
-or a number in the cost model's unit. At each width there is a search for each target
-and a uniform model in each format of the search and of the targets. Each run has a
-workdir of its own in the folder. The same command goes on where it was interrupted, and
-further targets or widths add runs. Bad input ends with one line for each problem and
-status 2 before the first run; a run that fails is reported, the others go on, and the
-status is 1.
+A target is a format, for the cost of the uniform model in it, SCALE*FORMAT, or a number
+in the cost model's unit. At each width there is a search for each target and a uniform
+model in each format, with a workdir of its own in the folder. The same command goes on
+where it was interrupted; further targets or widths add runs. Bad input ends with
+status 2 before the first run; a run that fails does not stop the others: status 1.
 """
 
 import sys

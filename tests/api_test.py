@@ -1,6 +1,8 @@
 """The Python interface: the README's example, a sequence model, and wrong input."""
 
 import functools
+import json
+import pathlib
 import re
 
 from flax import linen as nn
@@ -14,7 +16,16 @@ import pytest
 from conftest import ROOT
 
 import fliqs_jax
-from fliqs_jax import assembly, batches, display, pretrained, tasks, train_state
+from fliqs_jax import (
+  assembly,
+  batches,
+  display,
+  pretrained,
+  report_page,
+  results,
+  tasks,
+  train_state,
+)
 from fliqs_jax.config import ConfigError
 
 LENGTH, SYMBOLS = 8, 5
@@ -122,6 +133,36 @@ def test_the_result_is_read_without_the_network(searched, capsys):
   display.print_result(result.content, 'DIR')
   shown = f'quality: {result.eval["quality"]:.6g}'
   assert shown in capsys.readouterr().out
+
+
+def test_the_report_of_a_loss_of_its_own(searched, tmp_path, monkeypatch):
+  result, _ = searched
+  folders = [str(tmp_path / name) for name in ('saved', 'other')]
+  for folder in folders:
+    result.save(folder)
+  path = folders[1] + '/' + results.RESULT_FILE
+  better = {'eval': {**result.eval, 'quality': result.eval['quality'] + 0.25}}
+  pathlib.Path(path).write_text(json.dumps({**result.content, **better}))
+  page = report_page.write(folders).read_text()
+  quality = f'{result.eval["quality"]:.4g}'
+  assert f'The formats found get a quality of {quality} on 37 examples' in page
+  assert f'<dt>One-shot quality</dt><dd>{quality}<small>37 examples' in page
+  assert 'Training quality' in page and 'Training accuracy' not in page
+  better = f'{result.eval["quality"] + 0.25:.4g}'
+  first, second = (
+    run.split(')')[0]
+    for run in page.split('Quality against cost: ')[1].split(' (')[1:3]
+  )
+  assert quality in first and 'front' not in first
+  assert better in second and second.endswith('on the front')
+  # No command knows the network and the data, and the page says so.
+  assert 'By the same call of <code>fliqs_jax.search' in page
+  assert 'fliqs_jax.main' not in page and 'on digits' not in page
+  monkeypatch.syspath_prepend(str(ROOT / 'configs'))
+  import again
+
+  with pytest.raises(ValueError, match='was made by fliqs_jax.search'):
+    again.get_config(folders[0])
 
 
 def test_evaluation_of_a_saved_search(searched, tmp_path):

@@ -55,29 +55,6 @@ def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_search_from_the_command_line(tmp_path, data_dir):
-  result = command(
-      'main', CONFIG, f'--workdir={tmp_path / "run"}',
-      f'--config.input.data_dir={data_dir}', '--config.num_steps=8',
-      '--config.model.width=0.0625', '--config.search.statistics_batches=2',
-  )  # fmt: skip
-  assert result.returncode == 0, result.stderr
-  for text in (
-    'conv_init',
-    'classifier',
-    'of the target',
-    'One-shot accuracy',
-    'Files:',
-    'Report:',
-  ):
-    assert text in result.stdout
-  assert 'step 8/8' in result.stderr
-  assert (tmp_path / 'run' / 'search_result.json').exists()
-  page = (tmp_path / 'run' / 'report.html').read_text()
-  for text in ('stage4_block2/conv2', 'Where the cost is', 'How the policy got there'):
-    assert text in page
-
-
 def test_overview_reproduces_a_published_cost():
   result = command(
       'overview', '--config=configs/resnet18.py', '--format=e4m3', '--json',

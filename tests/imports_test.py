@@ -9,7 +9,7 @@ CORE = (
     'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',
-    'assignments',
+    'assignments', 'quality',
 )  # fmt: skip
 FORBIDDEN = (
   'tensorflow',

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from fliqs_jax import pareto, results, train
+from fliqs_jax import pareto, results, runs, train
 from fliqs_jax.config import ConfigError
 
 LEVELS = st.integers(0, 6)  # few, so that ties are frequent
@@ -18,7 +18,7 @@ def test_front_is_what_no_point_beats(pairs):
     return p != q and p[0] <= q[0] and p[1] >= q[1]
 
   expected = [not any(beats(p, q) for p in pairs) for q in pairs]
-  assert pareto.pareto_front(pairs) == expected
+  assert runs.pareto_front(pairs) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ import sys
 import browser as browser_lib
 from conftest import ROOT, load_config
 from etils import epath
-import hypothesis
-from hypothesis import strategies
 import pytest
 
 from fliqs_jax import report_figures, report_page, report_text, results, runs, workdirs
@@ -185,26 +183,6 @@ def test_uniform_models_stand_beside_the_search(tmp_path):
     'found': '75.00%', 'uniform int2': 'not trained', 'uniform int4': '70.00%',
     'uniform e4m3': 'not trained', 'uniform bf16': 'not trained',
   }  # fmt: skip
-
-
-@hypothesis.given(
-  strategies.lists(
-    strategies.tuples(strategies.integers(0, 5), strategies.integers(0, 5)), min_size=1
-  )
-)
-def test_the_front_is_what_nothing_beats(values):
-  points = runs.points(
-    [
-      runs.Run(
-        None, '', {'mode': 'search'}, [], {'cost': cost, 'eval': {'accuracy': accuracy}}
-      )
-      for cost, accuracy in values
-    ]
-  )
-  for point, (cost, accuracy) in zip(points, values):
-    better_at_most_as_dear = [a for c, a in values if c <= cost and a > accuracy]
-    cheaper_as_good = [c for c, a in values if c < cost and a >= accuracy]
-    assert point['on_front'] == (not better_at_most_as_dear and not cheaper_as_good)
 
 
 @pytest.mark.parametrize(

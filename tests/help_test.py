@@ -1,0 +1,120 @@
+"""The help of every command: short, and with an example that works as printed."""
+
+import json
+import os
+import re
+import subprocess
+
+from conftest import ROOT
+import pytest
+
+# What makes the examples short; the network and the formats stay those of the config.
+NARROW = '--config.model.width=0.0625'
+SHORT = f'{NARROW} --config.num_steps=4 --config.search.statistics_batches=1'
+COMMANDS = ('main', 'overview', 'measure', 'sweep', 'report', 'analysis')
+
+
+@pytest.fixture(scope='module')
+def shell(tmp_path_factory, data_dir):
+  """A folder with `configs` in it, and a function that runs a command line there."""
+  folder = tmp_path_factory.mktemp('help')
+  (folder / 'configs').symlink_to(ROOT / 'configs')
+  environment = {
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compiling is what takes time
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'TFDS_DATA_DIR': str(data_dir),
+  }
+
+  def run(line):
+    result = subprocess.run(
+      line, shell=True, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f'{line}\n{result.stderr}'
+    return result.stdout
+
+  return folder, run
+
+
+@pytest.fixture(scope='module')
+def example(shell):
+  """A function that runs the one example in a command's help."""
+
+  def run(command, *more):
+    text = shell[1](f'python -m fliqs_jax.{command} --help')
+    about, flags = text.split('\nflags:\n')
+    assert len(about.splitlines()) <= 12
+    assert f'fliqs_jax/{command}.py:' in flags and 'missing' not in text
+    ((line, _),) = re.findall(r'^    (python -m (.*\\\n)*.*)$', about, re.MULTILINE)
+    assert line.startswith(f'python -m fliqs_jax.{command} ')
+    return about, shell[1](' '.join((line, *more)))
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def searched(example):
+  """What the example of `main` printed, whose run others read."""
+  return example('main', SHORT)[1]
+
+
+def test_main(shell, searched):
+  folder = shell[0] / 'runs/digits'
+  result = json.loads((folder / 'search_result.json').read_text())
+  assert result['steps'] == 4 and result['cost'] <= result['target']
+  assert f'Report: {os.path.relpath(folder, shell[0])}/report.html' in searched
+  page = (folder / 'report.html').read_text()
+  for text in ('stage4_block2/conv2', 'Where the cost is', 'How the policy got there'):
+    assert text in page
+  for text in ('conv_init', 'classifier', 'of the target', 'One-shot accuracy'):
+    assert text in searched
+
+
+def test_report(shell, searched, example):
+  page = shell[0] / 'runs/digits/report.html'
+  page.unlink()
+  assert 'report.html' in example('report')[1]
+  assert page.exists()
+  assert list((page.parent / 'report_figures').glob('*.png'))
+
+
+def test_overview(example):
+  # The common ResNet-18: parameters as torchvision counts them.
+  assert '11,689,512 parameters' in example('overview')[1]
+
+
+def test_measure(shell, example):
+  example('measure', NARROW, '--repeats=1', '--batch_size=1')
+  table = json.loads((shell[0] / 'latency.json').read_text())
+  assert {'int2', 'int3', 'int4', 'int8'} <= set(table['entries'][0]['formats'])
+  # The cost model `latency_table` reads it.
+  shown = shell[1](
+    f'python -m fliqs_jax.overview --config=configs/resnet18.py:digits {NARROW} '
+    '--config.search.cost_model=latency_table --format=int8 '
+    '--config.search.latency_table=latency.json'
+  )
+  assert 'ms (latency_table)' in shown
+
+
+def test_sweep(shell, example):
+  example('sweep', SHORT, '--config.search.formats=int2,int3')
+  folder = shell[0] / 'runs/sweep'
+  points = json.loads((folder / 'pareto.json').read_text())
+  assert sorted((p['kind'], p['target']) for p in points) == [
+    ('searched', 'int3'),
+    ('uniform', 'int2'),
+    ('uniform', 'int3'),
+  ]
+  assert (folder / 'pareto.png').read_bytes().startswith(b'\x89PNG')
+  assert all((folder / point['workdir']).is_dir() for point in points)
+
+
+def test_analysis(shell, example):
+  example('analysis', NARROW)
+  folder = shell[0] / 'runs/analysis'
+  numbers = json.loads((folder / 'switching.json').read_text())
+  assert numbers['formats'] == ['int2', 'int3', 'int4', 'int8']
+  assert (folder / 'switching.png').read_bytes().startswith(b'\x89PNG')
