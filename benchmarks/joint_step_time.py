@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fliqs_jax import architecture, controller, cost_models, models, search_space
+from fliqs_jax import architecture, controller, cost_models, discovery, models
+from fliqs_jax import search_space
 from fliqs_jax import steps
 from fliqs_jax.train_state import Arguments, create_train_state
 
@@ -31,7 +32,7 @@ def prepare(choose, args):
   """Returns the jitted search step and its first state."""
   model = models.create_model(args.model, 1000, choose=choose, width=args.width)
   inputs = jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32)
-  layers = search_space.discover(model, inputs, train=False)
+  layers = discovery.discover(model, inputs, train=False)
   space = search_space.build_space(layers, ('int4', 'int8', 'bf16'))
   policy = controller.policy_gradient_controller(space.valid, lambda step: 0.1)
   problem = steps.SearchProblem(

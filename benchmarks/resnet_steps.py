@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, models, rewards, search_space, steps, train_state
+from fliqs_jax import cost_models, discovery, models, rewards, search_space, steps
+from fliqs_jax import train_state
 
 VARIANTS = ('float', 'fixed_int8', 'search')
 NUM_CLASSES = 1000
@@ -47,7 +48,7 @@ def make_step(
     model = wrap(model)
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
   objective = steps.classification(label_smoothing=0.1)
-  layers = search_space.discover(model, inputs, train=False)
+  layers = discovery.discover(model, inputs, train=False)
   controller = None
   if variant == 'search':
     space = search_space.build_space(layers, formats)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 import resnet_steps
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, devices, rewards, search_space, steps
+from fliqs_jax import cost_models, devices, discovery, rewards, search_space, steps
 
 FORMATS = (
     'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8', 'bf16',
@@ -122,7 +122,7 @@ def controller_figures(topology, num_decisions, num_samples):
   chip = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
   mesh = steps.make_mesh(1, [chip])
   layers = tuple(
-    search_space.Layer(
+    discovery.Layer(
       f'layer{i}', 'op', 'dense', (1, 64), (64, 64), (1, 64), 64 * 64, 64 * 64
     )
     for i in range(num_decisions)

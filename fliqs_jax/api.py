@@ -20,16 +20,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import (
-  assembly,
-  assignments,
-  batches,
-  results,
-  search_space,
-  tasks,
-  train,
-  workdirs,
-)
+from fliqs_jax import assembly, assignments, batches, discovery, evaluation, plans
+from fliqs_jax import results, tasks, train, workdirs
 from fliqs_jax.config import ConfigError, default_config, resolve
 from fliqs_jax.layers import FORMATS
 from fliqs_jax.names import not_among
@@ -162,22 +154,22 @@ def search(
   config.model = {
     'name': type(model).__name__,
     'width': 1.0,
-    'layers': search_space.layers_to_json(network.layers),
+    'layers': discovery.layers_to_json(network.layers),
   }
   config = resolve(config)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = epath.Path(workdir or temporary.name)
-  attempt = train.Attempts()
+  attempt = plans.Attempts()
   setup = attempt(assembly.build, config, jax.device_count(), None, network)
-  start = train.check_start(attempt, config, setup, variables)
+  start = plans.check_start(attempt, config, setup, variables)
   attempt(workdirs.check, config, folder, False)
   attempt.raise_problems()
   num_samples, size = config.search.num_samples, config.batch_size
-  data = train.Data(
+  data = plans.Data(
     lambda seed, sharding: batches.TrainBatches(train_batches, num_samples, size),
     lambda sharding: batches.eval_batches(eval_batches),
   )
-  content = train.run_plan(config, folder, train.Plan(setup, data, start))
+  content = train.run_plan(config, folder, plans.Plan(setup, data, start))
   return SearchResult(
     model=network.model,
     variables=_final_variables(setup, folder, content['formats']),
@@ -219,7 +211,7 @@ def evaluate(
   Raises:
     ConfigError: where the folder holds no such run.
   """
-  folder, attempt = epath.Path(workdir), train.Attempts()
+  folder, attempt = epath.Path(workdir), plans.Attempts()
   config = attempt(workdirs.read_config, folder)
   if formats is None:
     result = attempt(results.read_result, folder / results.RESULT_FILE)
@@ -228,9 +220,9 @@ def evaluate(
   first, eval_batches = batches.first_batch(eval_batches)
   network, _ = _network(config, model, first, loss, quality, metrics, inputs)
   setup = assembly.build(config, jax.device_count(), formats, network)
-  state, mesh = train.restored_state(setup, folder)
-  data = train.Data(None, lambda sharding: batches.eval_batches(eval_batches))
-  return train.evaluate(setup, mesh, data, state, np.zeros(0, np.int32))
+  state, mesh = evaluation.restored_state(setup, folder)
+  data = plans.Data(None, lambda sharding: batches.eval_batches(eval_batches))
+  return evaluation.evaluate(setup, mesh, data, state, np.zeros(0, np.int32))
 
 
 def _network(config, model, first, loss, quality, metrics, inputs):
@@ -253,7 +245,7 @@ def _network(config, model, first, loss, quality, metrics, inputs):
 
 def _final_variables(setup, folder, formats):
   """Returns what the found network computes with, in numpy."""
-  state, _ = train.restored_state(setup, folder)
+  state, _ = evaluation.restored_state(setup, folder)
   choices = setup.space.choices_of(formats)
   return jax.device_get(
     {'params': state.params, **state.model_stats, FORMATS: setup.space.bind(choices)}

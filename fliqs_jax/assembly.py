@@ -15,7 +15,7 @@ import optax
 
 from fliqs_jax import architecture as architecture_lib
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import assignments, cost_models, formats, latency, models
+from fliqs_jax import assignments, cost_models, discovery, formats, latency, models
 from fliqs_jax import preprocessing, rewards, search_space, steps
 from fliqs_jax.architecture import Choose, searched, standard
 from fliqs_jax.assignments import Assignment
@@ -30,7 +30,7 @@ class Network(NamedTuple):
 
   model: Any  # a linen module, or what `searchable.make_searchable` returns
   example: Arguments  # shapes of one example, in a batch of one
-  layers: tuple[search_space.Layer, ...]
+  layers: tuple[discovery.Layer, ...]
   objective: steps.Objective
 
 
@@ -42,7 +42,7 @@ class Setup(NamedTuple):
 
   model: Any
   example: Arguments  # shapes of one example, in a batch of one
-  standard_layers: tuple[search_space.Layer, ...]  # of the standard architecture
+  standard_layers: tuple[discovery.Layer, ...]  # of the standard architecture
   architecture: Architecture  # the fixed one, empty also where it is searched
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
@@ -91,7 +91,7 @@ def _tuples(value):
 
 def discover_layers(
   config: ml_collections.ConfigDict, choose: Choose = standard
-) -> tuple[search_space.Layer, ...]:
+) -> tuple[discovery.Layer, ...]:
   """Returns the quantized layers of a config's network.
 
   Those of a network that is not among `models` are in the config of its run.
@@ -104,14 +104,14 @@ def discover_layers(
     ValueError: as `build_model`, or where the network does not fit its input.
   """
   if 'layers' in config.model:
-    return search_space.layers_from_json(config.model.layers)
+    return discovery.layers_from_json(config.model.layers)
   model, inputs = build_model(config, choose=choose)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
     f'{config.input.image_shape} at width {config.model.width}'
   )
   try:
-    layers = search_space.discover(model, inputs, train=False)
+    layers = discovery.discover(model, inputs, train=False)
   except (TypeError, ValueError, ZeroDivisionError) as error:
     raise ValueError(f'{where}: {str(error).splitlines()[0]}') from None
   for layer in layers:
@@ -138,7 +138,7 @@ def choose_architecture(
 
 def searched_layers(
   config: ml_collections.ConfigDict, architecture: Architecture = MappingProxyType({})
-) -> tuple[search_space.Layer, ...]:
+) -> tuple[discovery.Layer, ...]:
   """Returns the layers that a config's search is over.
 
   Args:
@@ -281,7 +281,7 @@ def build_cost_model(
 
 
 def search_target(
-  config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
+  config: ml_collections.ConfigDict, layers: tuple[discovery.Layer, ...]
 ) -> float:
   """Returns the target in the cost model's unit.
 
@@ -298,7 +298,7 @@ def search_target(
 
 
 def search_caps(
-  config: ml_collections.ConfigDict, layers: tuple[search_space.Layer, ...]
+  config: ml_collections.ConfigDict, layers: tuple[discovery.Layer, ...]
 ) -> tuple[Budget, ...]:
   """Returns the caps on other costs than the target's, in those costs' units."""
   search = config.search
@@ -313,7 +313,7 @@ def search_caps(
 
 def build_space(
   config: ml_collections.ConfigDict,
-  layers: tuple[search_space.Layer, ...],
+  layers: tuple[discovery.Layer, ...],
   assignment: str | Assignment | None = None,
 ) -> search_space.SearchSpace:
   """Returns the space of fixed formats, or the one that `config.search` describes.

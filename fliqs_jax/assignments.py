@@ -20,7 +20,8 @@ from etils import epath
 
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.names import not_among
-from fliqs_jax.search_space import OPERANDS, Layer
+from fliqs_jax.discovery import Layer
+from fliqs_jax.search_space import OPERANDS
 
 Assignment = Mapping[str, Mapping[str, str]]  # {path or regex: {operand: format name}}
 

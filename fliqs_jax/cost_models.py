@@ -25,7 +25,8 @@ import numpy as np
 from fliqs_jax import devices, latency
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.names import not_among
-from fliqs_jax.search_space import Layer, SearchSpace, uniform_space
+from fliqs_jax.discovery import Layer
+from fliqs_jax.search_space import SearchSpace, uniform_space
 
 UNQUANTIZED_BITS = 16
 

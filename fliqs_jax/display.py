@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fliqs_jax import assembly, budget, search_space
+from fliqs_jax import assembly, budget, discovery, search_space
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def make_console() -> Console:
 
 
 def layer_table(
-  layers: tuple[search_space.Layer, ...],
+  layers: tuple[discovery.Layer, ...],
   formats: Mapping[str, Mapping[str, str]],
   costs: np.ndarray,
   total: float,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fliqs_jax.search_space import UNQUANTIZED, Layer
+from fliqs_jax.discovery import Layer
+from fliqs_jax.search_space import UNQUANTIZED
 
 # What a layer that is not quantized is timed in.
 UNQUANTIZED_FORMAT = 'bf16'

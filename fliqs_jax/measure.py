@@ -27,7 +27,8 @@ from fliqs_jax import assembly, command_line, devices, latency, results
 from fliqs_jax import formats as formats_lib
 from fliqs_jax import layers as layers_lib
 from fliqs_jax.config import ConfigError, resolve, validate
-from fliqs_jax.search_space import UNQUANTIZED, Layer
+from fliqs_jax.discovery import Layer
+from fliqs_jax.search_space import UNQUANTIZED
 from fliqs_jax.variants import variants
 
 _CONFIG = command_line.define_config_flag()

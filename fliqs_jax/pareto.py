@@ -9,7 +9,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from fliqs_jax import pareto_figure, report_page, results, train
+from fliqs_jax import pareto_figure, plans, report_page, results, train
 from fliqs_jax import formats as formats_lib
 from fliqs_jax import runs as runs_lib
 from fliqs_jax.config import ConfigError, resolve
@@ -76,7 +76,7 @@ def _prepare(config, folder, targets, widths):
   found = {}  # problem -> the runs that have it
   for name, run in runs.items():
     try:
-      train.check(run, folder / name)
+      plans.check(run, folder / name)
     except ConfigError as error:
       for problem in error.problems:
         # Without the run's name, problems of many runs are one.

@@ -21,7 +21,7 @@ import jax
 from fliqs_jax import layers as layers_lib
 from fliqs_jax.layers import FORMATS, QuantizedConv, QuantizedDotGeneral
 from fliqs_jax.operands import QuantizedConvTranspose, QuantizedEinsum
-from fliqs_jax.search_space import Layer, discover
+from fliqs_jax.discovery import Layer, discover
 
 
 def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':

@@ -1,10 +1,9 @@
 """The one loop, for search and for fixed formats, and what comes before and after."""
 
-from collections.abc import Callable, Iterable
-import functools
+from collections.abc import Callable
 import itertools
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 import grain
@@ -13,29 +12,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, budget, display, health, input_pipeline
-from fliqs_jax import pretrained, results, steps, subnetworks, workdirs
-from fliqs_jax.architecture import searched
+from fliqs_jax import assembly, budget, display, evaluation, health, plans, pretrained
+from fliqs_jax import results, steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
 from fliqs_jax.distributed import Preemption
 from fliqs_jax.errors import Preempted
-from fliqs_jax.train_state import TrainState, create_train_state
+from fliqs_jax.plans import Plan
+from fliqs_jax.train_state import TrainState
 
 _logger = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 3
-
-
-class Data(NamedTuple):
-  """Where a run's batches come from, numpy arrays in dicts."""
-
-  # (seed, sharding) -> this process's part of batches `[S, B, ...]`, in the order that
-  # the seed sets. The iterator tells and takes its position.
-  train: Callable[[int, jax.sharding.Sharding], grain.DatasetIterator]
-  # (sharding) -> its part of batches `[B, ...]` that have each example once.
-  evaluation: Callable[[jax.sharding.Sharding], Iterable[steps.Batch]]
 
 
 def run(
@@ -60,17 +49,9 @@ def run(
   config = resolve(config)
   workdir = epath.Path(workdir)
   if config.mode == 'eval':
-    return _evaluate_checkpoint(config, workdir)
-  plan = check(config, workdir, allow_config_change)
+    return evaluation.evaluate_checkpoint(config, workdir)
+  plan = plans.check(config, workdir, allow_config_change)
   return run_plan(config, workdir, plan)
-
-
-class Plan(NamedTuple):
-  """What a run needs besides its config."""
-
-  setup: assembly.Setup
-  data: Data
-  start: pretrained.Variables | None  # None for random variables
 
 
 def run_plan(
@@ -89,77 +70,12 @@ def run_plan(
     return _train(config, workdir, plan)
 
 
-def check(
-  config: ml_collections.ConfigDict,
-  workdir: epath.Path,
-  allow_config_change: bool = False,
-) -> Plan:
-  """Returns what a run needs; prepares a packaged dataset.
-
-  Args:
-    config: resolved, to search or to train.
-    workdir: of the run, in which nothing is written.
-    allow_config_change: accept a workdir whose config differs.
-
-  Raises:
-    ConfigError: with all that stands in the way of the run.
-  """
-  attempt = Attempts()
-  fixed = attempt(_fixed_formats, config)
-  if config.mode == 'train':
-    fixed = fixed or 'float32'
-  architecture = attempt(subnetworks.read_architecture, config) or {}
-  setup = attempt(assembly.build, config, jax.device_count(), fixed, None, architecture)
-  start = check_start(attempt, config, setup)
-  attempt(workdirs.check, config, workdir, allow_config_change)
-  return Plan(setup, _configured_data(config, attempt), start)
-
-
-def check_start(
-  attempt: 'Attempts',
-  config: ml_collections.ConfigDict,
-  setup: assembly.Setup | None,
-  given: pretrained.Variables | None = None,
-) -> pretrained.Variables | None:
-  """Returns the variables to start from: given ones, or those that the config names."""
-  start = given or attempt(pretrained.read, config.init_from)
-  if setup and start:
-    attempt(pretrained.check, setup.model, setup.example, start)
-  return start
-
-
-def _configured_data(config, attempt):
-  """Returns the batches of a dataset; raises all problems."""
-  builder = attempt(input_pipeline.find_builder, config)
-  attempt.raise_problems()
-  attempt(input_pipeline.prepare, config, builder)
-  attempt.raise_problems()
-  return Data(
-    functools.partial(input_pipeline.train_batches, config, builder),
-    functools.partial(input_pipeline.eval_batches, config, builder),
-  )
-
-
-def _fixed_formats(config):
-  if config.mode == 'search' and config.formats:
-    raise ValueError(
-      f'formats={config.formats!r} would have no effect on a search: expected them '
-      'with --config.mode=train or eval'
-    )
-  if config.mode == 'train' and not config.formats:
-    raise ValueError(
-      'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-      'the path of a formats.json or a search_result.json'
-    )
-  return assignments.read(config.formats) if config.formats else None
-
-
 def _train(config, workdir, plan):
   """Trains from the newest checkpoint, or from the start, to the result."""
   setup, data, start = plan
   num_samples = config.search.num_samples if setup.problem else 1
   mesh = steps.make_mesh(num_samples)
-  state = initial_state(setup, mesh, config.seed)
+  state = evaluation.initial_state(setup, mesh, config.seed)
   if start:
     state = pretrained.start_from(state, start)
   batches = data.train(config.seed, steps.batch_sharding(mesh))
@@ -175,29 +91,11 @@ def _train(config, workdir, plan):
       state = _reestimate(config, setup, mesh, data, state, choices)
       checkpoints.save(state, batches)
   choices, policy = _final_choices(config, setup, state)
-  evaluation = evaluate(setup, mesh, data, state, choices)
-  result = results.make_result(config, setup, choices, policy, evaluation)
+  evaluated = evaluation.evaluate(setup, mesh, data, state, choices)
+  result = results.make_result(config, setup, choices, policy, evaluated)
   if jax.process_index() == 0:
     workdirs.write(workdir, results.RESULT_FILE, result)
   return result
-
-
-def initial_state(
-  setup: assembly.Setup, mesh: jax.sharding.Mesh, seed: int
-) -> TrainState:
-  """Returns the state before the first step, on all devices."""
-
-  def init(key):
-    return create_train_state(
-      setup.model,
-      setup.example,
-      setup.optimizer,
-      setup.problem and setup.problem.controller,
-      key,
-    )
-
-  init = jax.jit(init, out_shardings=steps.replicated(mesh))
-  return init(jax.random.key(seed))
 
 
 def _make_step(config, setup, mesh):
@@ -342,121 +240,3 @@ def _reestimate(config, setup, mesh, data, state, choices):
     return state
   mean = jax.tree.map(lambda a: a / count, total)
   return state.replace(batch_stats=mean)
-
-
-def restored_state(
-  setup: assembly.Setup, workdir: epath.Path
-) -> tuple[TrainState, jax.sharding.Mesh]:
-  """Returns a state with the variables of a run's newest checkpoint, and its mesh.
-
-  Raises:
-    ConfigError: where there is no checkpoint.
-  """
-  mesh = steps.make_mesh(1)
-  state = initial_state(setup, mesh, 0)
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    if checkpoints.latest_step() is None:
-      raise ConfigError(f'{str(workdir)!r} holds no checkpoint to evaluate')
-    return checkpoints.restore_variables(state), mesh
-
-
-def evaluate(
-  setup: assembly.Setup,
-  mesh: jax.sharding.Mesh,
-  data: Data,
-  state: TrainState,
-  choices: np.ndarray,
-) -> dict[str, float]:
-  """Returns the means over all examples of the evaluation, and their number."""
-  eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
-  choices = jax.device_put(choices, steps.replicated(mesh))
-  sums = []
-  sharding = steps.eval_sharding(mesh)
-  for batch in data.evaluation(sharding):
-    # A last batch may be too small to be split over the devices.
-    uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
-    placed = steps.replicated(mesh) if uneven else sharding
-    batch = jax.make_array_from_process_local_data(placed, batch)
-    sums.append(eval_step(state, choices, batch))
-  totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
-  num_examples = int(totals.pop('num_examples'))
-  return {
-    **{name: total / num_examples for name, total in totals.items()},
-    'num_examples': num_examples,
-  }
-
-
-def _evaluate_checkpoint(config, workdir):
-  """Evaluates a checkpoint under its own formats or given ones."""
-  source = epath.Path(config.checkpoint) if config.checkpoint else workdir
-  attempt = Attempts()
-  assignment = attempt(_evaluated_formats, config, source)
-  architecture = attempt(_evaluated_architecture, config, source) or {}
-  setup = attempt(
-    assembly.build,
-    config,
-    jax.device_count(),
-    assignment or 'float32',
-    None,
-    architecture,
-  )
-  data = _configured_data(config, attempt)
-  choices = np.zeros(0, np.int32)
-  state, mesh = _evaluated_state(config, setup, source)
-  evaluation = evaluate(setup, mesh, data, state, choices)
-  result = results.make_result(config, setup, choices, None, evaluation)
-  if jax.process_index() == 0:
-    workdirs.write(workdir, results.EVAL_FILE, result)
-  return result
-
-
-def _evaluated_architecture(config, source):
-  if not (source / workdirs.CONFIG_FILE).exists():
-    return {}  # which `_evaluated_formats` reports
-  trained = workdirs.read_config(source)
-  return subnetworks.evaluated_architecture(config, source, trained)
-
-
-def _evaluated_state(config, setup, source):
-  if not subnetworks.holds_supernet(workdirs.read_config(source)):
-    return restored_state(setup, source)
-  model, _ = assembly.build_model(config, choose=searched)
-  supernet, mesh = restored_state(setup._replace(model=model), source)
-  return subnetworks.slice_state(supernet, initial_state(setup, mesh, 0)), mesh
-
-
-def _evaluated_formats(config, source):
-  """Returns the given formats, or those of the run in `source`."""
-  trained = workdirs.read_config(source)
-  if trained.model.to_dict() != results.config_to_json(config)['model']:
-    raise ValueError(
-      f'{str(source)!r} holds a checkpoint of model {trained.model.to_dict()}, but the '
-      f'config has {config.model.to_dict()}'
-    )
-  if config.formats:
-    return assignments.read(config.formats)
-  if not (source / results.RESULT_FILE).exists():
-    raise ValueError(
-      f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '
-      'finished: give the formats to evaluate with --config.formats'
-    )
-  return results.read_result(source / results.RESULT_FILE)['formats']
-
-
-class Attempts:
-  """Calls functions and gathers their problems, to report all of them together."""
-
-  def __init__(self):
-    self.problems = []
-
-  def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-    """Returns the function's result, or None where it raises a ValueError."""
-    try:
-      return function(*args)
-    except ValueError as error:
-      self.problems += str(error).splitlines()
-
-  def raise_problems(self) -> None:
-    """Raises ConfigError where there were problems."""
-    if self.problems:
-      raise ConfigError(*self.problems)

@@ -63,7 +63,7 @@ def create_train_state(
   init_key, run_key = jax.random.split(key)
   args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
   variables = dict(model.init(init_key, *args, **example.kwargs))
-  return TrainState.create(
+  state = TrainState.create(
     apply_fn=model.apply,
     params=variables.pop('params'),
     tx=optimizer,
@@ -74,3 +74,6 @@ def create_train_state(
     key=run_key,
     collections=variables,
   )
+  # Flax's 0 is a Python number, whose type is weak. That of a checkpoint is not, and a
+  # run that goes on would compile its step again.
+  return state.replace(step=jnp.zeros((), jnp.int32))

@@ -23,7 +23,7 @@ def variants(layer: Any) -> Table:
   """Returns a layer of plain integers for every combination of what decides its sizes.
 
   Args:
-    layer: a `search_space.Layer`; where nothing is decided it is its own variant.
+    layer: a `discovery.Layer`; where nothing is decided it is its own variant.
   """
   if layer.sizes is None:
     return Table((), (layer,))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import architecture, budget, cost_models, latency, layers, models
+from fliqs_jax import architecture, budget, cost_models, discovery, latency, layers
+from fliqs_jax import models
 from fliqs_jax import search_space, steps
 from fliqs_jax.architecture import Decision, LayerSizes, Table
 from fliqs_jax.formats import get_format
@@ -48,7 +49,7 @@ NETWORKS = {
 
 
 def discover(model):
-  return search_space.discover(model, IMAGE, train=False)
+  return discovery.discover(model, IMAGE, train=False)
 
 
 @functools.cache
@@ -372,7 +373,7 @@ def small_joint_space(seed, formats=('int2', 'int4')):
   for i in range(3):
     largest = [architecture.largest(ends[i]), architecture.largest(ends[i + 1])]
     sizes = LayerSizes(ends[i], ends[i + 1], None, present if i == 1 else 1)
-    found.append(search_space.Layer(
+    found.append(discovery.Layer(
         f'layer{i}', 'op', 'dense', (1, largest[0]), tuple(largest), (1, largest[1]),
         math.prod(largest), math.prod(largest), sizes=sizes,
         axes=layers.Axes(1, 0, 1, ()),

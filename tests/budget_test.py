@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fliqs_jax import devices, search_space
+from fliqs_jax import devices, discovery, search_space
 from fliqs_jax.budget import (
   Budget,
   cost_range,
@@ -30,7 +30,7 @@ def _space(seed, operands='tied', num_layers=5, round_macs=False, options=OPTION
     shape = tuple(map(int, rng.integers(1, 9, 2)))
     inputs, outputs = ((1, int(n)) for n in rng.integers(1, 999, 2))
     layers.append(
-      search_space.Layer(f'layer{i}', 'op', 'dense', inputs, shape, outputs, macs, 0)
+      discovery.Layer(f'layer{i}', 'op', 'dense', inputs, shape, outputs, macs, 0)
     )
   space = search_space.build_space(layers, options, operands)
   decisions = tuple(

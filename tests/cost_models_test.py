@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import cost_models, devices, formats, models, search_space
+from fliqs_jax import cost_models, devices, discovery, formats, models, search_space
 from fliqs_jax.cost_models import COST_MODELS, get_cost_model
 
 WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')
@@ -16,7 +16,7 @@ SEARCHED = ('int2', 'int4', 'e2m1', 'e4m3', 'int8', 'bf16', 'float32')
 def _resnet18_layers(**options):
   model = models.create_model('resnet18', 1000, **options)
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  return search_space.discover(model, image, train=False)
+  return discovery.discover(model, image, train=False)
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +25,7 @@ def resnet18():
 
 
 def _layer(name, macs, kernel_shape, kind='dense'):
-  return search_space.Layer(
+  return discovery.Layer(
     name,
     f'{kind}_0',
     kind,
@@ -136,10 +136,10 @@ def test_a_model_takes_the_settings_that_it_names(monkeypatch):
 
 # A convolution of 4 to 8 channels on 5 × 5 positions, and a classifier of 4 classes.
 SIZED = (
-  search_space.Layer(
+  discovery.Layer(
     'conv', 'op', 'conv', (1, 5, 5, 4), (3, 3, 4, 8), (1, 5, 5, 8), 7200, 288
   ),
-  search_space.Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
+  discovery.Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
 )
 SIZED_FORMATS = {
   'conv': {'weights': 'int4', 'activations': 'int8'},
@@ -192,9 +192,7 @@ def test_roofline_bound_by_compute():
   # A convolution of 256 to 256 channels on 56² positions.
   macs = 56**2 * 9 * 256**2
   shape = (1, 56, 56, 256)
-  layer = search_space.Layer(
-    'conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0
-  )
+  layer = discovery.Layer('conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0)
   for device, name, peak in (
     ('a100', 'int8', 624e12),
     ('a100', 'e4m3', 312e12),

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 CORE = (
-    'architecture', 'formats', 'quantizers', 'layers', 'variants', 'search_space',
+    'architecture', 'formats', 'quantizers', 'layers', 'variants', 'discovery',
+    'search_space',
     'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
     'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',

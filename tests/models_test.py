@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import cost_models, models, search_space
+from fliqs_jax import cost_models, discovery, models
 from fliqs_jax.models.common import make_divisible
 
 SMALL = {'width': 0.25, 'small_images': True}
@@ -73,7 +73,7 @@ def params_of(name):
 def layers_of(name, size=None, **options):
   model = models.create_model(name, 1000, **options)
   images = image(size or NETWORKS[name].image_size)
-  return search_space.discover(model, images, train=False)
+  return discovery.discover(model, images, train=False)
 
 
 def small_model(name, **attributes):
@@ -202,7 +202,7 @@ def test_width(name):
 
 @all_networks
 def test_small_images_keep_some_extent(name):
-  layers = search_space.discover(small_model(name), image(8, 1), train=False)
+  layers = discovery.discover(small_model(name), image(8, 1), train=False)
   convs = [layer for layer in layers if layer.kind == 'conv']
   assert convs[0].output_shape[1] >= 4
   assert convs[-1].output_shape[1] >= 1
@@ -236,7 +236,7 @@ def test_auxiliary_head():
   variables = init_shapes(model, images)
   assert count(variables['params']) == 27_161_264
   # What evaluation does not compute has no cost.
-  assert search_space.discover(model, images, train=False) == layers_of('inception_v3')
+  assert discovery.discover(model, images, train=False) == layers_of('inception_v3')
   train = functools.partial(
     model.apply, train=True, mutable=['batch_stats', 'quant_stats', 'intermediates']
   )

@@ -116,4 +116,4 @@ def area_means(image, size):
     return np.diff(below, axis=0) * new / old
 
   rows, columns = weights(image.shape[0], size[1]), weights(image.shape[1], size[0])
-  return np.einsum('yh,xw,hwc->yxc', rows, columns, image.astype(float))
+  return np.einsum('yh,xw,hwc->yxc', rows, columns, image.astype(float), optimize=True)

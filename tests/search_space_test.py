@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fliqs_jax import layers as layers_lib
 from fliqs_jax import models, search_space
 from fliqs_jax.formats import get_format
-from fliqs_jax.search_space import build_space, discover
+from fliqs_jax.discovery import discover
+from fliqs_jax.search_space import build_space
 
 OPTIONS = ('int4', 'e2m1', 'int8', 'bf16')
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import references
 
-from fliqs_jax import marks, models, search_space
+from fliqs_jax import discovery, marks, models, search_space
 from fliqs_jax.formats import get_format
 from fliqs_jax.layers import FORMATS, LAYER_FORMATS, QUANT_STATS, LayerFormats
 from fliqs_jax.searchable import make_searchable
@@ -248,7 +248,7 @@ def test_a_scanned_layer_takes_thresholds_from_the_tensor_at_hand():
   x = np.random.default_rng(2).normal(size=(3, WIDTH)).astype(np.float32)
   variables = searchable.init(jax.random.key(0), x)
   assert QUANT_STATS not in variables
-  (layer,) = search_space.discover(searchable, x[:1])
+  (layer,) = discovery.discover(searchable, x[:1])
   bound = search_space.uniform_space([layer], 'int3').bind(NO_CHOICES)
   actual = jax.jit(searchable.apply)({**variables, FORMATS: bound}, x)
 
@@ -272,10 +272,10 @@ def test_our_own_network_with_hooks_computes_the_same():
   hooked, plain = make(quantized=True), make(quantized=False)
   searchable = make_searchable(plain)
   image = np.random.default_rng(0).normal(size=(1, 8, 8, 1)).astype(np.float32)
-  layers = search_space.discover(hooked, image, train=False)
-  assert search_space.discover(searchable, image, train=False) == layers
+  layers = discovery.discover(hooked, image, train=False)
+  assert discovery.discover(searchable, image, train=False) == layers
   # Those that have our hooks already keep them.
-  assert search_space.discover(make_searchable(hooked), image, train=False) == layers
+  assert discovery.discover(make_searchable(hooked), image, train=False) == layers
   space = search_space.build_space(layers, ('int2', 'int4', 'e4m3'))
   choices = jnp.arange(len(layers)) % 3
   variables = jax.jit(functools.partial(hooked.init, train=False))(
@@ -292,7 +292,7 @@ def test_our_own_network_with_hooks_computes_the_same():
 
 
 def test_a_loop_of_unknown_length_is_an_error():
-  layer = search_space.Layer('block/dense', '', '', (), (), (), 1, 0)
+  layer = discovery.Layer('block/dense', '', '', (), (), (), 1, 0)
 
   def network(x):
     body = lambda x: 2 * marks.marked(x, x, layer)

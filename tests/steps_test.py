@@ -12,9 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from fliqs_jax import (
-    controller, cost_models, layers, rewards, search_space, steps, train_state
-)  # fmt: skip
+from fliqs_jax import controller, cost_models, discovery, layers, rewards, search_space
+from fliqs_jax import steps, train_state
 from fliqs_jax.layers import FORMATS
 
 OPTIONS = ('int2', 'int4', 'e4m3')
@@ -40,7 +39,7 @@ def arguments(inputs):
 
 def make_problem(num_samples, activation_delay=0, held_out=False):
   model, inputs = Classifier(), jnp.zeros((1, FEATURES))
-  found = search_space.discover(model, inputs, train=False)
+  found = discovery.discover(model, inputs, train=False)
   space = search_space.build_space(found, OPTIONS)
   cost_model = cost_models.get_cost_model('bops')
   target = cost_model.uniform(found, 'int4')
@@ -308,7 +307,7 @@ class WithAuxiliaryHeads(nn.Module):
 
 def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
   model, inputs = WithAuxiliaryHeads(), jnp.zeros((1, FEATURES))
-  found = search_space.discover(model, inputs, train=False)
+  found = discovery.discover(model, inputs, train=False)
   space = search_space.uniform_space(found, 'float32')
   mesh = steps.make_mesh(1, jax.devices()[:1])
   state = jax.device_put(
