@@ -117,5 +117,5 @@ def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5)
   axes.set_ylabel('bits of the weights, mean over runs')
   axes.set_ylim(0)
-  axes.legend()
+  figure.legend(loc='outside upper left', ncols=len(kinds))
   return figure
