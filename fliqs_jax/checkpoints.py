@@ -42,7 +42,9 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
-          max_to_keep=_NUM_KEPT, read_only=read_only, create=not read_only
+          max_to_keep=None if read_only else _NUM_KEPT,
+          read_only=read_only,
+          create=not read_only,
         ),
       )
 

@@ -36,7 +36,16 @@ finish() {
     process=
     wait -n -p process "${!running[@]}"
     status=$?
-    [[ $process ]] || continue # a signal came first
+    if [[ -z ${process-} ]]; then
+      # A signal came first, or what ended was already taken off the list of jobs.
+      for process in "${!running[@]}"; do
+        kill -0 "$process" 2>/dev/null || break
+        process=
+      done
+      [[ $process ]] || continue
+      wait "$process"
+      status=$?
+    fi
     unset "running[$process]"
     if ((status && (result == 0 || result == 75))); then
       result=$status

@@ -12,6 +12,7 @@ from fliqs_jax.models import resnet
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_disable_most_optimizations', True)  # compiling takes the time
 
 # A network of seven layers, because what takes time here is compiling.
 TINY_LAYERS = 7

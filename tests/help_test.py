@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 from conftest import ROOT
 import pytest
@@ -21,6 +22,7 @@ def shell(tmp_path_factory, data_dir):
   (folder / 'configs').symlink_to(ROOT / 'configs')
   environment = {
     **os.environ,
+    'PATH': os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']]),
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
@@ -29,12 +31,12 @@ def shell(tmp_path_factory, data_dir):
     'TFDS_DATA_DIR': str(data_dir),
   }
 
-  def run(line):
+  def run(line, status=0):
     result = subprocess.run(
       line, shell=True, cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert result.returncode == 0, f'{line}\n{result.stderr}'
-    return result.stdout
+    assert result.returncode == status, f'{line}\n{result.stderr}'
+    return result.stderr if status else result.stdout
 
   return folder, run
 
@@ -99,17 +101,13 @@ def test_measure(shell, example):
   assert 'ms (latency_table)' in shown
 
 
-def test_sweep(shell, example):
-  example('sweep', SHORT, '--config.search.formats=int2,int3')
-  folder = shell[0] / 'runs/sweep'
-  points = json.loads((folder / 'pareto.json').read_text())
-  assert sorted((p['kind'], p['target']) for p in points) == [
-    ('searched', 'int3'),
-    ('uniform', 'int2'),
-    ('uniform', 'int3'),
-  ]
-  assert (folder / 'pareto.png').read_bytes().startswith(b'\x89PNG')
-  assert all((folder / point['workdir']).is_dir() for point in points)
+def test_sweep(shell):
+  # Its runs take a minute; `pareto_test.py` has them.
+  text = shell[1]('python -m fliqs_jax.sweep --help')
+  ((line, _),) = re.findall(r'^    (python -m (.*\\\n)*.*)$', text, re.MULTILINE)
+  # Of all that the example says, nothing else is wrong.
+  (problem,) = shell[1](f'{line} --config.search.formats=int9', 2).strip().splitlines()
+  assert "'int9'" in problem
 
 
 def test_analysis(shell, example):

@@ -63,7 +63,8 @@ def kill_somewhere(process, workdir, rng):
   time.sleep(rng.uniform(0, 0.05))
   process.kill()
   process.join()
-  assert process.exitcode == -signal.SIGKILL
+  # 255 where the fork server lost the status of one that it had not yet counted.
+  assert process.exitcode in (-signal.SIGKILL, 255)
 
 
 def kill_again_and_again(start, workdir, seed):

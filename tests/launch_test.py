@@ -131,6 +131,8 @@ class Cloud:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      # A job in the background ignores SIGINT, and so would the script.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       **kwargs,
     )
 
