@@ -24,7 +24,7 @@ SLICE = ('--name=job', '--zone=zone-a')
 RUN = ('run', *SLICE, '--accelerator=v5litepod-8', '--poll=0')
 
 RECORD = r"""#!/usr/bin/env bash
-{ printf '%s\x1f' "${0##*/}" "$@"; printf '\x1e'; } >>"$CLOUD/calls"
+{ flock 9; printf '%s\x1f' "${0##*/}" "$@"; printf '\x1e'; } 9>>"$CLOUD/calls" >&9
 """
 
 # Fates of main, one for each start: an exit status, or what happens to the slice.
