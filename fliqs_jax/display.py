@@ -31,7 +31,8 @@ class Progress:
 
   def __init__(self, start: int, num_steps: int):
     self._start, self._num_steps = start, num_steps
-    self._console = Console(stderr=True)
+    # Notebooks ask for colours, but what they save of a bar is each of its states.
+    self._console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     self._began = time.monotonic()
     self._bar = progress.Progress(
       progress.TextColumn('step {task.completed}/{task.total}'),
