@@ -13,6 +13,7 @@ from fliqs_jax import pareto_figure, plans, report_page, results, train
 from fliqs_jax import formats as formats_lib
 from fliqs_jax import runs as runs_lib
 from fliqs_jax.config import ConfigError, resolve
+from fliqs_jax.errors import Preempted
 
 PARETO_FILE = 'pareto.json'
 FIGURE_FILE = 'pareto.png'
@@ -45,6 +46,7 @@ def sweep(
 
   Raises:
     ConfigError: with all that is wrong, before the first run.
+    Preempted: where SIGTERM stopped a run; the same call goes on.
   """
   folder = epath.Path(folder)
   runs = _prepare(config, folder, targets, widths)
@@ -53,6 +55,8 @@ def sweep(
     _logger.info('Run %d/%d: %s', count, len(runs), name)
     try:
       train.run(run, folder / name)
+    except Preempted:
+      raise  # the others are to stop too
     except Exception as error:  # whatever befell one run, the others go on
       reason = next(iter(str(error).splitlines()), type(error).__name__)
       _logger.error('error: %s failed: %s', name, reason)
