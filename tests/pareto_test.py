@@ -8,6 +8,7 @@ import pytest
 
 from fliqs_jax import pareto, results, runs, train
 from fliqs_jax.config import ConfigError
+from fliqs_jax.errors import Preempted
 
 LEVELS = st.integers(0, 6)  # few, so that ties are frequent
 
@@ -89,6 +90,19 @@ def fake_runs(monkeypatch):
 
   monkeypatch.setattr(train, 'run', run)
   return ran, failing
+
+
+def test_sweep_that_is_asked_to_stop_stops(tiny_config, tmp_path, monkeypatch):
+  started = []
+
+  def run(config, workdir):
+    started.append(workdir.name)
+    raise Preempted('stopped by SIGTERM')
+
+  monkeypatch.setattr(train, 'run', run)
+  with pytest.raises(Preempted):
+    pareto.sweep(tiny_config, str(tmp_path / 'sweep'), ['int3', 'int4'], [])
+  assert len(started) == 1
 
 
 def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
