@@ -42,7 +42,6 @@ def test_notebook_runs(path, data_dir, tmp_path, monkeypatch):
   programs = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
   monkeypatch.setenv('PATH', programs)
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # compiling takes the time
   monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path))
   notebook = read(path)
