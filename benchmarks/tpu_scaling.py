@@ -4,10 +4,12 @@
     python benchmarks/tpu_scaling.py [--results=FILE] [--json]
 
 Compiled by XLA ahead of time, without a TPU, at a fixed batch a chip. All figures are
-those of one chip and deterministic. Traffic is what a chip must send in a ring, as the
-bytes of an all-reduce that sends as much: an all-reduce of n bytes counts n, a
-reduce-scatter or an all-gather of n bytes n/2. Hours are those of a whole training at
-half of the chip's roofline (`--efficiency`), data and compilation excluded.
+those of one chip and deterministic. Traffic is what a chip sends where every collective
+is a ring: of n bytes in a group of g chips, n·(g − 1)/g for a reduce-scatter or an
+all-gather and twice that for an all-reduce (Patarasuk and Yuan, 2009). Beside it stands
+what one all-reduce of the float32 gradients over all chips sends, as plain data
+parallelism does. Hours are those of a whole training at half of the
+chip's roofline (`--efficiency`), data and compilation excluded.
 
 A compilation takes ten minutes or more on two cores; `--results` keeps the figures, and
 topologies that are in it already are not compiled again.
@@ -43,11 +45,15 @@ EXAMPLES = 90 * 1_281_167  # 90 epochs of ImageNet, the recipe's
 
 _COLLECTIVE = re.compile(
   r'^\s*(?:ROOT )?%\S+ = (?P<shape>.+?) '
-  r'(?P<kind>all-reduce|all-gather|reduce-scatter)(?:-start)?\('
+  r'(?P<kind>all-reduce|all-gather|reduce-scatter)(?P<start>-start)?\('
 )
 # A reduce-scatter on TPUs is a computation of this name around an all-reduce.
 _REDUCE_SCATTER = re.compile(r'^%all-reduce-scatter\S* \(')
 _ARRAY = re.compile(r'\b([a-z]+\d+|pred)\[([\d,]*)\]')
+# Three notations: lists of chips, a matrix with a row a group, axes of a mesh.
+_LISTS = re.compile(r'replica_groups=\{\{([\d,]+)\}')
+_MATRIX = re.compile(r'replica_groups=\[\d+,(\d+)\]<=')
+_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}')
 
 
 def num_bytes(shape):
@@ -59,8 +65,25 @@ def num_bytes(shape):
   )
 
 
+def group_size(line):
+  """Returns the number of chips among which a collective of HLO is."""
+  if found := _LISTS.search(line):
+    return len(found[1].split(','))
+  if found := _MATRIX.search(line):
+    return int(found[1])
+  if found := _MESH.search(line):
+    sizes = dict(axis.split('=') for axis in found[1].split(','))
+    return math.prod(int(sizes[axis]) for axis in found[2].split(','))
+  raise ValueError(f'no replica groups in {line.strip()[:300]!r}')
+
+
+def ring_all_reduce(size, chips):
+  """Returns the bytes that a chip sends in an all-reduce of `size` bytes."""
+  return 2 * size * (chips - 1) / chips
+
+
 def traffic(program):
-  """Returns bytes sent, as those of an all-reduce, by kind of collective.
+  """Returns the bytes that a chip sends, by kind of collective.
 
   Args:
     program: a compiled HLO module as text.
@@ -71,10 +94,17 @@ def traffic(program):
     if line.startswith('%') or line.startswith('ENTRY'):
       scattering = bool(_REDUCE_SCATTER.match(line))
     found = _COLLECTIVE.match(line)
-    if found:
-      kind = 'reduce-scatter' if scattering else found['kind']
-      weight = 1.0 if kind == 'all-reduce' else 0.5
-      total[kind] += weight * num_bytes(found['shape'])
+    if not found:
+      continue
+    kind, chips, size = found['kind'], group_size(line), num_bytes(found['shape'])
+    if kind == 'all-gather' and found['start']:
+      size = size * chips / (chips + 1)  # its shape is that of operand and result
+    if kind == 'reduce-scatter':
+      size *= chips  # its shape is that of the result
+    sent = ring_all_reduce(size, chips)
+    if scattering:
+      kind = 'reduce-scatter'
+    total[kind] += sent if kind == 'all-reduce' else sent / 2
   return total
 
 
@@ -170,16 +200,17 @@ def roofline(row, efficiency):
 
 
 def print_table(results, efficiency):
-  print('topology   chips  images/chip  bytes GB  temp. MB  gradients MB  traffic MB'
-        '  traffic/gradients   ms/step  hours  chip-hours')  # fmt: skip
+  print('topology   chips  images/chip  bytes GB  temp. MB  sent MB  of gradients MB'
+        '  ratio   ms/step  hours  chip-hours')  # fmt: skip
   for row in results['steps']:
     seconds, chip_hours = roofline(row, efficiency)
     sent = sum(row['traffic'].values())
+    needed = ring_all_reduce(row['gradients'], row['chips'])
     print(
       f'{row["topology"]:10} {row["chips"]:5} {row["batch_per_chip"]:12} '
       f'{row["bytes"] / 1e9:9.2f} {row["temporaries"] / 1e6:9.0f} '
-      f'{row["gradients"] / 1e6:13.1f} {sent / 1e6:11.1f} '
-      f'{sent / row["gradients"]:18.3f} {seconds * 1e3:9.1f} '
+      f'{sent / 1e6:8.2f} {needed / 1e6:16.2f} {sent / needed:6.3f} '
+      f'{seconds * 1e3:9.1f} '
       f'{chip_hours / row["chips"]:6.2f} {chip_hours:11.1f}'
     )
   control, step = results['controller'], results['steps'][0]
@@ -196,7 +227,7 @@ def main():
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument(
     '--topologies',
-    default='v5e:2x4/128,v5e:8x8/128,v5e:16x16/128,v5e:16x16/32,v6e:8x8/128',
+    default='v5e:2x4/128,v5e:8x8/128,v5e:16x16/128,v6e:8x8/128',
     help='comma-separated, each with its images a chip',
   )
   parser.add_argument('--decisions', type=int, default=1000, help="the controller's")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import json
 import logging
+import re
 from typing import Any
 import zlib
 
@@ -26,6 +27,9 @@ _ITEMS = {
   'training': ('step', 'opt_state', 'controller', 'skipped', 'key'),
 }
 
+# How TensorStore ends what it says of a refusal of the operating system.
+_REFUSAL = re.compile(r"[^:]+(?= \[os_error_code='\d+'\])")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -38,6 +42,7 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path, read_only: bool = False):
     self._folder = workdir.absolute() / FOLDER
+    self._read_only = read_only
     with self._failures_named():
       self._manager = ocp.CheckpointManager(
         self._folder,
@@ -121,10 +126,9 @@ class Checkpoints:
       try:
         return step, read(step)
       except Exception as error:  # damage comes up as whatever stumbles over it
-        lines = str(error).splitlines() or [type(error).__name__]
-        problems.append(f'step {step}: {lines[0][:200]}')
+        problems.append(f'step {step}: {_reason(error)}')
         _logger.warning(
-          'Checkpoint %d in %s is damaged (%s).', step, self._folder, lines[0][:200]
+          'Checkpoint %d in %s is damaged (%s).', step, self._folder, _reason(error)
         )
     raise RunError(
       f'no checkpoint in {str(self._folder)!r} can be read ({"; ".join(problems)}): '
@@ -156,11 +160,20 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
-      lines = str(error).splitlines() or [type(error).__name__]
+      where = f'in {str(self._folder)!r}: {_reason(error)}'
+      if self._read_only:
+        raise RunError(f'cannot read the checkpoints {where}') from error
       raise RunError(
-        f'cannot write a checkpoint to {str(self._folder)!r}: {lines[0][-300:]}; the '
-        'ones before are as they were: make room, and start the run again'
+        f'cannot write a checkpoint {where}; the ones before are as they were: make '
+        'room, and start the run again'
       ) from error
+
+
+def _reason(error):
+  refusal = _REFUSAL.search(str(error))
+  if refusal or getattr(error, 'strerror', None):
+    return refusal[0].strip() if refusal else error.strerror
+  return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 @jax.jit

@@ -65,12 +65,23 @@ def _log_to_stderr():
   absl_logging.set_verbosity(absl_logging.FATAL)
   # What stops a thread that writes a checkpoint is raised again where it is waited for.
   threading.excepthook = lambda _: None
+  sys.excepthook = _of_the_main_thread(sys.excepthook)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   logger = logging.getLogger('fliqs_jax')
   logger.addHandler(handler)
   logger.setLevel(logging.INFO)
   logger.propagate = False
+
+
+def _of_the_main_thread(excepthook):
+  """An excepthook for the main thread alone; libraries call it in threads of theirs."""
+
+  def hook(*error):
+    if threading.current_thread() is threading.main_thread():
+      excepthook(*error)
+
+  return hook
 
 
 def _parse(argv, required):

@@ -167,7 +167,7 @@ def test_no_sound_checkpoint_is_an_error_and_not_a_fresh_start(workdir):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(RunError, match='cannot write a checkpoint to'):
+  with pytest.raises(RunError, match='cannot write a checkpoint in'):
     Checkpoints(epath.Path(tmp_path / 'file'))
 
 

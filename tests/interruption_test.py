@@ -3,6 +3,7 @@
 from concurrent import futures
 import functools
 import random
+import resource
 import signal
 import time
 
@@ -113,6 +114,41 @@ def test_stopped_by_sigterm_goes_on(start, uninterrupted, cache, tmp_path):
   steps = [line['step'] for line in whole_runs.read_history(workdir)]
   expected = [line['step'] for line in whole_runs.read_history(uninterrupted)]
   assert steps == sorted({*expected, newest})
+
+
+def _fill_the_disk():
+  """Lets no file grow further from the third checkpoint on."""
+  from fliqs_jax.checkpoints import Checkpoints
+
+  save, saved = Checkpoints.save, []
+
+  def save_or_fail(self, *args):
+    saved.append(args)
+    if len(saved) == 3:
+      limit = 2_048  # bytes: enough for the log, and nothing else
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save(self, *args)
+
+  Checkpoints.save = save_or_fail
+
+
+def test_a_full_disk_is_explained_and_costs_no_checkpoint(
+  start, uninterrupted, tmp_path
+):
+  workdir = tmp_path / 'run'
+  process = start(workdir, prepare=_fill_the_disk)
+  process.join()
+  assert process.exitcode == 1
+  log = (tmp_path / 'run.log').read_text()
+  *_, line = log.splitlines()
+  assert line.startswith('error: cannot write'), log
+  assert 'File too large' in line and 'Traceback' not in log, log
+  assert (workdir / 'checkpoints' / '3').is_dir()
+  process = start(workdir)
+  process.join()
+  assert process.exitcode == 0
+  assert whole_runs.read_result(workdir) == whole_runs.read_result(uninterrupted)
+  assert whole_runs.read_history(workdir) == whole_runs.read_history(uninterrupted)
 
 
 def _report_cache_hits():
