@@ -15,7 +15,7 @@ import time
 from etils import epath
 import jax
 
-from fliqs_jax import assembly, evaluation, input_pipeline, steps, train
+from fliqs_jax import assembly, evaluation, input_pipeline, meshes, train
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import resolve
 
@@ -29,10 +29,10 @@ def main():
   setup = assembly.build(config, jax.device_count())
   builder = input_pipeline.find_builder(config)
   input_pipeline.prepare(config, builder)
-  mesh = steps.make_mesh(config.search.num_samples)
+  mesh = meshes.make_mesh(config.search.num_samples)
   state = evaluation.initial_state(setup, mesh, config.seed)
   step_fn = train._make_step(config, setup, mesh)
-  sharding = steps.batch_sharding(mesh)
+  sharding = meshes.batch_sharding(mesh)
   batches = input_pipeline.train_batches(config, builder, config.seed, sharding)
 
   def stretch(state, checkpoints=None):

@@ -18,7 +18,7 @@ import optax
 
 from fliqs_jax import architecture, controller, cost_models, discovery, models
 from fliqs_jax import search_space
-from fliqs_jax import steps
+from fliqs_jax import meshes, objectives, steps
 from fliqs_jax.train_state import Arguments, create_train_state
 
 
@@ -44,8 +44,10 @@ def prepare(choose, args):
     activation_delay=0,
     held_out=False,
   )
-  mesh = steps.make_mesh(1, jax.devices()[:1])
-  step = steps.make_search_step(problem, steps.classification(), args.samples, mesh)
+  mesh = meshes.make_mesh(1, jax.devices()[:1])
+  step = steps.make_search_step(
+    problem, objectives.classification(), args.samples, mesh
+  )
   example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(
     model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, discovery, models, rewards, search_space, steps
-from fliqs_jax import train_state
+from fliqs_jax import cost_models, discovery, models, objectives, rewards
+from fliqs_jax import search_space, steps, train_state
 
 VARIANTS = ('float', 'fixed_int8', 'search')
 NUM_CLASSES = 1000
@@ -29,7 +29,7 @@ def make_step(
 
   Args:
     variant: one of `VARIANTS`.
-    mesh: from `steps.make_mesh`.
+    mesh: from `meshes.make_mesh`.
     image_size: pixels a side.
     dtype: of the computation.
     formats: the options of the search.
@@ -47,7 +47,7 @@ def make_step(
   if wrap:
     model = wrap(model)
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
-  objective = steps.classification(label_smoothing=0.1)
+  objective = objectives.classification(label_smoothing=0.1)
   layers = discovery.discover(model, inputs, train=False)
   controller = None
   if variant == 'search':

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 import resnet_steps
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, devices, discovery, rewards, search_space, steps
+from fliqs_jax import cost_models, devices, discovery, meshes, rewards, search_space
 
 FORMATS = (
     'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8', 'bf16',
@@ -111,7 +111,7 @@ def traffic(program):
 def compile_step(network, image_size, topology, batch_per_chip):
   """Returns the compiled search step, the bytes of its gradients and the chip."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  mesh = steps.make_mesh(NUM_SAMPLES, chips)
+  mesh = meshes.make_mesh(NUM_SAMPLES, chips)
   step, init = resnet_steps.make_step(
     'search', mesh, image_size, jnp.bfloat16, num_samples=NUM_SAMPLES, network=network
   )
@@ -150,7 +150,7 @@ def controller_figures(topology, num_decisions, num_samples):
   formats, compiled alone for one chip: every chip does the whole of it.
   """
   chip = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-  mesh = steps.make_mesh(1, [chip])
+  mesh = meshes.make_mesh(1, [chip])
   layers = tuple(
     discovery.Layer(
       f'layer{i}', 'op', 'dense', (1, 64), (64, 64), (1, 64), 64 * 64, 64 * 64
@@ -177,7 +177,7 @@ def controller_figures(topology, num_decisions, num_samples):
     jax.ShapeDtypeStruct((num_samples,), jnp.float32),
     jax.ShapeDtypeStruct((), jnp.int32),
   )
-  replicated = steps.replicated(mesh)
+  replicated = meshes.replicated(mesh)
   cost = (
     jax.jit(control, in_shardings=replicated, out_shardings=replicated)
     .lower(*shapes)

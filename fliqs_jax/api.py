@@ -20,13 +20,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, batches, discovery, evaluation, plans
-from fliqs_jax import results, tasks, train, workdirs
+from fliqs_jax import assembly, assignments, batches, discovery, evaluation
+from fliqs_jax import networks, plans, results, tasks, train, workdirs
 from fliqs_jax.config import ConfigError, default_config, resolve
 from fliqs_jax.layers import FORMATS
 from fliqs_jax.names import not_among
+from fliqs_jax.objectives import Batch, Metrics
 from fliqs_jax.searchable import Coverage, Searchable, make_searchable
-from fliqs_jax.steps import Batch, Metrics
 from fliqs_jax.tasks import Score
 
 _logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def _network(config, model, first, loss, quality, metrics, inputs):
     raise ConfigError(f'no layer of {type(model).__name__} can be searched', *(
         f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
     ))  # fmt: skip
-  return assembly.Network(searchable, example, coverage.layers, objective), coverage
+  return networks.Network(searchable, example, coverage.layers, objective), coverage
 
 
 def _final_variables(setup, folder, formats):

@@ -1,40 +1,24 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
-from collections.abc import Mapping
 import functools
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 from flax import traverse_util
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
-from fliqs_jax import architecture as architecture_lib
+from fliqs_jax import assignments, cost_models, discovery, formats, latency, networks
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import assignments, cost_models, discovery, formats, latency, models
-from fliqs_jax import preprocessing, rewards, search_space, steps
-from fliqs_jax.architecture import Choose, searched, standard
+from fliqs_jax import objectives, rewards, search_space, steps
+from fliqs_jax.architecture import searched, standard
 from fliqs_jax.assignments import Assignment
 from fliqs_jax.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.budget import most_likely_within
 from fliqs_jax.config import DTYPES, ConfigError, validate
+from fliqs_jax.networks import Architecture, Network
 from fliqs_jax.train_state import Arguments
-
-
-class Network(NamedTuple):
-  """What is trained: a network, how it is called, and what its outputs are worth."""
-
-  model: Any  # a linen module, or what `searchable.make_searchable` returns
-  example: Arguments  # shapes of one example, in a batch of one
-  layers: tuple[discovery.Layer, ...]
-  objective: steps.Objective
-
-
-Architecture = Mapping[str, int]  # {decision: size}, empty for the standard one
 
 
 class Setup(NamedTuple):
@@ -48,145 +32,10 @@ class Setup(NamedTuple):
   cost_model: cost_models.CostModel
   target: float  # in the cost model's unit; of no effect where formats are fixed
   caps: tuple[Budget, ...]  # other costs that the final formats keep within
-  objective: steps.Objective
+  objective: objectives.Objective
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   problem: steps.SearchProblem | None  # None where formats are fixed
-
-
-def build_model(
-  config: ml_collections.ConfigDict,
-  quantized: bool = True,
-  choose: Choose = standard,
-) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
-  """Returns the network and the shape of one example.
-
-  Args:
-    config: the config.
-    quantized: whether its layers carry quantized operators.
-    choose: how its architecture is chosen.
-
-  Raises:
-    ValueError: where the network is unknown or lacks an option.
-  """
-  # Lists, as a config from JSON has them, are no options of a linen module.
-  options = jax.tree.map(
-    _tuples, config.model.to_dict(), is_leaf=lambda x: isinstance(x, list)
-  )
-  model = models.create_model(
-    options.pop('name'),
-    config.num_classes,
-    quantized=quantized,
-    operator=config.quantizer.to_dict(),
-    dtype=jnp.dtype(config.dtype),
-    choose=choose,
-    **options,
-  )
-  return model, jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
-
-
-def _tuples(value):
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def discover_layers(
-  config: ml_collections.ConfigDict, choose: Choose = standard
-) -> tuple[discovery.Layer, ...]:
-  """Returns the quantized layers of a config's network.
-
-  Those of a network that is not among `models` are in the config of its run.
-
-  Args:
-    config: the config.
-    choose: how its architecture is chosen; `searched` gives the supernet's layers.
-
-  Raises:
-    ValueError: as `build_model`, or where the network does not fit its input.
-  """
-  if 'layers' in config.model:
-    return discovery.layers_from_json(config.model.layers)
-  model, inputs = build_model(config, choose=choose)
-  where = (
-    f'model {config.model.name!r} cannot be built for images of '
-    f'{config.input.image_shape} at width {config.model.width}'
-  )
-  try:
-    layers = discovery.discover(model, inputs, train=False)
-  except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise ValueError(f'{where}: {str(error).splitlines()[0]}') from None
-  for layer in layers:
-    if 0 in layer.input_shape + layer.kernel_shape + layer.output_shape:
-      raise ValueError(f'{where}: nothing is left of layer {layer.path}')
-  return layers
-
-
-def choose_architecture(
-  config: ml_collections.ConfigDict, architecture: Architecture
-) -> Choose:
-  """Returns how a config's network of a given architecture is built.
-
-  Raises:
-    ValueError: where the network has no such architecture.
-  """
-  if not architecture:
-    return standard
-  supernet = discover_layers(config, searched)
-  return architecture_lib.fix(
-    search_space.architecture_decisions(supernet), architecture
-  )
-
-
-def searched_layers(
-  config: ml_collections.ConfigDict, architecture: Architecture = MappingProxyType({})
-) -> tuple[discovery.Layer, ...]:
-  """Returns the layers that a config's search is over.
-
-  Args:
-    config: the config.
-    architecture: the fixed one, of no effect where it is searched.
-
-  Raises:
-    ValueError: as `discover_layers` and `choose_architecture`.
-  """
-  return discover_layers(config, _searched_choose(config, architecture))
-
-
-def _searched_choose(config, architecture):
-  if config.search.decide != 'formats':
-    return searched
-  return choose_architecture(config, architecture)
-
-
-def configured_network(
-  config: ml_collections.ConfigDict, choose: Choose = standard
-) -> Network:
-  """Returns the classifier that a config names.
-
-  Args:
-    config: the config.
-    choose: how its architecture is chosen.
-
-  Raises:
-    ValueError: as `discover_layers`.
-  """
-  model, image = build_model(config, choose=choose)
-  objective = steps.classification(
-    config.reward.quality,
-    config.optimizer.label_smoothing,
-    config.optimizer.auxiliary_weight,
-  )
-  settings = config.input
-
-  def arguments(batch, train):
-    image = preprocessing.normalize(batch['image'], settings.mean, settings.stddev)
-    return Arguments((image,), {'train': train})
-
-  return Network(
-    model=model,
-    example=Arguments((image,), {'train': False}),
-    layers=discover_layers(config, choose),
-    objective=objective._replace(augment=_mixing(config), arguments=arguments),
-  )
 
 
 def build(
@@ -215,12 +64,14 @@ def build(
   try:
     choose = standard
     if network is None:
-      find_choose = _searched_choose if assignment is None else choose_architecture
+      find_choose = networks.choose_searched
+      if assignment is not None:
+        find_choose = networks.choose_architecture
       choose = find_choose(config, architecture)
-      network = configured_network(config, choose)
+      network = networks.configured_network(config, choose)
     layers = standard_layers = network.layers
     if choose is not standard:
-      standard_layers = discover_layers(config)
+      standard_layers = networks.discover_layers(config)
     space = build_space(config, layers, assignment)
   except ValueError as error:
     # What `validate` has named may come up again here.
@@ -254,14 +105,6 @@ def build(
     if assignment is not None
     else _problem(config, space, cost_model, target, caps),
   )
-
-
-def _mixing(config):
-  """Returns what training does to a batch, in the objective's form."""
-  alphas = config.input.mixup_alpha, config.input.cutmix_alpha
-  if not any(alphas):
-    return lambda batch, key: batch
-  return lambda batch, key: preprocessing.mix(batch, key, config.num_classes, *alphas)
 
 
 def build_cost_model(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fliqs_jax import assembly, budget, discovery, search_space
+from fliqs_jax import assembly, budget, discovery, networks, search_space
 
 _logger = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   """Prints what a run found, from its result alone."""
   config = ml_collections.ConfigDict(result['config'])
   architecture = result['architecture']
-  layers = assembly.discover_layers(
-    config, assembly.choose_architecture(config, architecture)
+  layers = networks.discover_layers(
+    config, networks.choose_architecture(config, architecture)
   )
   space = search_space.fixed_space(layers, result['formats'])
   costs = assembly.build_cost_model(config).per_layer(space, np.zeros(0, np.int32))
@@ -151,7 +151,7 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   for line in summary_lines(result):
     console.print(line, markup=False)
   if config.mode == 'search':
-    for cap in assembly.search_caps(config, assembly.discover_layers(config)):
+    for cap in assembly.search_caps(config, networks.discover_layers(config)):
       console.print(cap_line(cap, space), markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
@@ -220,7 +220,7 @@ def _confidence(config, result):
   """The policy's probability of each layer's formats, weights' / activations'."""
   if not result['policy']:
     return {}
-  layers = assembly.searched_layers(config, result['architecture'])
+  layers = networks.searched_layers(config, result['architecture'])
   space = assembly.build_space(config, layers)
   texts = {}
   for i, layer in enumerate(layers):

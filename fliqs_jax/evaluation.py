@@ -7,8 +7,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, plans, results, steps, subnetworks
-from fliqs_jax import workdirs
+from fliqs_jax import assembly, assignments, meshes, networks, plans, results, steps
+from fliqs_jax import subnetworks, workdirs
 from fliqs_jax.architecture import searched
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError
@@ -30,7 +30,7 @@ def initial_state(
       key,
     )
 
-  init = jax.jit(init, out_shardings=steps.replicated(mesh))
+  init = jax.jit(init, out_shardings=meshes.replicated(mesh))
   return init(jax.random.key(seed))
 
 
@@ -42,7 +42,7 @@ def restored_state(
   Raises:
     ConfigError: where there is no checkpoint.
   """
-  mesh = steps.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   state = initial_state(setup, mesh, 0)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
@@ -59,13 +59,13 @@ def evaluate(
 ) -> dict[str, float]:
   """Returns the means over all examples of the evaluation, and their number."""
   eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
-  choices = jax.device_put(choices, steps.replicated(mesh))
+  choices = jax.device_put(choices, meshes.replicated(mesh))
   sums = []
-  sharding = steps.eval_sharding(mesh)
+  sharding = meshes.eval_sharding(mesh)
   for batch in data.evaluation(sharding):
     # A last batch may be too small to be split over the devices.
     uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
-    placed = steps.replicated(mesh) if uneven else sharding
+    placed = meshes.replicated(mesh) if uneven else sharding
     batch = jax.make_array_from_process_local_data(placed, batch)
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
@@ -121,7 +121,7 @@ def _evaluated_architecture(config, source):
 def _evaluated_state(config, setup, source):
   if not subnetworks.holds_supernet(workdirs.read_config(source)):
     return restored_state(setup, source)
-  model, _ = assembly.build_model(config, choose=searched)
+  model, _ = networks.build_model(config, choose=searched)
   supernet, mesh = restored_state(setup._replace(model=model), source)
   return subnetworks.slice_state(supernet, initial_state(setup, mesh, 0)), mesh
 

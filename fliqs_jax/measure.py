@@ -23,7 +23,7 @@ from jax import lax
 import jax.numpy as jnp
 import ml_collections
 
-from fliqs_jax import assembly, command_line, devices, latency, results
+from fliqs_jax import command_line, devices, latency, networks, results
 from fliqs_jax import formats as formats_lib
 from fliqs_jax import layers as layers_lib
 from fliqs_jax.config import ConfigError, resolve, validate
@@ -57,9 +57,9 @@ def measure(
   """
   groups = {}
   # All that the layers can become, and those that the target is a multiple of.
-  supernet = assembly.searched_layers(config)
+  supernet = networks.searched_layers(config)
   candidates = [v for layer in supernet for v in variants(layer).values if v.macs]
-  for layer in (*assembly.discover_layers(config), *candidates):
+  for layer in (*networks.discover_layers(config), *candidates):
     groups.setdefault(latency.layer_key(layer), []).append(layer)
   names = _format_names(config)
   entries = []

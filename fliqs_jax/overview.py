@@ -16,7 +16,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, command_line, display, subnetworks
+from fliqs_jax import (
+  assembly,
+  assignments,
+  command_line,
+  display,
+  networks,
+  subnetworks,
+)
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.budget import cost_range
 from fliqs_jax.config import ConfigError, resolve
@@ -30,7 +37,7 @@ def overview(
   config: ml_collections.ConfigDict,
   assignment: str | assignments.Assignment,
   label: str,
-  architecture: assembly.Architecture = MappingProxyType({}),
+  architecture: networks.Architecture = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns the layers and totals of a config's network, ready for JSON.
 
@@ -76,8 +83,8 @@ def overview(
 def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -> None:
   """Prints an overview as a table, with what the search could reach."""
   architecture = content['architecture']
-  layers = assembly.discover_layers(
-    config, assembly.choose_architecture(config, architecture)
+  layers = networks.discover_layers(
+    config, networks.choose_architecture(config, architecture)
   )
   formats = {layer['name']: layer for layer in content['layers']}
   costs = np.array([layer['cost'] for layer in content['layers']])
@@ -94,12 +101,12 @@ def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -
   ]
   if config.mode == 'search':
     cost_model = assembly.build_cost_model(config)
-    standard_layers = assembly.discover_layers(config)
+    standard_layers = networks.discover_layers(config)
     uniform = ', '.join(
       f'{name} {cost_model.uniform(standard_layers, name):.6g}'
       for name in formats_lib.parse_names(config.search.formats)
     )
-    searched = assembly.searched_layers(config, architecture)
+    searched = networks.searched_layers(config, architecture)
     space = assembly.build_space(config, searched)
     low, high = cost_range(space, cost_model)
     lines += [

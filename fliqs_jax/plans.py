@@ -9,8 +9,8 @@ import grain
 import jax
 import ml_collections
 
-from fliqs_jax import assembly, assignments, input_pipeline, pretrained, steps
-from fliqs_jax import subnetworks, workdirs
+from fliqs_jax import assembly, assignments, input_pipeline, objectives
+from fliqs_jax import pretrained, subnetworks, workdirs
 from fliqs_jax.config import ConfigError
 
 
@@ -21,7 +21,7 @@ class Data(NamedTuple):
   # the seed sets. The iterator tells and takes its position.
   train: Callable[[int, jax.sharding.Sharding], grain.DatasetIterator]
   # (sharding) -> its part of batches `[B, ...]` that have each example once.
-  evaluation: Callable[[jax.sharding.Sharding], Iterable[steps.Batch]]
+  evaluation: Callable[[jax.sharding.Sharding], Iterable[objectives.Batch]]
 
 
 class Plan(NamedTuple):

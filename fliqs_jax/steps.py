@@ -9,117 +9,24 @@ its examples.
 
 from collections.abc import Callable
 import functools
-import math
 from typing import Any, NamedTuple
 
 from flax import traverse_util
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
 import optax
 
 from fliqs_jax.controller import Controller
 from fliqs_jax.cost_models import CostModel
 from fliqs_jax.layers import FORMATS, QUANT_STATS
+from fliqs_jax.meshes import batch_sharding, replicated
+from fliqs_jax.objectives import Batch, Metrics, Objective
 from fliqs_jax.search_space import SearchSpace
-from fliqs_jax.train_state import BATCH_STATS, Arguments, TrainState
-
-Batch = dict[str, Any]
-Metrics = dict[str, jax.Array]
+from fliqs_jax.train_state import BATCH_STATS, TrainState
 
 _INTERMEDIATES = 'intermediates'
-
-
-def image_arguments(batch: Batch, train: bool) -> Arguments:
-  """Returns what the networks of `models` are called with."""
-  return Arguments((batch['image'],), {'train': train})
-
-
-class Objective(NamedTuple):
-  """What training minimises and what the search rewards, of one batch.
-
-  Each function is of `(outputs, batch)`. Its values are means over examples, `[]`, or
-  those of the examples, `[B, ...]`, which are averaged.
-  """
-
-  loss: Callable[[Any, Batch], jax.Array]
-  quality: Callable[[Any, Batch], jax.Array]
-  metrics: Callable[[Any, Batch], Metrics]  # what else is logged
-  evaluation: Callable[[Any, Batch], Metrics]  # what an evaluation averages
-  arguments: Callable[[Batch, bool], Arguments] = image_arguments  # (batch, train)
-  # Which examples of a batch an evaluation counts, bool[B]; None for all.
-  mask: Callable[[Batch], jax.Array] | None = None
-  # Of the same loss of outputs that a network sows, in training, as `aux_logits` into
-  # the collection `intermediates`. Inception-v3's authors take 0.4 (TF-slim).
-  auxiliary_weight: float = 0.4
-  # What training does to a sample's batch first; the key is consumed.
-  augment: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
-
-
-def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
-  """Returns the fraction of examples whose largest logit is at the likeliest label."""
-  return jnp.mean(is_correct(logits, batch['label']))
-
-
-def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns whether each example's largest logit is at the likeliest label, bool[B]."""
-  if _are_probabilities(labels):
-    labels = jnp.argmax(labels, axis=-1)
-  return jnp.argmax(logits, axis=-1) == labels
-
-
-def _are_probabilities(labels):
-  return jnp.issubdtype(labels.dtype, jnp.floating)
-
-
-def cross_entropy(
-  logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-) -> jax.Array:
-  """Returns the softmax cross entropy of each example, float32[B].
-
-  Args:
-    logits: float32[B, num_classes].
-    labels: classes, int32[B], or probabilities, float32[B, num_classes].
-    label_smoothing: the probability that is spread over all classes.
-  """
-  if not _are_probabilities(labels):
-    labels = jax.nn.one_hot(labels, logits.shape[-1])
-  return optax.softmax_cross_entropy(
-    logits, optax.smooth_labels(labels, label_smoothing)
-  )
-
-
-def classification(
-  quality: str = 'accuracy',
-  label_smoothing: float = 0.0,
-  auxiliary_weight: float = 0.4,
-) -> Objective:
-  """Returns the objective of a classifier.
-
-  Args:
-    quality: `accuracy`, or `minus_loss`, without label smoothing.
-    label_smoothing: of the training loss.
-    auxiliary_weight: of the loss of auxiliary heads.
-  """
-
-  def mean_loss(logits, batch, smoothing):
-    return jnp.mean(cross_entropy(logits, batch['label'], smoothing))
-
-  return Objective(
-    loss=functools.partial(mean_loss, smoothing=label_smoothing),
-    quality=accuracy
-    if quality == 'accuracy'
-    else lambda logits, batch: -mean_loss(logits, batch, 0.0),
-    metrics=lambda logits, batch: {'accuracy': accuracy(logits, batch)},
-    evaluation=lambda logits, batch: {
-      'accuracy': is_correct(logits, batch['label']),
-      'loss': cross_entropy(logits, batch['label']),
-    },
-    mask=lambda batch: batch['mask'],
-    auxiliary_weight=auxiliary_weight,
-  )
 
 
 class SearchProblem(NamedTuple):
@@ -132,49 +39,6 @@ class SearchProblem(NamedTuple):
   controller: Controller
   activation_delay: int  # first step with quantized activations
   held_out: bool  # whether the quality is that of `batch['reward']`
-
-
-def make_mesh(num_samples: int, devices: list[jax.Device] | None = None) -> Mesh:
-  """Returns the mesh `('sample', 'data')` over all devices.
-
-  As many devices as divide the samples are on the sample axis; the rest splits the
-  examples of each sample. A process holds whole samples, or a part of one.
-  """
-  devices = jax.devices() if devices is None else devices
-  devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-  num_processes = len({device.process_index for device in devices})
-  samples = sample_axis_size(num_samples, len(devices), num_processes)
-  return Mesh(np.asarray(devices).reshape(samples, -1), ('sample', 'data'))
-
-
-def sample_axis_size(num_samples: int, num_devices: int, num_processes: int) -> int:
-  """Returns the most rows of the mesh whose ends are also those of processes.
-
-  Then what a process holds of a batch `[S, B]` is a rectangle, as JAX expects it.
-  """
-  local = num_devices // num_processes
-  common = math.gcd(num_samples, num_devices)
-  return max(
-    rows
-    for rows in range(1, common + 1)
-    if common % rows == 0
-    and (local % (num_devices // rows) == 0 or (num_devices // rows) % local == 0)
-  )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of `[S, B, ...]` batches."""
-  return NamedSharding(mesh, P('sample', 'data'))
-
-
-def eval_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of `[B, ...]` batches."""
-  return NamedSharding(mesh, P(('sample', 'data')))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of the train state."""
-  return NamedSharding(mesh, P())
 
 
 def _forward(state, objective, params, formats, batch, key):
@@ -307,7 +171,7 @@ def make_search_step(
     problem: the search.
     objective: loss and quality.
     num_samples: S, which the mesh's sample axis divides.
-    mesh: from `make_mesh`.
+    mesh: from `meshes.make_mesh`.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
@@ -365,7 +229,7 @@ def make_train_step(
     space: without decisions, from `fixed_space`.
     objective: loss and quality.
     activation_delay: the first step with quantized activations.
-    mesh: from `make_mesh`.
+    mesh: from `meshes.make_mesh`.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated.
@@ -398,7 +262,7 @@ def skip_unsound(
 
   Args:
     step: from `make_search_step` or `make_train_step`.
-    mesh: from `make_mesh`.
+    mesh: from `meshes.make_mesh`.
   """
 
   def guarded(state, batch):

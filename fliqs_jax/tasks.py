@@ -8,10 +8,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax import steps
 from fliqs_jax.config import ConfigError
 from fliqs_jax.names import not_among
-from fliqs_jax.steps import Batch, Metrics, Objective
+from fliqs_jax.objectives import Batch, Metrics, Objective, classification
 from fliqs_jax.train_state import Arguments
 
 Score = Callable[[Any, Batch], jax.Array]  # (outputs, batch) -> [] or [B, ...]
@@ -43,7 +42,7 @@ def make_objective(
     inputs: the entry of a batch that the network is called with, or a function from a
       batch to its argument or to the tuple of its arguments.
   """
-  objective = steps.classification()
+  objective = classification()
   parts = {'loss': loss or objective.loss, 'quality': quality}
   if quality is None:
     parts['quality'] = objective.quality if loss is None else _minus(loss)

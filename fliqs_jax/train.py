@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, budget, display, evaluation, health, plans, pretrained
-from fliqs_jax import results, steps, workdirs
+from fliqs_jax import assembly, budget, display, evaluation, health, meshes, plans
+from fliqs_jax import pretrained, results, steps, workdirs
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
 from fliqs_jax.controller import policy_probabilities
@@ -74,11 +74,11 @@ def _train(config, workdir, plan):
   """Trains from the newest checkpoint, or from the start, to the result."""
   setup, data, start = plan
   num_samples = config.search.num_samples if setup.problem else 1
-  mesh = steps.make_mesh(num_samples)
+  mesh = meshes.make_mesh(num_samples)
   state = evaluation.initial_state(setup, mesh, config.seed)
   if start:
     state = pretrained.start_from(state, start)
-  batches = data.train(config.seed, steps.batch_sharding(mesh))
+  batches = data.train(config.seed, meshes.batch_sharding(mesh))
   with Checkpoints(workdir) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
@@ -126,7 +126,7 @@ def _loop(
     Preempted: where SIGTERM came before the last step, once a checkpoint is saved.
   """
   start = int(state.step)
-  sharding = steps.batch_sharding(mesh)
+  sharding = meshes.batch_sharding(mesh)
   commits = setup.problem is not None and config.search.hard_budget
   with (
     workdirs.History(workdir, start) as history,
@@ -197,7 +197,7 @@ def _policy(setup, state):
 def _commit(setup, state, mesh):
   """Fixes the likeliest choices within the target for the rest of the run."""
   choices = _likeliest_within_target(setup, state)
-  commitment = jax.device_put(choices, steps.replicated(mesh))
+  commitment = jax.device_put(choices, meshes.replicated(mesh))
   return state.replace(controller=state.controller._replace(commitment=commitment))
 
 
@@ -228,11 +228,11 @@ def _reestimate(config, setup, mesh, data, state, choices):
     return state
   statistics_step = steps.make_statistics_step(setup.space, setup.objective, mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = data.train(config.seed + 1, steps.batch_sharding(mesh))
-  choices = jax.device_put(choices, steps.replicated(mesh))
+  batches = data.train(config.seed + 1, meshes.batch_sharding(mesh))
+  choices = jax.device_put(choices, meshes.replicated(mesh))
   total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
   for batch in itertools.islice(batches, config.search.statistics_batches):
-    batch = jax.make_array_from_process_local_data(steps.batch_sharding(mesh), batch)
+    batch = jax.make_array_from_process_local_data(meshes.batch_sharding(mesh), batch)
     total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
     count += 1
   if not count:

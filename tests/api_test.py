@@ -17,9 +17,9 @@ from conftest import ROOT
 
 import fliqs_jax
 from fliqs_jax import (
-  assembly,
   batches,
   display,
+  networks,
   pretrained,
   report_page,
   results,
@@ -125,7 +125,7 @@ def test_a_sequence_model_with_a_loss_of_its_own(searched):
 def test_the_result_is_read_without_the_network(searched, capsys):
   result, _ = searched
   config = ml_collections.ConfigDict(result.content['config'])
-  layers = assembly.discover_layers(config)
+  layers = networks.discover_layers(config)
   assert [layer.path for layer in layers] == list(result.formats)
   assert [layer.macs for layer in layers] == [
     layer.macs for layer in result.coverage.layers

@@ -13,7 +13,7 @@ import pytest
 
 from fliqs_jax import architecture, budget, cost_models, discovery, latency, layers
 from fliqs_jax import models
-from fliqs_jax import search_space, steps
+from fliqs_jax import objectives, search_space
 from fliqs_jax.architecture import Decision, LayerSizes, Table
 from fliqs_jax.formats import get_format
 from fliqs_jax.models import resnet
@@ -178,7 +178,7 @@ def train_pass(model, variables, formats, images, labels):
       {'params': params, layers.FORMATS: formats, **variables},
       images, train=True, mutable=['batch_stats', 'quant_stats'],
     )  # fmt: skip
-    return steps.cross_entropy(logits, labels).mean(), (logits, stats)
+    return objectives.cross_entropy(logits, labels).mean(), (logits, stats)
 
   (_, (logits, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
   return logits, gradients, stats

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fliqs_jax import assembly, assignments
+from fliqs_jax import assembly, assignments, networks
 from fliqs_jax.config import ConfigError, resolve
 
 INT8 = {'weights': 'int8', 'activations': 'int8'}
@@ -14,7 +14,7 @@ MIXED = {'weights': 'int3', 'activations': 'int4'}
 
 @pytest.fixture(scope='module')
 def layers(tiny_config):
-  return assembly.discover_layers(resolve(tiny_config))
+  return networks.discover_layers(resolve(tiny_config))
 
 
 def expand(content, layers):

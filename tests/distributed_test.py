@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import whole_runs
 
-from fliqs_jax import distributed, input_pipeline, steps
+from fliqs_jax import distributed, input_pipeline, meshes, steps
 from fliqs_jax.config import ConfigError
 
 NUM_STEPS = 8
@@ -29,7 +29,7 @@ class PartOfDevices:
   """The sharding of `[S, B]` on a mesh, as one process sees it."""
 
   def __init__(self, num_samples, num_devices, num_processes, process):
-    self.rows = steps.sample_axis_size(num_samples, num_devices, num_processes)
+    self.rows = meshes.sample_axis_size(num_samples, num_devices, num_processes)
     local = num_devices // num_processes
     self.devices = range(process * local, (process + 1) * local)
     self.columns = num_devices // self.rows
@@ -57,7 +57,7 @@ topologies = st.tuples(
 def test_a_process_holds_whole_samples_or_a_part_of_one(topology):
   num_samples, num_processes, local = topology
   num_devices = num_processes * local
-  rows = steps.sample_axis_size(num_samples, num_devices, num_processes)
+  rows = meshes.sample_axis_size(num_samples, num_devices, num_processes)
   assert num_samples % rows == 0 and num_devices % rows == 0
   columns = num_devices // rows
   for process in range(num_processes):
@@ -79,7 +79,7 @@ def test_a_process_holds_whole_samples_or_a_part_of_one(topology):
   ],
 )
 def test_sample_axis(num_samples, num_devices, num_processes, rows):
-  assert steps.sample_axis_size(num_samples, num_devices, num_processes) == rows
+  assert meshes.sample_axis_size(num_samples, num_devices, num_processes) == rows
 
 
 @pytest.mark.parametrize('num_samples', [1, 2, 4, 8])

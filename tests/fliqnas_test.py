@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax import assembly, budget, display, overview, results, search_space, train
+from fliqs_jax import assembly, budget, display, networks, overview, results
+from fliqs_jax import search_space, train
 from fliqs_jax.config import ConfigError, resolve
 
 
@@ -45,7 +46,7 @@ def test_search_finds_architecture_and_formats(found, joint_config):
     assert str(size) in result['policy'][name]
   assert result['cost'] <= result['target']
   # The target is a multiple of the standard network's cost.
-  standard = assembly.discover_layers(joint_config)
+  standard = networks.discover_layers(joint_config)
   cost_model = assembly.build_cost_model(joint_config)
   assert result['target'] == cost_model.uniform(standard, 'int3')
   setup = assembly.build(resolve(joint_config), jax.device_count())
@@ -156,6 +157,6 @@ def test_bad_architectures_end_with_one_line(found, run, tmp_path):
 
 def test_layers_outside_the_architecture_have_no_formats(found, joint_config):
   _, result = found
-  choose = assembly.choose_architecture(joint_config, result['architecture'])
-  layers = assembly.discover_layers(joint_config, choose)
+  choose = networks.choose_architecture(joint_config, result['architecture'])
+  layers = networks.discover_layers(joint_config, choose)
   search_space.check_layers(layers, result['formats'])

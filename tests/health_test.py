@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import health, steps
+from fliqs_jax import health, meshes, steps
 from fliqs_jax.train_state import TrainState
 
 
@@ -73,7 +73,7 @@ def test_too_many_in_a_row_stop_the_run():
 
 
 def test_an_unsound_step_changes_nothing_but_the_counts():
-  mesh = steps.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   zero = lambda: jnp.zeros((), jnp.int32)
   state = TrainState(
       step=zero(), apply_fn=None, params={'w': jnp.ones(3)}, tx=None, opt_state={},

@@ -7,7 +7,8 @@ CORE = (
     'architecture', 'formats', 'quantizers', 'layers', 'variants', 'discovery',
     'search_space',
     'devices', 'latency', 'cost_models', 'rewards', 'preprocessing',
-    'controller', 'budget', 'train_state', 'steps', 'config', 'models', 'assembly',
+    'controller', 'budget', 'train_state', 'meshes', 'objectives', 'steps', 'config',
+    'models', 'networks', 'assembly',
     'marks', 'operands', 'searchable', 'tasks',
     'assignments', 'quality',
 )  # fmt: skip

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax import assembly, devices, latency, measure, results
+from fliqs_jax import assembly, devices, latency, measure, networks, results
 from fliqs_jax.config import ConfigError, default_config, resolve
 
 BATCH_SIZE = 2
@@ -54,7 +54,7 @@ def _numbered(content):
 
 
 def test_every_distinct_layer_is_timed_once_in_every_format(config, measured):
-  layers = assembly.discover_layers(config)
+  layers = networks.discover_layers(config)
   paths = [path for entry in measured['entries'] for path in entry['layers']]
   assert sorted(paths) == sorted(layer.path for layer in layers)
   keys = {latency.layer_key(layer) for layer in layers}
@@ -86,7 +86,7 @@ def test_native_types_are_timed_where_the_device_has_them(config, monkeypatch):
 
 
 def test_strides_tell_layers_apart(config):
-  (layer, *_) = assembly.discover_layers(config)
+  (layer, *_) = networks.discover_layers(config)
   other = layer._replace(
     arguments=tuple(
       (k, (4, 4) if k == 'window_strides' else v) for k, v in layer.arguments

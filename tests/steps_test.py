@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from fliqs_jax import controller, cost_models, discovery, layers, rewards, search_space
-from fliqs_jax import steps, train_state
+from fliqs_jax import controller, cost_models, discovery, layers, meshes, objectives
+from fliqs_jax import rewards, search_space, steps, train_state
 from fliqs_jax.layers import FORMATS
 
 OPTIONS = ('int2', 'int4', 'e4m3')
@@ -62,7 +62,7 @@ def make_problem(num_samples, activation_delay=0, held_out=False):
     state = train_state.create_train_state(
       model, arguments(inputs), optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
     )
-    return jax.device_put(state, steps.replicated(mesh))
+    return jax.device_put(state, meshes.replicated(mesh))
 
   return problem, init
 
@@ -78,15 +78,15 @@ def make_batch(num_samples, seed=0):
 
 def take_steps(num_samples, num_devices, count=3, **options):
   """Returns the state and the metrics of each of the first steps."""
-  mesh = steps.make_mesh(num_samples, jax.devices()[:num_devices])
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
   problem, init = make_problem(num_samples, **options)
-  step = steps.make_search_step(problem, steps.classification(), num_samples, mesh)
+  step = steps.make_search_step(problem, objectives.classification(), num_samples, mesh)
   state, metrics = init(mesh), []
   for seed in range(count):
     batch = make_batch(num_samples, seed)
     if problem.held_out:
       batch['reward'] = make_batch(num_samples, seed + 100)
-    batch = jax.device_put(batch, steps.batch_sharding(mesh))
+    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
     state, new = step(state, batch)
     metrics.append(jax.device_get(new))
   return jax.device_get(state.replace(key=None)), metrics
@@ -97,7 +97,7 @@ def take_steps(num_samples, num_devices, count=3, **options):
   [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
 )
 def test_mesh(num_samples, num_devices, shape):
-  mesh = steps.make_mesh(num_samples, jax.devices()[:num_devices])
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
   assert mesh.axis_names == ('sample', 'data')
   assert mesh.devices.shape == shape
 
@@ -120,11 +120,11 @@ def test_same_search_on_one_device_and_on_two(num_samples):
 def test_step_takes_the_mean_gradient_of_its_samples():
   num_samples = 2
   problem, init = make_problem(num_samples)
-  mesh = steps.make_mesh(num_samples, jax.devices()[:1])
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:1])
   state = init(mesh)
   batch = make_batch(num_samples)
   step_key = jax.random.fold_in(state.key, 0)
-  objective = steps.classification()
+  objective = objectives.classification()
 
   def sample_loss(params, choices, s):
     _, key = jax.random.split(jax.random.fold_in(step_key, s))
@@ -177,10 +177,10 @@ def test_activations_are_quantized_from_the_delay_on():
 
 
 def test_train_step_with_float32_is_plain_training():
-  mesh = steps.make_mesh(1, jax.devices()[:1])
+  mesh = meshes.make_mesh(1, jax.devices()[:1])
   problem, init = make_problem(1)
   space = search_space.uniform_space(problem.space.layers, 'float32')
-  step = steps.make_train_step(space, steps.classification(), 0, mesh)
+  step = steps.make_train_step(space, objectives.classification(), 0, mesh)
   state, batch = init(mesh), make_batch(1)
   key = jax.random.split(jax.random.fold_in(state.key, 0), 1)[0]
 
@@ -196,7 +196,7 @@ def test_train_step_with_float32_is_plain_training():
   expected = jax.tree.map(
     lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(state.params)
   )
-  new_state, _ = step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
+  new_state, _ = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
       jax.device_get(new_state.params), expected,
@@ -205,15 +205,15 @@ def test_train_step_with_float32_is_plain_training():
 
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_statistics_step_gives_the_batch_statistics(num_devices):
-  mesh = steps.make_mesh(2, jax.devices()[:num_devices])
+  mesh = meshes.make_mesh(2, jax.devices()[:num_devices])
   problem, init = make_problem(2)
-  step = steps.make_statistics_step(problem.space, steps.classification(), mesh)
+  step = steps.make_statistics_step(problem.space, objectives.classification(), mesh)
   state, batch = init(mesh), make_batch(2)
   choices = jnp.zeros(2, jnp.int32)
   stats = step(
     state,
-    jax.device_put(choices, steps.replicated(mesh)),
-    jax.device_put(batch, steps.batch_sharding(mesh)),
+    jax.device_put(choices, meshes.replicated(mesh)),
+    jax.device_put(batch, meshes.batch_sharding(mesh)),
   )
   # What batch norm sees: the first layer's outputs for all examples together.
   _, captured = state.apply_fn(
@@ -231,17 +231,17 @@ def test_statistics_step_gives_the_batch_statistics(num_devices):
 
 
 def test_eval_step_counts_what_is_not_padding():
-  mesh = steps.make_mesh(1, jax.devices()[:2])
+  mesh = meshes.make_mesh(1, jax.devices()[:2])
   problem, init = make_problem(1)
   step, state = (
-    steps.make_eval_step(problem.space, steps.classification(), mesh),
+    steps.make_eval_step(problem.space, objectives.classification(), mesh),
     init(mesh),
   )
   batch = {key: value[0] for key, value in make_batch(1).items()}
   mask = np.arange(EXAMPLES) < 5
-  choices = jax.device_put(jnp.ones(2, jnp.int32), steps.replicated(mesh))
+  choices = jax.device_put(jnp.ones(2, jnp.int32), meshes.replicated(mesh))
   sums = step(
-    state, choices, jax.device_put({**batch, 'mask': mask}, steps.eval_sharding(mesh))
+    state, choices, jax.device_put({**batch, 'mask': mask}, meshes.eval_sharding(mesh))
   )
   logits = state.apply_fn(
       {
@@ -262,10 +262,10 @@ def test_objective_against_arithmetic(smoothing):
   batch = {'label': jnp.array([0, 1])}
   targets = np.eye(3)[[0, 1]] * (1 - smoothing) + smoothing / 3
   losses = -(targets * np.asarray(logits)).sum(axis=1)
-  objective = steps.classification('accuracy', smoothing)
+  objective = objectives.classification('accuracy', smoothing)
   assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
   assert objective.quality(logits, batch) == 0.5
-  minus_loss = steps.classification('minus_loss', smoothing).quality(logits, batch)
+  minus_loss = objectives.classification('minus_loss', smoothing).quality(logits, batch)
   assert minus_loss == pytest.approx(np.log([0.7, 0.3]).mean(), rel=1e-6)
 
 
@@ -275,7 +275,7 @@ def test_objective_of_soft_labels_against_arithmetic(smoothing):
   labels = np.array([[0.8, 0.2, 0.0], [0.0, 0.9, 0.1]], np.float32)
   targets = labels * (1 - smoothing) + smoothing / 3
   losses = -(targets * np.asarray(logits)).sum(axis=1)
-  batch, objective = {'label': labels}, steps.classification('accuracy', smoothing)
+  batch, objective = {'label': labels}, objectives.classification('accuracy', smoothing)
   assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
   assert objective.quality(logits, batch) == 0.5
   assert objective.metrics(logits, batch) == {'accuracy': 0.5}
@@ -285,7 +285,7 @@ def test_certain_soft_labels_are_labels():
   rng = np.random.default_rng(0)
   logits, labels = rng.normal(size=(20, 4)), rng.integers(4, size=20)
   for quality in ('accuracy', 'minus_loss'):
-    objective = steps.classification(quality, 0.1)
+    objective = objectives.classification(quality, 0.1)
     for function in (objective.loss, objective.quality):
       assert function(logits, {'label': labels}) == function(
         logits, {'label': np.eye(4, dtype=np.float32)[labels]}
@@ -309,12 +309,12 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
   model, inputs = WithAuxiliaryHeads(), jnp.zeros((1, FEATURES))
   found = discovery.discover(model, inputs, train=False)
   space = search_space.uniform_space(found, 'float32')
-  mesh = steps.make_mesh(1, jax.devices()[:1])
+  mesh = meshes.make_mesh(1, jax.devices()[:1])
   state = jax.device_put(
     train_state.create_train_state(
       model, arguments(inputs), optax.sgd(LEARNING_RATE), None, jax.random.key(1)
     ),
-    steps.replicated(mesh),
+    meshes.replicated(mesh),
   )
   params, batch, weight = jax.device_get(state.params), make_batch(1), 0.3
   images, targets = batch['image'][0], np.eye(CLASSES)[batch['label'][0]]
@@ -330,9 +330,9 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
       'kernel': params[name]['kernel'] - LEARNING_RATE * images.T @ error,
       'bias': params[name]['bias'] - LEARNING_RATE * error.sum(axis=0),
     }
-  objective = steps.classification(auxiliary_weight=weight)
+  objective = objectives.classification(auxiliary_weight=weight)
   step = steps.make_train_step(space, objective, 0, mesh)
-  new_state, metrics = step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
+  new_state, metrics = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
   assert metrics['loss'] == pytest.approx(loss, rel=1e-5)
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
@@ -346,9 +346,9 @@ import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 import numpy as np
-from fliqs_jax import steps
+from fliqs_jax import meshes, steps
 
-mesh = steps.make_mesh(2)
+mesh = meshes.make_mesh(2)
 assert mesh.devices.shape == (2, 2)
 rng = np.random.default_rng(0)
 x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
@@ -358,7 +358,7 @@ def mean_gradient(w, x):
     return jax.grad(lambda w: ((x @ w) ** 2).mean())(w), x.sum()
   return steps._mean_over_samples(one_sample, mesh, x)
 
-shardings = steps.replicated(mesh), steps.batch_sharding(mesh)
+shardings = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 mean, stacked = jax.jit(mean_gradient, in_shardings=shardings)(w, x)
 assert mean.sharding.is_fully_replicated
 expected = np.mean([2 * a.T @ (a @ w) / 32 for a in x], axis=0)

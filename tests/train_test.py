@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import TINY_LAYERS
 
-from fliqs_jax import assembly, budget, display, results, rewards, search_space
-from fliqs_jax import train, workdirs
+from fliqs_jax import assembly, budget, display, networks, results, rewards
+from fliqs_jax import search_space, train, workdirs
 from fliqs_jax.config import ConfigError, resolve
 
 RESULT_FIELDS = {
@@ -210,7 +210,7 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
   assert set(result) == RESULT_FIELDS and result['cost'] <= result['target']
   assert result['config']['search']['cap_scale'] == 1.1
   config = ml_collections.ConfigDict(result['config'])
-  layers = assembly.discover_layers(config)
+  layers = networks.discover_layers(config)
   ((size, limit),) = assembly.search_caps(config, layers)
   space = search_space.fixed_space(layers, result['formats'])
   assert size(space, np.zeros(0, np.int32)) <= limit
