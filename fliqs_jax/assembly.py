@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import functools
+import math
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -112,11 +113,17 @@ def discover_layers(
   )
   try:
     layers = discovery.discover(model, inputs, train=False)
-  except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise ValueError(f'{where}: {str(error).splitlines()[0]}') from None
+  except (TypeError, ValueError, ArithmeticError) as error:
+    # So few channels that none are left, or more than there are numbers for.
+    none_left = isinstance(error, ZeroDivisionError)
+    reason = 'a layer has no channels' if none_left else str(error).splitlines()[0]
+    raise ValueError(f'{where}: {reason}') from None
   for layer in layers:
-    if 0 in layer.input_shape + layer.kernel_shape + layer.output_shape:
+    sizes = layer.input_shape + layer.kernel_shape + layer.output_shape
+    if min(sizes) == 0:
       raise ValueError(f'{where}: nothing is left of layer {layer.path}')
+    if max(sizes) >= 2**31:
+      raise ValueError(f'{where}: layer {layer.path} has an axis longer than 2³¹')
   return layers
 
 
@@ -210,7 +217,8 @@ def build(
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
-  if config.dtype not in DTYPES:  # the network cannot be built
+  buildable = config.dtype in DTYPES and 0 < config.model.width < math.inf
+  if not buildable:
     raise ConfigError(*problems)
   try:
     choose = standard
