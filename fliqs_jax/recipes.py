@@ -103,8 +103,8 @@ def few_products(config: ml_collections.ConfigDict) -> None:
 def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.ConfigDict:
   """Returns the config of an EfficientNet (Tan and Le, 2019, arXiv 1905.11946).
 
-  The paper's RMSprop for 350 epochs, as in its authors' code (efficientnet in
-  of github.com/tensorflow/tpu), but on a cosine, without averaged weights, and with
+  The paper's RMSprop for 350 epochs, as in its authors' code (efficientnet of
+  github.com/tensorflow/tpu), but on a cosine, without averaged weights, and with
   RandAugment, which needs no search of its own, in AutoAugment's place (Cubuk et al.,
   2020, report the same accuracy for both).
 
