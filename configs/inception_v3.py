@@ -4,7 +4,8 @@
     python -m fliqs_jax.main --config=configs/inception_v3.py:digits --workdir=DIR
 
 The resolution is the network's own, 299; at half the cost, there is
---config.input.image_shape=224,224,3.
+--config.input.image_shape=224,224,3. Weight decay and the auxiliary head's share of the
+loss, 0.4, are those of TF-slim (github.com/tensorflow/models, research/slim).
 """
 
 import ml_collections

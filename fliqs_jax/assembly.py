@@ -1,6 +1,7 @@
 """From a config to the objects that it names, or to all that is wrong with it."""
 
 import functools
+import math
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def build(
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = validate(config, num_devices)
-  if config.dtype not in DTYPES:  # the network cannot be built
+  buildable = config.dtype in DTYPES and 0 < config.model.width < math.inf
+  if not buildable:
     raise ConfigError(*problems)
   try:
     choose = standard

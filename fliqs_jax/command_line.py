@@ -53,6 +53,12 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
       _fail([str(error)], status=1, alone=True)
     except Preempted as error:
       _fail([str(error)], status=_PREEMPTED_STATUS)
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      reason = str(error).splitlines()[0].rpartition('RESOURCE_EXHAUSTED: ')[2]
+      advice = 'a smaller model.width, batch_size or input.image_shape takes less'
+      _fail([f'{reason} {advice}'], status=1, alone=True)
 
   app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 

@@ -175,24 +175,26 @@ _FRACTIONS = (
     'quantizer.momentum', 'controller.baseline_momentum',
 )  # fmt: skip
 
-# Fields with a name, and the names there are.
-_NAMES = {
-  'mode': MODES,
-  'dtype': DTYPES,
-  'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
-  'optimizer.name': OPTIMIZERS,
-  'quantizer.calibration': quantizers.CALIBRATIONS,
-  'search.weights_and_activations': SEARCHED_OPERANDS,
-  'search.decide': ('formats', 'architecture', 'both'),
-  'search.cost_model': tuple(cost_models.COST_MODELS),
-  'search.cap_cost_model': ('', *cost_models.COST_MODELS),
-  'search.device': tuple(devices.DEVICES),
-  'reward.name': tuple(REWARDS),
-  'reward.quality': ('accuracy', 'minus_loss'),
-  'reward.split': ('train', 'validation'),
-  'controller.baseline': BASELINES,
-  'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
-}
+
+def _names():
+  """Fields with a name, and the names there are now: cost models may be registered."""
+  return {
+    'mode': MODES,
+    'dtype': DTYPES,
+    'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
+    'optimizer.name': OPTIMIZERS,
+    'quantizer.calibration': quantizers.CALIBRATIONS,
+    'search.weights_and_activations': SEARCHED_OPERANDS,
+    'search.decide': ('formats', 'architecture', 'both'),
+    'search.cost_model': tuple(cost_models.COST_MODELS),
+    'search.cap_cost_model': ('', *cost_models.COST_MODELS),
+    'search.device': tuple(devices.DEVICES),
+    'reward.name': tuple(REWARDS),
+    'reward.quality': ('accuracy', 'minus_loss'),
+    'reward.split': ('train', 'validation'),
+    'controller.baseline': BASELINES,
+    'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
+  }
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
@@ -259,7 +261,7 @@ def _field(config, name):
 
 def _check_names(config):
   problems = []
-  for field, names in _NAMES.items():
+  for field, names in _names().items():
     value = _field(config, field)
     if value not in names:
       problems.append(not_among(f'{field}={value!r}', value, filter(None, names)))

@@ -32,46 +32,55 @@ class FormatTables(NamedTuple):
   bits: np.ndarray  # [K] bits in which a value is stored
 
 
-# Where two pages of a vendor differ, the comment names both. Titles of the sources:
-# [TPU vX] "TPU vX", docs.cloud.google.com/tpu/docs/vX.
-# [JAX] TPU hardware table of JAX 0.10, jax/_src/pallas/mosaic/tpu_info.py, rendered as
+# Where two pages of a vendor differ, the comment names both. Sources:
+# [TPU vX] the page "TPU vX" of Google, docs.cloud.google.com/tpu/docs/vX.
+# [TPU7x] "TPU7x (Ironwood)", docs.cloud.google.com/tpu/docs/tpu7x, whose table compares
+#   v5p, v6e and TPU7x.
+# [JAX] Google's TPU table in JAX 0.10, jax/_src/pallas/mosaic/tpu_info.py, rendered as
 #   "TPU Hardware Reference", docs.jax.dev/en/latest/pallas/tpu/hardware.html; rounded.
-#   Its rates of int4 are the only ones published. It lets v5e and v5p multiply fp8, but
-#   has a rate for it from v6e on; v4 multiplies neither fp8 nor int4.
+#   Its rates of int4 are the only ones published. It lets v5e, v5p and v6e multiply
+#   e5m2 and e4m3b11fnuz, which is e4m3 but for a power of two; v4 has no fp8 nor int4.
 # [v5p] "Introducing Cloud TPU v5p and AI Hypercomputer", Google Cloud blog, December
 #   2023, as quoted by newsflash.city/2401/a7c7c408caada5fa.html.
-# [Klockwood] glennklockwood.com/garden/processors/{A100,h100,B200}, whose tables of
-#   dense and sparse rates are copied from NVIDIA's data sheets and architecture papers.
-# [H200] NVIDIA's H200 page as quoted by morphllm.com/nvidia-h200.
+# [TensorRT-LLM] NVIDIA's GPU table in github.com/NVIDIA/TensorRT-LLM at 16d2467,
+#   tensorrt_llm/auto_parallel/cluster_info.py, which names the data sheet of each:
+#   A100, nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf; H100,
+#   resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet; H200,
+#   nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446.
 # [Blackwell] NVIDIA's Blackwell data sheet, as copied by
 #   zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html.
+# [DGX B200] nvidia.com/en-us/data-center/dgx-b200, as quoted by
+#   brent-newsom-nvidia.github.io/AIPS-Boom/wiki/NVIDIA-DGX-B200; of eight GPUs.
 # GPUs are the SXM variants; fp4 is NVFP4 and MXFP4. Hopper and Blackwell have no int4.
 DEVICES = {
   # [TPU v4] 275 teraflops (bf16 or int8), 1200 GBps; [v5p] 1228 GB/s; [JAX] 1.23e12.
   'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
-  # [TPU v5e] 197 TFLOPs, 393 TOPs (Int8), 819 GBps (800 on some versions of the page);
-  # [JAX] int8 394e12, int4 788e12.
+  # [TPU v5e] 197 TFLOPs, 393 TOPs (Int8), 819 GBps (on some versions 800 GiBps, and no
+  # int8); [JAX] 8.2e11, int8 394e12, int4 788e12.
   'tpu_v5e': Device({'int4': 788e12, 'int8': 393e12, 'bf16': 197e12}, 819e9),
-  # [TPU v5p] 459 TFLOPs, 2765 GBps; [v5p] 918 TOPS int8, 2765 GB/s; [JAX] int8 918e12,
-  # int4 1.84e15, and 2.46e12 bytes a second, which no page of Google's has.
-  'tpu_v5p': Device({'int4': 1840e12, 'int8': 918e12, 'bf16': 459e12}, 2765e9),
-  # [TPU v6e] 918 TFLOPs, 1836 TOPs (Int8), 1640 GBps (1600 on later versions of the
-  # page); [JAX] 1.64e12, int4 3.68e15, and fp8 at the rate of bf16: e5m2, and
-  # e4m3b11fnuz, which is e4m3 but for a power of two, take 8 bits but save no time.
-  'tpu_v6e': Device(
-    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1640e9
+  # [TPU v5p], [TPU7x] 459 TFLOPs in bf16 and in fp8, which saves bytes alone,
+  # 2765 GBps; [v5p] 918 TOPS int8, 2765 GB/s; [JAX] int8 918e12, int4 1.84e15, and
+  # 2.46e12 bytes a second, which no page of Google's has.
+  'tpu_v5p': Device(
+    {'int4': 1840e12, 'int8': 918e12, 'fp8': 459e12, 'bf16': 459e12}, 2765e9
   ),
-  # [Klockwood] A100 80GB: dense 312, 624 and 1248 (int4) of 10¹²; 2039 GB/s.
+  # [TPU v6e] 918 TFLOPs, 1836 TOPs (Int8), 1638 GBps (1640 and 1600 on other versions);
+  # [TPU7x] fp8 918, as bf16; [JAX] int4 3.68e15, 1.64e12.
+  'tpu_v6e': Device(
+    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1638e9
+  ),
+  # [TensorRT-LLM] A100-SXM-80GB: int8 624, bfloat16 312, 2039 GB/s; int4 at twice the
+  # rate of int8 (8192 operations a cycle and SM, 108 SMs at 1.41 GHz).
   'a100': Device({'int4': 1248e12, 'int8': 624e12, 'bf16': 312e12}, 2039e9),
-  # [Klockwood] dense 1978.9 and 989.4, sparse 3957.8 and 1978.9, of which the data
-  # sheet's 3958 and 1979 are roundings, and here their halves; 3.35 TB/s.
-  'h100': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 3.35e12),
-  # [H200] sparse 3958 (fp8 and int8) and 1979 (bf16), as the H100; 4.8 TB/s.
-  'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989.5e12}, 4.8e12),
-  # [Klockwood], HGX B200 at 1000 W: dense 9000, 4500, 4500 and 2250; 8 TB/s at most.
-  # [Blackwell] sparse 18, 9, 9 and 4.5 petaFLOPS, the doubles; 7.7 TB/s for 180 GB.
+  # [TensorRT-LLM] H100-SXM: int8 1979, fp8 1979, bfloat16 989, 3350 GB/s.
+  'h100': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989e12}, 3350e9),
+  # [TensorRT-LLM] H200-SXM: int8 3958, fp8 3958, bfloat16 1979, which are the sparse
+  # rates of the H100's data sheet, so the dense ones are the H100's; 4800 GB/s.
+  'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989e12}, 4800e9),
+  # [Blackwell] HGX B200, sparse: fp4 18, fp8 9, int8 9 and bf16 4.5 petaFLOPS, here
+  # halved; 7.7 TB/s. [DGX B200] fp4 144 sparse, 72 dense, fp8 72 sparse; 64 TB/s.
   'b200': Device(
-    {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8e12
+    {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8000e9
   ),
 }
 

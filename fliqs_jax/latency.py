@@ -68,7 +68,7 @@ def read_table(path: os.PathLike | str) -> LatencyTable:
     batch_size = _positive(content['batch_size'])
     times, layers = {}, {}
     for entry in content['entries']:
-      key = _key(entry)
+      key = _key({**entry, 'arguments': dict(entry['arguments'])})
       times[key] = {
         name: _positive(timed['ms']) / batch_size
         for name, timed in entry['formats'].items()
@@ -100,10 +100,9 @@ def _time(table, layer, name):
   key = layer_key(layer)
   if key not in table.times:
     measured = table.layers.get(layer.path)
-    found = f'was measured for {measured}' if measured else 'lacks the layer'
     raise ValueError(
-      f'the latency table {table.source!r} {found} at {layer.path}, which is {key} '
-      'here: measure this config'
+      f'the latency table {table.source!r} {_misfit(layer, measured)}: measure this '
+      'config'
     )
   if name not in table.times[key]:
     raise ValueError(
@@ -111,6 +110,20 @@ def _time(table, layer, name):
       f'which was measured in {", ".join(table.times[key])}: measure this config'
     )
   return table.times[key][name]
+
+
+def _misfit(layer, measured):
+  """Says in which fields a layer is another than the one that was measured."""
+  if measured is None:
+    return f'lacks the layer at {layer.path}'
+  here, there = describe(layer), json.loads(measured)
+  here, there = here | here.pop('arguments'), there | there.pop('arguments')
+  fields = sorted(here.keys() | there.keys())
+  fields = [name for name in fields if here.get(name) != there.get(name)]
+  found, expected = (
+    ', '.join(f'{name} {one.get(name)}' for name in fields) for one in (there, here)
+  )
+  return f'was measured for {found} at {layer.path}, which has {expected} here'
 
 
 def _key(entry):

@@ -183,6 +183,18 @@ def _emulated(layer: Layer, x, w) -> Callable[[formats_lib.NumericFormat], jax.A
   return lambda format: apply(format, x, w)
 
 
+def _check_writable(path):
+  """Raises ConfigError where a file cannot be written, before time is spent on it."""
+  if path.is_dir() or not path.parent.is_dir():
+    raise ConfigError(f'--out={_OUT.value}: expected a file in a folder that exists')
+  probe = path.parent / f'.{path.name}.tmp'
+  try:
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(f'--out={_OUT.value}: {error.strerror or error}') from None
+
+
 def main(argv):
   """Measures the config's network and writes the table."""
   del argv
@@ -193,8 +205,7 @@ def main(argv):
   if problems:
     raise ConfigError(*problems)
   out = epath.Path(_OUT.value)
-  if not out.parent.is_dir():
-    raise ConfigError(f'--out={_OUT.value}: expected a file in a folder that exists')
+  _check_writable(out)
   try:
     content = measure(config, _BATCH_SIZE.value, _REPEATS.value)
   except ValueError as error:

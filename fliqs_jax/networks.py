@@ -85,11 +85,17 @@ def discover_layers(
   )
   try:
     layers = discovery.discover(model, inputs, train=False)
-  except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise ValueError(f'{where}: {str(error).splitlines()[0]}') from None
+  except (TypeError, ValueError, ArithmeticError) as error:
+    # So few channels that none are left, or more than there are numbers for.
+    none_left = isinstance(error, ZeroDivisionError)
+    reason = 'a layer has no channels' if none_left else str(error).splitlines()[0]
+    raise ValueError(f'{where}: {reason}') from None
   for layer in layers:
-    if 0 in layer.input_shape + layer.kernel_shape + layer.output_shape:
+    sizes = layer.input_shape + layer.kernel_shape + layer.output_shape
+    if min(sizes) == 0:
       raise ValueError(f'{where}: nothing is left of layer {layer.path}')
+    if max(sizes) >= 2**31:
+      raise ValueError(f'{where}: layer {layer.path} has an axis longer than 2³¹')
   return layers
 
 

@@ -89,10 +89,6 @@ def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -
   formats = {layer['name']: layer for layer in content['layers']}
   costs = np.array([layer['cost'] for layer in content['layers']])
   console = display.make_console()
-  table = display.layer_table(layers, formats, costs, content['total'], confidence={})
-  console.print(table)
-  if architecture:
-    console.print(display.architecture_table(architecture, policy={}))
   unit = content['cost_unit']
   lines = [
     f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
@@ -121,6 +117,10 @@ def print_overview(config: ml_collections.ConfigDict, content: dict[str, Any]) -
         f'Its cap is {cap.limit:.6g} {unit} ({cap.cost_model.name}), of which it '
         f'reaches {low:.6g} to {high:.6g} {unit}'
       )
+  table = display.layer_table(layers, formats, costs, content['total'], confidence={})
+  console.print(table)
+  if architecture:
+    console.print(display.architecture_table(architecture, policy={}))
   for line in lines:
     console.print(line, markup=False)
 

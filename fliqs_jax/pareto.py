@@ -71,6 +71,11 @@ def _prepare(config, folder, targets, widths):
   problems = (
     [] if targets else ['no targets: expected FORMAT, SCALE*FORMAT or a number']
   )
+  if config.mode != 'search' or config.formats:
+    problems.append(
+      f'mode={config.mode!r}, formats={config.formats!r}: expected search and none; a '
+      'sweep searches for each target and trains in each format'
+    )
   targets = _parse(parse_target, 'target', targets, problems)
   widths = _parse(_positive, 'width', widths, problems)
   try:
@@ -94,6 +99,11 @@ def _prepare(config, folder, targets, widths):
   problems += _check_folder(folder, config)
   if problems:
     raise ConfigError(*problems)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    reason = error.strerror or error
+    raise ConfigError(f'folder {str(folder)!r} cannot be made: {reason}') from None
   return runs
 
 

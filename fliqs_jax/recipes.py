@@ -103,9 +103,10 @@ def few_products(config: ml_collections.ConfigDict) -> None:
 def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.ConfigDict:
   """Returns the config of an EfficientNet (Tan and Le, 2019, arXiv 1905.11946).
 
-  The paper's RMSprop for 350 epochs, but on a cosine, without averaged weights, and
-  with RandAugment, which needs no search of its own, in AutoAugment's place (Cubuk et
-  al., 2020, report the same accuracy for both).
+  The paper's RMSprop for 350 epochs, as in its authors' code (efficientnet of
+  github.com/tensorflow/tpu), but on a cosine, without averaged weights, and with
+  RandAugment, which needs no search of its own, in AutoAugment's place (Cubuk et al.,
+  2020, report the same accuracy for both).
 
   Args:
     variant: one of `VARIANTS`.
@@ -132,8 +133,10 @@ def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.Con
 def deit(variant: str, name: str, width_on_digits: float) -> ml_collections.ConfigDict:
   """Returns the config of a DeiT (Touvron et al., 2021, arXiv 2012.12877).
 
-  The paper's training (Table 9), but without repeated augmentation. What it calls the
-  probabilities of mixup and cutmix are their alphas, as in its code.
+  The paper's training (Table 9, and github.com/facebookresearch/deit, main.py), but
+  without repeated augmentation, and with a learning rate that ends at 0 instead of
+  1e-5. What the table calls the probabilities of mixup and cutmix are their alphas in
+  that code.
 
   Args:
     variant: one of `VARIANTS`.

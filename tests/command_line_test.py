@@ -43,6 +43,33 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
   assert not workdir.exists()
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_time_is_spent(tmp_path):
+  for out in (tmp_path, tmp_path / 'none' / 'latency.json', '/proc/latency.json'):
+    result = command('measure', CONFIG, f'--out={out}')
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f'error: --out={out}: ')
+
+
+def test_a_network_beyond_the_memory_ends_with_one_line(tmp_path):
+  program = (
+    'import jax, sys\n'
+    'from fliqs_jax import command_line\n'
+    'main = lambda argv: jax.device_get(jax.numpy.ones((2**20, 2**25)))\n'
+    'command_line.run(main, required=())\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', program],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 1
+  (line,) = result.stderr.strip().splitlines()
+  assert line.startswith('error: Out of memory') and 'model.width' in line
+
+
 def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
   result = command(
       'main', '--config=configs/resnet18.py', f'--workdir={tmp_path / "run"}',

@@ -129,7 +129,10 @@ def test_placeholders_keep_their_type():
   'changes, expected',
   [
     ({'model.name': 'resnet17'}, "the nearest is 'resnet18'"),
-    ({'model.width': 1e-4}, 'cannot be built'),
+    ({'model.width': -1.0}, 'expected a number above 0'),
+    ({'model.width': float('inf')}, 'expected a number above 0'),
+    ({'model.width': 1e-4}, 'a layer has no channels'),
+    ({'model.width': 1e9}, 'longer than 2³¹'),
     ({'search.groups': ('nothing',)}, "'nothing' matches the whole path of no layer"),
     ({'search.groups': ('(',)}, 'not a regular expression'),
     ({'search.groups': ('.*', 'conv_init')}, 'conv_init is matched by both'),

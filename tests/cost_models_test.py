@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax import cost_models, devices, discovery, formats, models, search_space
+from conftest import ROOT
+from fliqs_jax import assembly, cost_models, devices, discovery, formats, models
+from fliqs_jax import search_space
+from fliqs_jax.config import resolve
 from fliqs_jax.cost_models import COST_MODELS, get_cost_model
 
 WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')
@@ -119,6 +122,20 @@ def test_a_registered_model_is_found(monkeypatch):
   assert (model.name, model.unit) == ('mean_compute', 'Gbit·MACs')
   assert model.uniform(TOY, 'int4') == pytest.approx(28_064 * 4 / 1e9, rel=1e-12)
   assert mean_compute is model.layer_costs
+
+
+def test_the_model_of_the_documentation_can_be_searched_for(monkeypatch):
+  monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
+  monkeypatch.syspath_prepend(ROOT)  # for the config that it changes
+  text, module = (ROOT / 'docs/costs.md').read_text(), {}
+  exec(text.split('```python\n')[1].split('```')[0], module)
+  config = module['get_config']('digits')
+  for field in ('cost_model', 'cap_cost_model'):
+    config.search[field] = 'traffic'
+  setup = assembly.build(resolve(config), num_devices=1)
+  assert setup.cost_model.name == setup.caps[0].cost_model.name == 'traffic'
+  weights, inputs = 100 + 288 + 64, 3
+  assert setup.cost_model.uniform(TOY, 'int4') == (weights + inputs) / 2
 
 
 def test_a_model_takes_the_settings_that_it_names(monkeypatch):

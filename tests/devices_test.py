@@ -81,6 +81,7 @@ def test_holding_types(name, types):
     ('h100', ('e2m1',), 'fp8'),
     ('a100', ('e2m1',), 'bf16'),
     ('tpu_v5e', ('e4m3',), 'bf16'),
+    ('tpu_v5p', ('e4m3',), 'fp8'),
     ('tpu_v6e', ('e4m3',), 'fp8'),
     ('tpu_v4', ('int2',), 'int8'),
     ('a100', ('int4', 'int8'), 'int8'),

@@ -158,8 +158,15 @@ def _without_a_batch_size(content):
   [
     (_without_a_layer, 'lacks the layer at conv_init'),
     (_without_a_format, 'lacks the format e4m3 for conv_init'),
-    (_of_another_shape, '"input_shape": [1, 99, 8, 1]'),
-    (_of_other_strides, '"window_strides": [4, 4]'),
+    (
+      _of_another_shape,
+      'was measured for input_shape [1, 99, 8, 1] at conv_init, which has input_shape '
+      '[1, 8, 8, 1] here',
+    ),
+    (
+      _of_other_strides,
+      'for window_strides [4, 4] at conv_init, which has window_strides [2, 2] here',
+    ),
     (_with_a_negative_time, 'is no latency table'),
     (_with_a_time_in_words, 'is no latency table'),
     (_without_a_batch_size, "is no latency table (KeyError: 'batch_size')"),

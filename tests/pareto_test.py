@@ -167,3 +167,13 @@ def test_all_that_is_wrong_is_said_before_the_first_run(
     pareto.sweep(config, str(tmp_path / 'sweep'), ['0.01*int4', 'int4'], [])
   (problem,) = error.value.problems
   assert problem.startswith('searched-0.01xint4-width0.0625: the target of')
+
+  config.mode = 'train'
+  with pytest.raises(ConfigError, match='mode='):
+    pareto.sweep(config, str(tmp_path / 'sweep'), ['int4'], [])
+
+
+def test_a_folder_that_cannot_be_made_ends_before_the_first_run(tiny_config, fake_runs):
+  with pytest.raises(ConfigError, match='/proc/sweep.* cannot be made'):
+    pareto.sweep(tiny_config, '/proc/sweep', ['int3'], [])
+  assert not fake_runs[0]
