@@ -52,6 +52,7 @@ STYLE = {
   'legend.labelcolor': PALETTE['muted'],
   'svg.fonttype': 'none',  # text stays text
   'text.color': PALETTE['ink'],
+  'text.hinting': 'no_hinting',  # as wide at any resolution as it was laid out
   'text.parse_math': False,  # names may hold a dollar
   'xtick.color': PALETTE['axis'],
   'xtick.labelcolor': PALETTE['muted'],
@@ -117,7 +118,7 @@ def cost_scale(
   if math.isfinite(target):
     axes.axvline(target, color=PALETTE['ink'], linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_title('the dashed line is the target', color=PALETTE['muted'], fontsize=8)
-  axes.set_yticks(places, [shorten(model['label'], 20) for model in models])
+  axes.set_yticks(places, [shorten(model['label'], 22) for model in models])
   axes.tick_params(axis='y', length=0, labelcolor=PALETTE['ink'])
   axes.grid(axis='y', visible=False)
   axes.set_xlim(0, largest * (1.25 if width > 6 else 1.9))
@@ -231,6 +232,7 @@ def policy_heat_map(
   # Type needs its height: of every option where there is room, else of decisions.
   row = max(min(SMALL + 1, 1500 / len(image)), (SMALL + 1.5) / fewest)
   labelled = row >= SMALL
+  half = SMALL / row / 2  # of a name's height, in rows: names stay with their decision
   figure = _figure(width, 0.8 + row * len(image) / _POINTS)
   axes = figure.subplots()
   axes.imshow(
@@ -251,15 +253,15 @@ def policy_heat_map(
           steps[-1], middle, '<', color=PALETTE['ink'], markersize=min(5, row),
           clip_on=False,
         )  # fmt: skip
-      if labelled:
+      if labelled or option == decision['found']:
+        near = np.clip(middle, top + half, top + len(decision['options']) - half)
         axes.annotate(
-          shorten(option, 8), (steps[-1], middle), (6, 0), fontsize=SMALL - 1,
+          shorten(option, 8), (steps[-1], near), (8, 0), fontsize=SMALL - 1,
           textcoords='offset points', va='center', color=PALETTE['muted'],
           annotation_clip=False,
         )  # fmt: skip
   _draw_marks(axes, marks, steps[-1])
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(8 if width > 6 else 4, integer=True))
-  axes.set_xlabel('step')
+  _step_axis(axes, 8 if width > 6 else 4)
   options = {option for decision in decisions for option in decision['options']}
   _legend(figure, sorted(map(family, options)), extra=[])
   return figure
@@ -300,7 +302,7 @@ def curves(
   """
   columns = min(3 if width > 6 else 1, len(panels))
   rows = math.ceil(len(panels) / columns)
-  figure = _figure(width, 1.75 * rows + 0.1)
+  figure = _figure(width, 1.9 * rows + 0.1)
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
   for axes, (title, panel) in zip(grid, panels.items()):
     axes.plot(steps, panel['values'], color=PALETTE['accent'], linewidth=1.6)
@@ -310,13 +312,15 @@ def curves(
       axes.axhline(
         panel['reference'], color=PALETTE['ink'], linewidth=1, linestyle=(0, (4, 3))
       )
-    axes.set_title(f'{title}: {panel["format"].format(panel["values"][-1])} at the end')
+    last = panel['format'].format(panel['values'][-1])
+    axes.set_title(f'{title}: {last} at step {steps[-1]:,}', pad=SMALL + 6)
     axes.margins(y=0.12)
     axes.set_xlim(0, steps[-1])
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    if '%' in panel['format']:
+      axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     _draw_marks(axes, marks, steps[-1])
-    axes.set_xlabel('step')
+    _step_axis(axes, 5)
     axes.tick_params(labelbottom=True)
   for axes in list(grid)[len(panels) :]:
     axes.set_visible(False)
@@ -342,7 +346,8 @@ def _layer_rows(layers, width, height):
   longest = 28 if width > 6 else 20
   names = [shorten(layer['path'], longest) for layer in layers]
   name_height = max(map(len, names)) * 0.6 * SMALL / _POINTS
-  figure = _figure(width, 0.4 + num_rows * (height + name_height + 0.15))
+  figure = _figure(width, 0.4 + num_rows * (height + name_height + 0.25))
+  figure.get_layout_engine().set(h_pad=0.09)  # between names and the row below them
   grid = figure.subplots(num_rows, squeeze=False)[:, 0]
   rows = []
   for index, axes in enumerate(grid):
@@ -367,12 +372,25 @@ def _legend(figure, families, extra, found=''):
   )
 
 
+def _step_axis(axes, num_ticks):
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(num_ticks, integer=True))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.set_xlabel('step')
+
+
 def _draw_marks(axes, marks, last):
-  for place, mark in enumerate(marks):
-    if 0 < mark.step <= last:
-      axes.axvline(mark.step, color=PALETTE['muted'], linewidth=0.8, linestyle=':')
-      offset = (2, -8 * place)  # letters of near steps stay apart
-      axes.annotate(
-        mark.letter, (mark.step, 1), offset, xycoords=('data', 'axes fraction'),
-        textcoords='offset points', va='top', fontsize=SMALL, color=PALETTE['muted'],
-      )  # fmt: skip
+  """Draws lines, and above them their letters, those of near steps as one word."""
+  shown = sorted(mark for mark in marks if 0 < mark.step <= last)
+  words = []  # [first step, letters]
+  for mark in shown:
+    axes.axvline(mark.step, color=PALETTE['muted'], linewidth=0.8, linestyle=':')
+    if words and mark.step - words[-1][0] < 0.04 * last:
+      words[-1][1] += mark.letter
+    else:
+      words.append([mark.step, mark.letter])
+  for step, letters in words:
+    axes.annotate(
+      letters, (step, 1), (0, 2), xycoords=('data', 'axes fraction'),
+      textcoords='offset points', ha='center', va='bottom', fontsize=SMALL,
+      color=PALETTE['muted'],
+    )  # fmt: skip

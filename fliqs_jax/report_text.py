@@ -111,7 +111,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
   ]
   if bits:
     mean = sum(bits) / len(bits)
-    found.append(('Mean bits of a weight format', f'{mean:.2f}', f'{len(bits)} layers'))
+    found.append(
+      ('Mean bits of a weight format', f'{mean:.2f}', f'over {len(bits)} layers')
+    )
   return found
 
 
@@ -138,7 +140,7 @@ def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
       note = str(other.quality)
       rows.append(_model(f'uniform {name}', other.result['cost'], note))
   for cost, names in unknown.items():
-    label = f'uniform {names[0]}' + (f' + {len(names) - 1}' if names[1:] else '')
+    label = f'uniform {", ".join(names[:2])}' + (', …' if names[2:] else '')
     rows.append(_model(label, cost, 'not trained'))
   return sorted(rows, key=lambda row: (row['cost'], row['found']))
 

@@ -86,29 +86,32 @@ def _gradients(state, objective, formats, batch, key):
   return gradients, stats, metrics
 
 
-def _mean_over_samples(function, mesh, *per_sample):
+def _mean_over_samples(function, mesh, shared, *per_sample):
   """Averages a function's first result over samples; its second stays per sample.
 
   Args:
-    function: `(*slices) -> (tree to average, tree to stack)`.
+    function: `(shared, *slices) -> (tree to average, tree to stack)`. It closes over
+      no array: one from outside of the `shard_map` has another mesh, which the
+      gradient of a scan within refuses.
     mesh: its `sample` axis splits the leading axis of `per_sample`.
+    shared: tree of arrays that all samples see.
     *per_sample: trees of arrays `[S, ...]`.
   """
 
-  def on_one_device(*local):
+  def on_one_device(shared, *local):
     num_local = jax.tree.leaves(local)[0].shape[0]
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)
     if num_local == 1:
-      mean, stacked = function(*first(local))
+      mean, stacked = function(shared, *first(local))
       stacked = jax.tree.map(lambda a: a[None], stacked)
     else:
       # Scanned, not vmapped: a kernel for each sample would turn every convolution
       # into a grouped one, and memory would grow with the samples.
       def accumulate(total, slices):
-        new, stacked = function(*slices)
+        new, stacked = function(shared, *slices)
         return jax.tree.map(jnp.add, total, new), stacked
 
-      shapes, _ = jax.eval_shape(function, *first(local))
+      shapes, _ = jax.eval_shape(function, shared, *first(local))
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
       total, stacked = lax.scan(accumulate, zeros, local)
       mean = jax.tree.map(lambda a: (a / num_local).astype(a.dtype), total)
@@ -123,11 +126,11 @@ def _mean_over_samples(function, mesh, *per_sample):
   mean, stacked = jax.shard_map(
     on_one_device,
     mesh=mesh,
-    in_specs=P('sample'),
+    in_specs=(P(), *[P('sample')] * len(per_sample)),
     out_specs=(P(), P('sample')),
     axis_names={'sample'},
     check_vma=False,
-  )(*per_sample)
+  )(shared, *per_sample)
   return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
 
 
@@ -198,7 +201,7 @@ def make_search_step(
     policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
     choices = problem.controller.sample(state.controller, policy_keys)
     (gradients, stats), metrics = _mean_over_samples(
-      functools.partial(one_sample, state), mesh, batch, choices, model_keys
+      one_sample, mesh, state, batch, choices, model_keys
     )
     costs = problem.cost_model(space, choices)
     rewards = problem.reward(metrics['quality'], costs)
@@ -240,11 +243,15 @@ def make_train_step(
     key = jax.random.fold_in(state.key, state.step)
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
 
-    def one_sample(batch, key):
-      gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+    def one_sample(shared, batch, key):
+      gradients, stats, metrics = _gradients(
+        shared[0], objective, shared[1], batch, key
+      )
       return (gradients, stats), metrics
 
-    (gradients, stats), metrics = _mean_over_samples(one_sample, mesh, batch, keys)
+    (gradients, stats), metrics = _mean_over_samples(
+      one_sample, mesh, (state, formats), batch, keys
+    )
     return _apply(state, gradients, stats), {
       **jax.tree.map(jnp.mean, metrics),
       'gradient_norm': optax.tree.norm(gradients),

@@ -31,14 +31,24 @@ from fliqs_jax.config import ConfigError
 LENGTH, SYMBOLS = 8, 5
 
 
+class Block(nn.Module):
+  """A dense layer, as `nn.scan` takes it."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return x + nn.Dense(8, name='dense')(nn.relu(x)), None
+
+
 class Sequence(nn.Module):
-  """One block of attention, with a counter of its own and dropout."""
+  """A block of attention and scanned ones, a counter of its own, and dropout."""
 
   @nn.compact
   def __call__(self, tokens, deterministic):
     x = nn.Embed(SYMBOLS, 8)(tokens)
     mask = nn.make_causal_mask(tokens)
     x = x + nn.MultiHeadDotProductAttention(2, name='attention')(x, mask=mask)
+    scan = {'variable_broadcast': 'params', 'split_rngs': {'params': False}}
+    x, _ = nn.scan(Block, **scan, length=2)(name='scan')(x, None)
     calls = self.variable('counts', 'calls', jnp.zeros, (), jnp.int32)
     if not deterministic and self.is_mutable_collection('counts'):
       calls.value += 1
@@ -101,7 +111,7 @@ def searched(tmp_path_factory):
 def test_a_sequence_model_with_a_loss_of_its_own(searched):
   result, evaluation = searched
   projections = {f'attention/{name}' for name in ('query', 'key', 'value', 'out')}
-  assert set(result.formats) == {*projections, 'head'}
+  assert set(result.formats) == {*projections, 'scan/dense', 'head'}
   assert result.cost <= result.target
   assert [line['step'] for line in result.history] == [5, 10]
   assert result.history[0]['quality'] == pytest.approx(-result.history[0]['loss'])

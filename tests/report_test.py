@@ -162,6 +162,28 @@ def test_bars_are_as_high_as_formats_have_bits(tmp_path):
   assert heights[::2] == [0.25, 1, 4, 16]  # the largest share as high as 16 bits
 
 
+def heat_map(num_decisions):
+  """The texts right of the policy of decisions whose third option was found."""
+  decision = {'options': OPTIONS, 'probabilities': [[0.25] * 4], 'found': OPTIONS[2]}
+  decisions = [{**decision, 'name': f'layer{i}'} for i in range(num_decisions)]
+  marks = [report_figures.Mark(s, c, '') for s, c in ((10, 'a'), (11, 'p'), (90, 'c'))]
+  (axes,) = report_figures.policy_heat_map([100], decisions, marks).axes
+  return [text.get_text() for text in axes.texts]
+
+
+def test_a_heat_map_names_every_option_or_at_least_what_was_found():
+  letters = ['ap', 'c']  # of steps too near to stand side by side
+  assert heat_map(2) == [*OPTIONS[::-1] * 2, *letters]
+  assert heat_map(100) == [OPTIONS[2]] * 100 + letters
+
+
+def test_models_of_one_cost_share_a_bar(tmp_path):
+  costs = {'int4': 16.0, 'e2m1': 16.0, 'e3m0': 16.0, 'int8': 64.0, 'e4m3': 64.0}
+  run = runs.read_run(write_run(tmp_path / 'run', ['a'], uniform_costs=costs))
+  labels = [row['label'] for row in report_text.models(run, {}) if not row['found']]
+  assert labels == ['uniform int4, e2m1, …', 'uniform int8, e4m3']
+
+
 def write_uniform_run(folder, name, cost, **fields):
   formats = {layer: dict.fromkeys(('weights', 'activations'), name) for layer in 'ab'}
   fixed = {'mode': 'train', 'target': None, 'uniform_costs': {}, 'formats': formats}

@@ -354,9 +354,9 @@ rng = np.random.default_rng(0)
 x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
 
 def mean_gradient(w, x):
-  def one_sample(x):
+  def one_sample(w, x):
     return jax.grad(lambda w: ((x @ w) ** 2).mean())(w), x.sum()
-  return steps._mean_over_samples(one_sample, mesh, x)
+  return steps._mean_over_samples(one_sample, mesh, w, x)
 
 shardings = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 mean, stacked = jax.jit(mean_gradient, in_shardings=shardings)(w, x)
