@@ -8,7 +8,6 @@ its examples.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -244,9 +243,8 @@ def make_train_step(
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
 
     def one_sample(shared, batch, key):
-      gradients, stats, metrics = _gradients(
-        shared[0], objective, shared[1], batch, key
-      )
+      state, formats = shared
+      gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
       return (gradients, stats), metrics
 
     (gradients, stats), metrics = _mean_over_samples(
