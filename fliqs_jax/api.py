@@ -146,10 +146,12 @@ def search(
     raise ConfigError('fliqs_jax.search runs in one process: use python -m '
                       'fliqs_jax.main for several')  # fmt: skip
   config = _with_fields(config, fields)
-  first, train_batches = batches.first_batch(train_batches)
+  first, train_batches = batches.first_batch(train_batches, 'train_batches')
+  evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   config.batch_size = batches.batch_size(first, 'train_batches')
   config.dataset = 'own batches'
-  network, coverage = _network(config, model, first, loss, quality, metrics, inputs)
+  objective = tasks.make_objective(model, loss, quality, metrics, inputs)
+  network, coverage = _network(config, model, objective, first, evaluated)
   _logger.info('%s', coverage)
   config.model = {
     'name': type(model).__name__,
@@ -217,25 +219,29 @@ def evaluate(
     result = attempt(results.read_result, folder / results.RESULT_FILE)
     formats = result and result['formats']
   attempt.raise_problems()
-  first, eval_batches = batches.first_batch(eval_batches)
-  network, _ = _network(config, model, first, loss, quality, metrics, inputs)
-  setup = assembly.build(config, jax.device_count(), formats, network)
+  first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
+  objective = tasks.make_objective(model, loss, quality, metrics, inputs)
+  network, _ = _network(config, model, objective, first, first)
+  setup = attempt(assembly.build, config, jax.device_count(), formats, network)
+  attempt.raise_problems()
   state, mesh = evaluation.restored_state(setup, folder)
   data = plans.Data(None, lambda sharding: batches.eval_batches(eval_batches))
   return evaluation.evaluate(setup, mesh, data, state, np.zeros(0, np.int32))
 
 
-def _network(config, model, first, loss, quality, metrics, inputs):
+def _network(config, model, objective, first, evaluated):
   """Returns the user's network as the loop takes it, and what of it is searched."""
-  objective = tasks.make_objective(model, loss, quality, metrics, inputs)
-  searchable = make_searchable(model, **config.quantizer.to_dict())
-  tasks.check(searchable, objective, first)
+  attempt = plans.Attempts()
+  searchable = attempt(make_searchable, model, **config.quantizer.to_dict())
+  attempt.raise_problems()
+  tasks.check(searchable, objective, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
   example = objective.arguments(one, False)
   example = example._replace(
     args=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example.args)
   )
-  coverage = searchable.coverage(*example.args, **example.kwargs)
+  coverage = attempt(searchable.coverage, *example.args, **example.kwargs)
+  attempt.raise_problems()
   if not coverage.layers:
     raise ConfigError(f'no layer of {type(model).__name__} can be searched', *(
         f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
@@ -261,7 +267,7 @@ def _with_fields(config, fields):
       given = f'unknown argument {name!r}'
       problems.append(not_among(given, name, names, 'a field of the config'))
       continue
-    if name == 'formats' and not isinstance(value, str):
+    if name == 'formats' and isinstance(value, list | tuple):
       value = ','.join(value)
     try:
       config.update_from_flattened_dict({names[name]: value})

@@ -40,17 +40,23 @@ def to_arrays(batch: Any) -> Any:
   )
 
 
-def first_batch(source: Source) -> tuple[Any, Source]:
+def first_batch(source: Source, name: str) -> tuple[Any, Source]:
   """Returns the first batch, and a source that still has it.
 
   Raises:
-    ConfigError: where there is none.
+    ConfigError: where there is none, or it holds something else than numbers.
+    TypeError: where the source cannot be iterated.
   """
   iterator = _iterate(source)
   position = iterator.get_state() if hasattr(iterator, 'get_state') else None
   batch = next(iterator, None)
   if batch is None:
-    raise ConfigError('train_batches is empty: expected batches of training examples')
+    raise ConfigError(f'{name} is empty: expected batches of examples')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    dtype = np.asarray(leaf).dtype
+    if dtype.kind in 'OSUMm':
+      entry = jax.tree_util.keystr(path)
+      raise ConfigError(f'{name}: {entry} holds {dtype}: expected numbers alone')
   if position is not None:
     iterator.set_state(position)
   elif iterator is source:

@@ -49,7 +49,7 @@ def main(argv):
 
 
 def _write_report():
-  from fliqs_jax import report_page  # imports TensorFlow too
+  from fliqs_jax import report_page  # imports matplotlib
 
   try:
     print(f'Report: {report_page.write([_WORKDIR.value])}')

@@ -65,8 +65,12 @@ def check_start(
   given: pretrained.Variables | None = None,
 ) -> pretrained.Variables | None:
   """Returns the variables to start from: given ones, or those that the config names."""
-  start = given or attempt(pretrained.read, config.init_from)
-  if setup and start:
+  if given is not None and config.init_from:
+    attempt.problems.append(
+      f'variables and init_from={config.init_from!r}: expected one of them'
+    )
+  start = attempt(pretrained.read, config.init_from) if given is None else given
+  if setup and start is not None:
     attempt(pretrained.check, setup.model, setup.example, start)
   return start
 
@@ -107,10 +111,10 @@ class Attempts:
   def __init__(self):
     self.problems = []
 
-  def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+  def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Returns the function's result, or None where it raises a ValueError."""
     try:
-      return function(*args)
+      return function(*args, **kwargs)
     except ValueError as error:
       self.problems += str(error).splitlines()
 

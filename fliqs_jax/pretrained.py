@@ -72,8 +72,14 @@ def check(model: Any, example: Arguments, given: Variables) -> None:
   """Checks that variables are those of a network.
 
   Raises:
-    ValueError: with a line for each leaf that is missing, unknown, or of another shape.
+    ValueError: where there are no `params`, or with a line for each leaf that is
+      missing, unknown, or of another shape.
   """
+  if not isinstance(given, Mapping) or 'params' not in given:
+    found = ', '.join(map(str, given)) if isinstance(given, Mapping) else type(given)
+    raise ValueError(
+      f"variables to start from: expected {{'params': ...}}, found {found or 'none'}"
+    )
   init = functools.partial(model.init, **example.kwargs)
   expected = jax.eval_shape(init, jax.random.key(0), *example.args)
   problems = []

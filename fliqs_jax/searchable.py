@@ -32,7 +32,12 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
       `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`; layers with a
       hook of their own stay as they are.
     **attributes: of `layers.QuantizedOperator`: calibration, momentum.
+
+  Raises:
+    ValueError: where the model is anything else.
   """
+  if not isinstance(model, nn.Module | Searchable):
+    raise ValueError(f'expected a linen module, as Network(), found {model!r}')
   return model if isinstance(model, Searchable) else Searchable(model, attributes)
 
 

@@ -1,6 +1,6 @@
 """A user's task: what feeds the network, and what its outputs are worth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import inspect
 from typing import Any
 
@@ -43,7 +43,7 @@ def make_objective(
       batch to its argument or to the tuple of its arguments.
   """
   objective = classification()
-  parts = {'loss': loss or objective.loss, 'quality': quality}
+  parts = {'loss': loss or _checked(objective.loss), 'quality': quality}
   if quality is None:
     parts['quality'] = objective.quality if loss is None else _minus(loss)
   if loss is None and quality is None:
@@ -63,8 +63,29 @@ def make_objective(
   )
 
 
+def _checked(loss):
+  """A loss of classifiers that says what it expects, of outputs and batch."""
+
+  def checked(logits, batch):
+    labels = batch.get('label') if isinstance(batch, Mapping) else None
+    shape = getattr(logits, 'shape', ())
+    if getattr(labels, 'shape', None) not in (shape[:-1], shape)[: len(shape)]:
+      raise ConfigError(
+        "the default loss takes logits [B, ..., classes] and batch['label'], [B, ...] "
+        f'or as the logits, found {_shapes(logits)} and {_shapes(labels)}: expected '
+        'loss=... for anything else'
+      )
+    return loss(logits, batch)
+
+  return checked
+
+
+def _shapes(tree):
+  return jax.tree.map(jnp.shape, tree)
+
+
 def _minus(loss):
-  return lambda outputs, batch: -jnp.asarray(loss(outputs, batch))
+  return lambda outputs, batch: jax.tree.map(jnp.negative, loss(outputs, batch))
 
 
 def _arguments(model, inputs):
@@ -83,6 +104,11 @@ def _arguments(model, inputs):
 
 
 def _entry(batch, name):
+  if not isinstance(batch, Mapping):
+    raise ConfigError(
+      f'the network is fed from {name!r}, and a batch is a {type(batch).__name__}: '
+      'expected dicts, or a function as inputs'
+    )
   if name not in batch:
     given = f'the network is fed from {name!r}, which a batch lacks'
     raise ConfigError(
@@ -91,14 +117,20 @@ def _entry(batch, name):
   return batch[name]
 
 
-def check(model: Any, objective: Objective, batch: Batch) -> None:
-  """Checks, by tracing, that a network and its objective fit a batch `[B, ...]`.
+def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> None:
+  """Checks, by tracing, that a network and its objective fit batches `[B, ...]`.
+
+  Args:
+    model: the searchable network.
+    objective: from `make_objective`.
+    batch: for training.
+    evaluated: for the evaluation; of another size, maybe.
 
   Raises:
     ConfigError: where they return what a search cannot use.
   """
 
-  def forward(batch):
+  def forward(batch, evaluated):
     example = objective.arguments(batch, False)
     variables = model.init(jax.random.key(0), *example.args, **example.kwargs)
     call = objective.arguments(batch, True)
@@ -116,16 +148,21 @@ def check(model: Any, objective: Objective, batch: Batch) -> None:
       'quality': objective.quality(outputs, batch),
       **objective.metrics(outputs, batch),
     }
-    return values, {name: variables[name] for name in collections}, updated
+    call = objective.arguments(evaluated, False)
+    outputs = model.apply(variables, *call.args, **call.kwargs)
+    found = values, objective.evaluation(outputs, evaluated)
+    return found, {name: variables[name] for name in collections}, updated
 
-  values, before, after = jax.eval_shape(forward, batch)
-  size = jax.tree.leaves(batch)[0].shape[0]
-  problems = [
-    f'{name} has shape {value.shape} for a batch of {size} examples: expected [], the '
-    f'mean, or [{size}, ...], a value for each'
-    for name, value in values.items()
-    if value.shape[:1] not in ((), (size,))
-  ]
+  found, before, after = jax.eval_shape(forward, batch, evaluated)
+  problems = []
+  for values, given in zip(found, (batch, evaluated)):
+    size = jax.tree.leaves(given)[0].shape[0]
+    problems += [
+      f'{name} has shape {_shapes(value)} for a batch of {size} examples: expected [], '
+      f'the mean, or [{size}, ...], a value for each'
+      for name, value in values.items()
+      if getattr(value, 'shape', (None,))[:1] not in ((), (size,))
+    ]
   shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
   problems += [
     f'the network changes the shape of its collection {name!r} as it is called: '
@@ -134,4 +171,4 @@ def check(model: Any, objective: Objective, batch: Batch) -> None:
     if shapes(before[name]) != shapes(after.get(name))
   ]
   if problems:
-    raise ConfigError(*problems)
+    raise ConfigError(*dict.fromkeys(problems))

@@ -179,9 +179,9 @@ def _average(config, setup, pending, step, checkpoints):
   except FloatingPointError as error:
     saved = checkpoints.latest_step()
     raise FloatingPointError(
-      f'{error}; the last checkpoint is of step {saved or 0}: lower '
-      'optimizer.learning_rate, lengthen search.activation_delay, or let '
-      'max_skipped_steps be more'
+      f'{error}; the last checkpoint is of step {saved or 0}: look for such values in '
+      'the data, lower optimizer.learning_rate, lengthen search.activation_delay, or '
+      'let max_skipped_steps be more'
     ) from None
 
 

@@ -3,18 +3,17 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
 from typing import Any
 
-from clu import metric_writers
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
-import tensorflow as tf
 
 from fliqs_jax import results
 from fliqs_jax.config import ConfigError
@@ -153,10 +152,10 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _failures_named(workdir):
+def _failures_named(workdir, *kinds):
   try:
     yield
-  except (OSError, tf.errors.OpError) as error:
+  except (OSError, *kinds) as error:
     raise RunError(_cannot_write(workdir, error)) from None
 
 
@@ -187,7 +186,14 @@ class History:
     self._events = None
     if jax.process_index() != 0:
       return
-    with _failures_named(workdir):
+    # Imported here, since it takes seconds and whoever reads runs does without.
+    from clu import metric_writers
+    import tensorflow as tf
+
+    self._failures_named = functools.partial(
+      _failures_named, workdir, tf.errors.OpError
+    )
+    with self._failures_named():
       exists = self._path.exists()
       lines = self._path.read_text().splitlines(keepends=True) if exists else []
       # Lines after the checkpoint that the run goes on from will be written again.
@@ -202,7 +208,7 @@ class History:
       return
     # What stopped the run is not hidden by what that did to the events.
     expected = (RunError,) if error_type else ()
-    with contextlib.suppress(*expected), _failures_named(self._workdir):
+    with contextlib.suppress(*expected), self._failures_named():
       self._events.close()
 
   def write(
@@ -212,7 +218,7 @@ class History:
     if not self._events:
       return
     line = json.dumps({'step': step, **scalars, 'policy': policy}) + '\n'
-    with _failures_named(self._workdir):
+    with self._failures_named():
       if _is_remote(self._path):  # object stores write whole objects
         self._replace([*self._lines, line])
       else:

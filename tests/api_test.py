@@ -187,10 +187,10 @@ def test_evaluation_of_a_saved_search(searched, tmp_path):
 # Wrong input
 
 
-def search(train=None, model=None, **arguments):
-  train = list(sequences([16])) if train is None else train
+def search(train=None, evaluation=None, model=None, **arguments):
+  given = [list(sequences([16])) if b is None else b for b in (train, evaluation)]
   arguments = {'num_steps': 4, 'num_samples': 2, **TASK, **FIELDS, **arguments}
-  return fliqs_jax.search(model or Sequence(), train, [], **arguments)
+  return fliqs_jax.search(model or Sequence(), *given, **arguments)
 
 
 class NoLayers(nn.Module):
@@ -207,6 +207,15 @@ class Sowing(nn.Module):
     return x
 
 
+class Loop(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    dense = nn.Dense(SYMBOLS, name='loop')
+    start = 0, dense(nn.Embed(SYMBOLS, SYMBOLS)(tokens))
+    body = lambda _, carry: (carry[0] + 1, dense(carry[1]))
+    return nn.while_loop(lambda _, carry: carry[0] < 3, body, self, start)[1]
+
+
 @pytest.mark.parametrize(
   'arguments, expected',
   [
@@ -215,10 +224,21 @@ class Sowing(nn.Module):
     ({'target_scale': 0.01}, 'cannot be reached: expected one from'),
     ({'num_samples': 3}, 'batch_size=16: expected a multiple of'),
     ({'train': []}, 'train_batches is empty'),
+    ({'train': [np.zeros((4, 3))], 'inputs': 'x'}, 'a batch is a ndarray: expected d'),
+    ({'train': [{'tokens': ['a', 'b']}]}, r"\['tokens'\]\[0\] holds <U1: expected num"),
+    ({'evaluation': iter([])}, 'eval_batches is empty'),
+    ({'formats': 4}, 'formats=4: '),
+    ({'model': Sequence}, r'expected a linen module, as Network\(\), found <class'),
+    ({'evaluation': [{'token': np.zeros((4, 8))}], 'inputs': 'tokens'}, 'batch lacks'),
+    ({'loss': None}, r'default loss takes .* \(16, 7, 5\) and None: expected loss'),
+    ({'loss': lambda logits, batch: (logits, {})}, r'has shape \(\(16, 7, 5\), {}\)'),
     ({'train': [{'tokens': np.zeros((4, 2)), 'x': np.zeros(3)}]}, 'along the first'),
     ({'inputs': 'token'}, "fed from 'token', .* the nearest is 'tokens'"),
     ({'model': NoLayers()}, 'no layer of NoLayers can be searched\nEmbed_0: nn.Embed'),
     ({'model': Sowing()}, "its collection 'losses'"),
+    ({'model': Loop()}, 'layer loop runs in a loop of unknown length'),
+    ({'variables': {'head': {}}}, "expected {'params': ...}, found head"),
+    ({'variables': {'params': {}}, 'init_from': 'x'}, 'expected one of them'),
     ({'loss': lambda logits, batch: logits.T}, r'loss has shape \(5, 7, 16\)'),
     ({'variables': {'params': {'head': {'kernel': np.zeros((8, 4))}}}},
      r'params/head/kernel has shape \(8, 4\): expected shape \(8, 5\)'),
@@ -261,7 +281,7 @@ def test_a_stream_goes_on_from_its_position(kind):
 
 
 def test_the_first_batch_is_seen_twice():
-  first, source = batches.first_batch(sequences([4, 4]))
+  first, source = batches.first_batch(sequences([4, 4]), 'train_batches')
   taken = [batch['tokens'] for batch in batches.eval_batches(source)]
   assert len(taken) == 2
   np.testing.assert_array_equal(first['tokens'], taken[0])

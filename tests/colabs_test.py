@@ -47,7 +47,7 @@ def test_notebook_runs(path, data_dir, tmp_path, monkeypatch):
   notebook = read(path)
   expected = len(pictures(notebook))
   client = nbclient.NotebookClient(
-    notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': ROOT}}
+    notebook, timeout=600, resources={'metadata': {'path': path.parent}}
   )
   client.execute()  # raises where a cell does
   assert len(pictures(notebook)) == expected

@@ -22,10 +22,20 @@ FORBIDDEN = (
 )
 
 
-def test_core_imports():
-  modules = ', '.join(['fliqs_jax', *(f'fliqs_jax.{name}' for name in CORE)])
-  script = f'import sys, {modules}\nprint([m for m in {FORBIDDEN} if m in sys.modules])'
+def imported(names, among):
+  """Which of some modules a new interpreter has after it imported others of ours."""
+  modules = ', '.join(['fliqs_jax', *(f'fliqs_jax.{name}' for name in names)])
+  script = f'import sys, {modules}\nprint([m for m in {among} if m in sys.modules])'
   result = subprocess.run(
     [sys.executable, '-c', script], capture_output=True, text=True, check=True
   )
-  assert result.stdout.strip() == '[]'
+  return result.stdout.strip()
+
+
+def test_core_imports():
+  assert imported(CORE, FORBIDDEN) == '[]'
+
+
+def test_whoever_reads_a_run_does_without_tensorflow():
+  assert imported(['report_page'], FORBIDDEN) == "['matplotlib']"
+  assert imported(['analysis'], ('tensorflow', 'clu')) == '[]'

@@ -6,6 +6,7 @@ import os
 import pathlib
 import socket
 
+from clu import metric_writers
 from etils import epath
 import pytest
 import whole_runs
@@ -100,7 +101,7 @@ class NoEvents:
 def workdir(request, tmp_path, monkeypatch):
   if request.param == 'local':
     return epath.Path(tmp_path)
-  monkeypatch.setattr(workdirs.metric_writers, 'SummaryWriter', NoEvents)
+  monkeypatch.setattr(metric_writers, 'SummaryWriter', NoEvents)
   (tmp_path / 'bucket' / 'run').mkdir(parents=True)
   store = ObjectStore(tmp_path)
   monkeypatch.setattr(type(epath.Path('gs://a')), '_backend', property(lambda _: store))
