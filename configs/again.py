@@ -10,12 +10,14 @@ from fliqs_jax import workdirs
 from fliqs_jax.config import default_config
 
 
-def get_config(workdir: str) -> ml_collections.ConfigDict:
+def get_config(workdir: str = '') -> ml_collections.ConfigDict:
   """Returns the config of the run in a folder.
 
   Raises:
     ValueError: where there is none, or `fliqs_jax.search` made it.
   """
+  if not workdir:
+    raise ValueError('expected the folder of a run, as configs/again.py:runs/digits')
   found = workdirs.read_config(epath.Path(workdir))
   if 'layers' in found.model:
     raise ValueError(

@@ -15,7 +15,7 @@ _styled = matplotlib.rc_context(STYLE)
 
 @_styled
 def switching(names: Sequence[str], errors: np.ndarray) -> Figure:
-  """Draws switching errors float[F, F] as a table of percentages."""
+  """Draws switching errors float[F, F] as a table."""
   size = 1.6 + 0.55 * len(names)
   figure = Figure(figsize=(max(size, 4), max(size, 4)), layout='constrained')
   axes = figure.subplots()
@@ -66,7 +66,7 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(title)
     axes.set_xlabel('clipping threshold (rms); the dot is the best')
-  grid[0].set_ylabel('mean square error')
+  grid[0].set_ylabel('square error, over the mean square')
   figure.legend(*grid[0].get_legend_handles_labels(), loc='outside right upper')
   return figure
 
@@ -110,9 +110,9 @@ def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   axes = figure.subplots()
   kinds = list(dict.fromkeys(row['kind'] for row in rows))
   axes.plot([row['bits'] for row in rows], color=PALETTE['axis'], linewidth=1)
-  for kind, colour in zip(kinds, LINES):
+  for kind, colour, marker in zip(kinds, LINES, 'osD^vX'):
     these = [(i, row['bits']) for i, row in enumerate(rows) if row['kind'] == kind]
-    axes.plot(*zip(*these), 'o', color=PALETTE[colour], label=kind)
+    axes.plot(*zip(*these), marker, color=PALETTE[colour], label=kind)
   names = [report_figures.shorten(row['path'], 28) for row in rows]
   axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5)
   axes.set_ylabel('bits of the weights, mean over runs')

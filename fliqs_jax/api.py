@@ -8,9 +8,9 @@ The loop is that of `python -m fliqs_jax.main`, and so are the files that it lea
 from collections.abc import Callable, Mapping
 import dataclasses
 import json
-import logging
 import os
 import shutil
+import sys
 import tempfile
 from typing import Any
 
@@ -28,8 +28,6 @@ from fliqs_jax.names import not_among
 from fliqs_jax.objectives import Batch, Metrics
 from fliqs_jax.searchable import Coverage, Searchable, make_searchable
 from fliqs_jax.tasks import Score
-
-_logger = logging.getLogger(__name__)
 
 # Where a field that is given by its last name alone is looked for, in this order.
 _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')
@@ -152,7 +150,7 @@ def search(
   config.dataset = 'own batches'
   objective = tasks.make_objective(model, loss, quality, metrics, inputs)
   network, coverage = _network(config, model, objective, first, evaluated)
-  _logger.info('%s', coverage)
+  print(coverage, file=sys.stderr)
   config.model = {
     'name': type(model).__name__,
     'width': 1.0,

@@ -146,7 +146,8 @@ def _one_line(error):
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if not lines:
     return type(error).__name__
-  return lines[-1] if 'Traceback' in str(error) else lines[0]
+  line = lines[-1] if 'Traceback' in str(error) else lines[0]
+  return line.removeprefix('ValueError: ')
 
 
 def _fail(problems, status=_USER_ERROR_STATUS, alone=False):

@@ -1,7 +1,6 @@
 """What a run shows on the terminal: progress, and at the end the table."""
 
 from collections.abc import Mapping, Sequence
-import logging
 import sys
 import time
 from typing import Any
@@ -15,8 +14,6 @@ from rich.text import Text
 
 from fliqs_jax import assembly, budget, discovery, networks, search_space
 
-_logger = logging.getLogger(__name__)
-
 # Numbers of a history line that progress shows, and how.
 _SHOWN = {
   'loss': ('loss', '{:.3f}'),
@@ -27,7 +24,7 @@ _SHOWN = {
 
 
 class Progress:
-  """A progress bar on a terminal, plain log lines elsewhere. A context manager."""
+  """A progress bar on a terminal, plain lines elsewhere. A context manager."""
 
   def __init__(self, start: int, num_steps: int):
     self._start, self._num_steps = start, num_steps
@@ -65,7 +62,9 @@ class Progress:
     else:
       elapsed = time.monotonic() - self._began
       left = elapsed / (step - self._start) * (self._num_steps - step)
-      _logger.info('step %d/%d  %s  ETA %.0f s', step, self._num_steps, numbers, left)
+      # Not logged: a program that calls `fliqs_jax.search` need not set up logging.
+      now, place = time.strftime('%H:%M:%S'), f'step {step}/{self._num_steps}'
+      print(f'{now} {place}  {numbers}  ETA {left:.0f} s', file=sys.stderr, flush=True)
 
 
 def make_console() -> Console:

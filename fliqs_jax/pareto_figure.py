@@ -58,7 +58,9 @@ def pareto(
   costs = [point['cost'] for point in points]
   if 0 < min(costs) * _LOG_SPAN <= max(costs):
     axes.set_xscale('log')
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if wide else (1,)))
+    # A narrow figure has room for three ticks a decade over little more than one.
+    dense = wide or max(costs) < 30 * min(costs)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if dense else (1,)))
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_locator(ticker.NullLocator())
   else:

@@ -1,6 +1,8 @@
 """The Python interface: the README's example, a sequence model, and wrong input."""
 
+import contextlib
 import functools
+import io
 import json
 import pathlib
 import re
@@ -96,15 +98,19 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def searched(tmp_path_factory):
-  """A search of a sequence model over a generator; its folder and its evaluation."""
+  """A search of a sequence model over a generator; its result and its evaluation."""
   workdir = tmp_path_factory.mktemp('own') / 'run'
   evaluation = list(sequences([16, 16, 5]))
-  result = fliqs_jax.search(
-    Sequence(), sequences([16, 16, 3, *[16] * 8]), evaluation, num_steps=10,
-    log_every=5, num_samples=2, workdir=workdir, optimizer='adamw',
-    metrics=lambda logits, batch: {'double': 2 * jnp.mean(loss(logits, batch))},
-    **TASK, **FIELDS,
-  )  # fmt: skip
+  with contextlib.redirect_stderr(io.StringIO()) as shown:
+    result = fliqs_jax.search(
+      Sequence(), sequences([16, 16, 3, *[16] * 8]), evaluation, num_steps=10,
+      log_every=5, num_samples=2, workdir=workdir, optimizer='adamw',
+      metrics=lambda logits, batch: {'double': 2 * jnp.mean(loss(logits, batch))},
+      **TASK, **FIELDS,
+    )  # fmt: skip
+  # What is searched, what is not, and how far it is.
+  for text in ('6 layers are searched:', 'not searched: Embed_0', ' step 10/10  loss'):
+    assert text in shown.getvalue()
   return result, evaluation
 
 

@@ -61,3 +61,15 @@ def test_labels_without_a_place_are_left_out():
   figure = pareto_figure.pareto(points, 's', 'quality', report_figures.NARROW)
   assert 3 < len(labels_of(figure)) < len(points)
   assert figure.axes[0].get_ylabel() == 'quality'
+
+
+@pytest.mark.parametrize('width', [report_figures.WIDE, report_figures.NARROW])
+def test_an_axis_of_costs_has_several_ticks_that_stand_apart(width):
+  figure = pareto_figure.pareto(make_points([1.0]), 'GBOPs', 'accuracy', width)
+  figure.draw_without_rendering()
+  (axes,) = figure.axes
+  low, high = axes.get_xlim()
+  shown = [t for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+  boxes = [label.get_window_extent() for label in shown]
+  assert len(boxes) >= 3
+  assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
