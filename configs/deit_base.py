@@ -11,4 +11,4 @@ from fliqs_jax import recipes
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   """Returns the config of a variant, `imagenet` or `digits`."""
-  return recipes.deit(variant, 'deit_base', width_on_digits=0.125)
+  return recipes.deit(variant, 'deit_base', width_on_digits=0.0625)

@@ -100,7 +100,9 @@ def few_products(config: ml_collections.ConfigDict) -> None:
   config.optimizer.learning_rate = 0.05
 
 
-def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.ConfigDict:
+def efficientnet(
+  variant: str, name: str, image_size: int, steps_on_digits: int = 1_000
+) -> ml_collections.ConfigDict:
   """Returns the config of an EfficientNet (Tan and Le, 2019, arXiv 1905.11946).
 
   The paper's RMSprop for 350 epochs, as in its authors' code (efficientnet of
@@ -112,6 +114,7 @@ def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.Con
     variant: one of `VARIANTS`.
     name: of the network.
     image_size: its resolution on ImageNet.
+    steps_on_digits: fewer for the deep ones, to end within minutes too.
   """
   config = start(variant, name=name, width=1.0, small_images=False)
   if variant == 'imagenet':
@@ -125,7 +128,7 @@ def efficientnet(variant: str, name: str, image_size: int) -> ml_collections.Con
     )
     config.input.augmentation = 'rand_augment'
   else:
-    digits(config, width=0.25, small_images=True)
+    digits(config, steps_on_digits, width=0.25, small_images=True)
     few_products(config)
   return config
 
