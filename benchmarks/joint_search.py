@@ -81,9 +81,12 @@ def main():
       for scale in args.scales:
         for decide in DECIDE:
           run = folder / f'{decide}-{scale}-{seed}'
-          if args.finished and not (run / results.RESULT_FILE).exists():
+          if not args.finished:
+            result = train.run(load_config(decide, scale, seed, args.num_steps), run)
+          elif (run / results.RESULT_FILE).exists():
+            result = results.read_result(run / results.RESULT_FILE)
+          else:
             continue
-          result = train.run(load_config(decide, scale, seed, args.num_steps), run)
           rows.append({
               'decide': decide, 'scale': scale, 'seed': seed,
               'accuracy': result['eval']['accuracy'],
