@@ -57,7 +57,7 @@ def read_json(path: os.PathLike | str) -> dict[str, Any]:
       content = file.read(_MAX_BYTES + 1)
   except OSError as error:
     reason = error.strerror or type(error).__name__
-    raise ValueError(f'cannot read formats from {given}: {reason}') from None
+    raise ValueError(f'cannot read {given}: {reason}') from None
   if len(content) > _MAX_BYTES:
     raise ValueError(f'{given} is larger than {_MAX_BYTES >> 20} MiB: {_EXPECTED}')
   try:

@@ -92,7 +92,9 @@ def evaluate_checkpoint(
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
   attempt = Attempts()
   assignment = attempt(_evaluated_formats, config, source)
-  architecture = attempt(_evaluated_architecture, config, source) or {}
+  architecture = attempt(_evaluated_architecture, config, source)
+  if architecture is None:  # what else is wrong shows in the standard network
+    architecture, assignment = {}, 'float32'
   setup = attempt(
     assembly.build,
     config,

@@ -51,7 +51,10 @@ def check(
   fixed = attempt(_fixed_formats, config)
   if config.mode == 'train':
     fixed = fixed or 'float32'
-  architecture = attempt(subnetworks.read_architecture, config) or {}
+  architecture = attempt(subnetworks.read_architecture, config)
+  if architecture is None:
+    # What else is wrong shows in the standard network, which has any one format.
+    architecture, fixed = {}, 'float32'
   setup = attempt(assembly.build, config, jax.device_count(), fixed, None, architecture)
   start = check_start(attempt, config, setup)
   attempt(workdirs.check, config, workdir, allow_config_change)

@@ -19,10 +19,12 @@ from fliqs_jax.train_state import TrainState
 def read_architecture(config: ml_collections.ConfigDict) -> Architecture:
   """Returns the architecture that a config names, empty for the standard one.
 
-  That of the file `config.architecture`, else of `config.formats` where this is a file.
+  That of the file `config.architecture`, else of `config.formats` where this is a file
+  that has one.
 
   Raises:
-    ValueError: where `config.architecture` is no file with an architecture; one line.
+    ValueError: where `config.architecture` is no file with an architecture, or that of
+      `config.formats` is damaged; one line.
   """
   return _named_architecture(config) or {}
 
@@ -86,13 +88,19 @@ def _named_architecture(config):
   if not config.formats or not epath.Path(config.formats).is_file():
     return None
   try:
-    return _read(config.formats)
+    content = assignments.read_json(config.formats)
   except ValueError:
-    return None  # formats alone; what is wrong with them, their reader says
+    return None  # what is wrong with the file, the reader of its formats says
+  # Formats that were written by hand leave the architecture open.
+  return _parse(content, config.formats) if 'architecture' in content else None
 
 
 def _read(path):
-  architecture = assignments.read_json(path).get('architecture')
+  return _parse(assignments.read_json(path), path)
+
+
+def _parse(content, path):
+  architecture = content.get('architecture')
   if not isinstance(architecture, dict) or not all(
     type(size) is int for size in architecture.values()
   ):

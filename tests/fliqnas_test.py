@@ -82,10 +82,12 @@ def test_found_network_is_trained_and_evaluated_again(found, run, tmp_path):
   assert evaluated['eval']['accuracy'] == trained['eval']['accuracy']
   # A network that was trained by itself is no other network.
   other = json.loads((workdir / results.RESULT_FILE).read_text())
-  other['architecture']['stage1/width'] = 12 - result['architecture']['stage1/width']
+  other['architecture']['stage2_block2/present'] ^= 1  # whose formats are lacking then
   (tmp_path / 'other.json').write_text(json.dumps(other))
-  with pytest.raises(ConfigError, match='checkpoint of another architecture'):
+  with pytest.raises(ConfigError) as error:
     run('other', **source, architecture=str(tmp_path / 'other.json'))
+  (line,) = error.value.problems
+  assert 'checkpoint of another architecture' in line
 
 
 def test_overview_and_result_show_the_architecture(found, joint_config, capsys):
@@ -151,6 +153,13 @@ def test_bad_architectures_end_with_one_line(found, run, tmp_path):
   assert 'expected one of 4, 8' in problem(json.dumps(outside))
   searched = problem(json.dumps({'architecture': good}), mode='search', formats='')
   assert 'expected search.decide=formats' in searched
+  # Also in the file of the formats, where hand-written ones have none.
+  damaged = found[1] | {'architecture': {**good, 'stage1/width': '4'}}
+  (tmp_path / 'damaged.json').write_text(json.dumps(damaged))
+  with pytest.raises(ConfigError) as error:
+    run('bad', mode='train', formats=str(tmp_path / 'damaged.json'))
+  (line,) = error.value.problems
+  assert 'holds no "architecture" of integers' in line
   with pytest.raises(ConfigError, match='and all architectures; change'):
     run('bad', **{'search.target_scale': 0.001})
 
