@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import quality, quantization_error, report_figures, runs
+from fliqs_jax import quality, quantization_error, report_figures, runs, workdirs
 from fliqs_jax import formats as formats_lib
 from fliqs_jax.checkpoints import Checkpoints
 from fliqs_jax.config import ConfigError, resolve
@@ -50,6 +50,8 @@ def network_weights(
   Raises:
     ValueError: where the workdir holds no checkpoint of this network.
   """
+  if workdir:
+    workdirs.check_model(config, epath.Path(workdir))
   setup = assembly.build(config, jax.device_count(), 'float32')
 
   def init(key):
@@ -151,11 +153,11 @@ def _entropy_workdir(folder, weight):
   return str(folder / f'entropy_weight_{weight:g}')
 
 
-def _make(name, config, folder, workdirs):
+def _make(name, config, folder, given):
   """Returns the numbers of a figure and the figure."""
   names = formats_lib.parse_names(config.search.formats)
   if name in ('switching', 'clipping'):
-    weights = network_weights(config, workdirs[0] if workdirs else None)
+    weights = network_weights(config, given[0] if given else None)
     if name == 'switching':
       numbers = switching(weights, names)
       errors = np.array(numbers['errors'])
@@ -165,7 +167,7 @@ def _make(name, config, folder, workdirs):
   if name == 'entropy':
     numbers = entropy(config, folder)
     return numbers, analysis_figures.entropy(numbers)
-  searched = workdirs or [
+  searched = given or [
     workdir
     for weight in ENTROPY_WEIGHTS
     if epath.Path(workdir := _entropy_workdir(folder, weight)).exists()

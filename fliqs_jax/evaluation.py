@@ -130,12 +130,7 @@ def _evaluated_state(config, setup, source):
 
 def _evaluated_formats(config, source):
   """Returns the given formats, or those of the run in `source`."""
-  trained = workdirs.read_config(source)
-  if trained.model.to_dict() != results.config_to_json(config)['model']:
-    raise ValueError(
-      f'{str(source)!r} holds a checkpoint of model {trained.model.to_dict()}, but the '
-      f'config has {config.model.to_dict()}'
-    )
+  workdirs.check_model(config, source)
   if config.formats:
     return assignments.read(config.formats)
   if not (source / results.RESULT_FILE).exists():

@@ -106,8 +106,8 @@ def _arguments(model, inputs):
 def _entry(batch, name):
   if not isinstance(batch, Mapping):
     raise ConfigError(
-      f'the network is fed from {name!r}, and a batch is a {type(batch).__name__}: '
-      'expected dicts, or a function as inputs'
+      f'the network is fed from {name!r}, and a batch is no dict: expected dicts of '
+      'arrays, or a function as inputs'
     )
   if name not in batch:
     given = f'the network is fed from {name!r}, which a batch lacks'

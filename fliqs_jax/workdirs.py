@@ -72,6 +72,20 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(content, convert_dict=True)
 
 
+def check_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Checks that a folder's run is of a config's network.
+
+  Raises:
+    ValueError: where it is of another one, or there is no run.
+  """
+  trained = read_config(workdir).model.to_dict()
+  if trained != results.config_to_json(config)['model']:
+    raise ValueError(
+      f'{str(workdir)!r} holds a checkpoint of model {trained}, but the config has '
+      f'{config.model.to_dict()}'
+    )
+
+
 def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a run's history; none where it has not begun.
 

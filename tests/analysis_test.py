@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, load_config
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,6 +16,7 @@ from report_test import OPTIONS, write_run
 
 from fliqs_jax import analysis, analysis_figures, quantization_error, runs
 from fliqs_jax import formats as formats_lib
+from fliqs_jax.config import resolve
 
 NAMES = ('int2', 'int3', 'int4', 'int8', 'e2m1', 'e4m3', 'bf16', 'float32')
 
@@ -121,6 +122,13 @@ def test_bits_by_depth(tmp_path):
   another = runs.read_run(str(write_run(tmp_path / 'another', ['x'])))
   with pytest.raises(ValueError, match='another network'):
     analysis.formats_by_depth([one, another])
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+  run = write_run(tmp_path / 'run', ['a'])
+  config = resolve(load_config('mobilenet_v2', 'digits'))
+  with pytest.raises(ValueError, match="of model {'name': 'resnet18'.*'mobilenet_v2'"):
+    analysis.network_weights(config, str(run))
 
 
 def test_the_command(tmp_path):
