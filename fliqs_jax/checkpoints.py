@@ -78,8 +78,8 @@ class Checkpoints:
         int(state.step),
         args=ocp.args.Composite(
           **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-          fingerprints=ocp.args.StandardSave(
-            {name: _fingerprint(item) for name, item in items.items()}
+          fingerprints=ocp.args.JsonSave(
+            {name: int(_fingerprint(item)) for name, item in items.items()}
           ),
           batches=ocp.args.JsonSave(_sealed(batches.get_state())),
         ),
@@ -137,8 +137,6 @@ class Checkpoints:
 
   def _read(self, step, state, names):
     """Returns the state with the named items of a checkpoint, if they are sound."""
-    sharding = state.step.sharding
-    fingerprint = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -146,11 +144,11 @@ class Checkpoints:
           name: ocp.args.StandardRestore(_abstract(state, _ITEMS[name]))
           for name in names
         },
-        fingerprints=ocp.args.StandardRestore(dict.fromkeys(_ITEMS, fingerprint)),
+        fingerprints=ocp.args.JsonRestore(),
       ),
     )
     for name in names:
-      if _fingerprint(restored[name]) != restored.fingerprints[name]:
+      if int(_fingerprint(restored[name])) != restored.fingerprints[name]:
         raise ValueError(f'its {name} are not what was saved')
       state = state.replace(**restored[name])
     return state
