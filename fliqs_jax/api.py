@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax import assembly, assignments, batches, discovery, evaluation
-from fliqs_jax import networks, plans, results, tasks, train, workdirs
+from fliqs_jax import networks, plans, results, search_space, tasks, train, workdirs
 from fliqs_jax.config import ConfigError, default_config, resolve
 from fliqs_jax.layers import FORMATS
 from fliqs_jax.names import not_among
@@ -244,6 +244,11 @@ def _network(config, model, objective, first, evaluated):
     raise ConfigError(f'no layer of {type(model).__name__} can be searched', *(
         f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
     ))  # fmt: skip
+  if search_space.architecture_decisions(coverage.layers):
+    raise ConfigError(
+      f'the architecture of {type(model).__name__} is left open: fliqs_jax.search '
+      'decides formats alone, python -m fliqs_jax.main the architecture too'
+    )
   return networks.Network(searchable, example, coverage.layers, objective), coverage
 
 

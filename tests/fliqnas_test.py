@@ -6,7 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from fliqs_jax import assembly, budget, display, networks, overview, results
+=======
+import fliqs_jax
+from fliqs_jax import architecture, assembly, budget, display, models, overview, results
+>>>>>>> nas
 from fliqs_jax import search_space, train
 from fliqs_jax.config import ConfigError, resolve
 
@@ -162,6 +167,15 @@ def test_bad_architectures_end_with_one_line(found, run, tmp_path):
   assert 'holds no "architecture" of integers' in line
   with pytest.raises(ConfigError, match='and all architectures; change'):
     run('bad', **{'search.target_scale': 0.001})
+
+
+def test_python_interface_decides_formats_alone():
+  model = models.create_model(
+    'resnet18', 10, width=0.125, small_images=True, choose=architecture.searched
+  )
+  batch = {'image': np.zeros((4, 8, 8, 1), np.float32), 'label': np.zeros(4, np.int32)}
+  with pytest.raises(ConfigError, match='the architecture of ResNet is left open'):
+    fliqs_jax.search(model, [batch], [batch], num_steps=2)
 
 
 def test_layers_outside_the_architecture_have_no_formats(found, joint_config):
