@@ -27,7 +27,7 @@ def switching(names: Sequence[str], errors: np.ndarray) -> Figure:
   axes.imshow(shown, cmap=shades, norm=scale)
   for i, row in enumerate(errors):
     for j, error in enumerate(row):
-      dark = scale(max(error, 1e-5)) > 0.6
+      dark = scale(max(error, 1e-5)) > 0.8  # where white reads better than black
       text = f'{error:.0e}' if 0 < error < 1e-3 else f'{error:.2g}'
       colour = PALETTE['surface' if dark else 'ink']
       axes.text(j, i, text, ha='center', va='center', fontsize=7.5, color=colour)

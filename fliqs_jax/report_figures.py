@@ -123,6 +123,7 @@ def cost_scale(
   axes.grid(axis='y', visible=False)
   axes.set_xlim(0, largest * (1.25 if width > 6 else 1.9))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(6 if width > 6 else 3))
+  axes.xaxis.set_major_formatter('{x:g}')
   axes.set_xlabel(f'cost ({unit})')
   return figure
 
@@ -205,6 +206,7 @@ def layer_costs(
       axes.bar(place + 0.2, layer['cost'], 0.36, color=colour)
     axes.set_ylim(0, (largest or 1) * 1.05)
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+    axes.yaxis.set_major_formatter('{x:g}')
     axes.set_ylabel(unit)
   families = sorted({family(layer['weights']) for layer in layers})
   _legend(figure, families, [('axis', f'before: {reference}')], found='found: ')
@@ -307,7 +309,7 @@ def curves(
   for axes, (title, panel) in zip(grid, panels.items()):
     axes.plot(steps, panel['values'], color=PALETTE['accent'], linewidth=1.6)
     if len(steps) == 1:
-      axes.plot(steps, panel['values'], 'o', color=PALETTE['accent'])
+      axes.plot(steps, panel['values'], 'o', color=PALETTE['accent'], clip_on=False)
     if panel['reference'] is not None:
       axes.axhline(
         panel['reference'], color=PALETTE['ink'], linewidth=1, linestyle=(0, (4, 3))
@@ -317,8 +319,8 @@ def curves(
     axes.margins(y=0.12)
     axes.set_xlim(0, steps[-1])
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
-    if '%' in panel['format']:
-      axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    percent = ticker.PercentFormatter(1)
+    axes.yaxis.set_major_formatter(percent if '%' in panel['format'] else '{x:g}')
     _draw_marks(axes, marks, steps[-1])
     _step_axis(axes, 5)
     axes.tick_params(labelbottom=True)
