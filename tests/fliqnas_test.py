@@ -6,13 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from fliqs_jax import assembly, budget, display, networks, overview, results
-=======
 import fliqs_jax
-from fliqs_jax import architecture, assembly, budget, display, models, overview, results
->>>>>>> nas
-from fliqs_jax import search_space, train
+from fliqs_jax import architecture, assembly, budget, display, models, networks
+from fliqs_jax import overview, results, search_space, train
 from fliqs_jax.config import ConfigError, resolve
 
 
