@@ -1,6 +1,6 @@
 """What a checkpoint every 100 steps costs a search on the digits.
 
-    python benchmarks/checkpoint_cost.py [--width=0.5] [--rounds=5]
+    python benchmarks/checkpoint_cost.py [--width=0.25] [--rounds=5]
 
 Stretches of 100 steps that begin with a checkpoint, which is written while they are
 taken, and stretches without, in turns; medians. On a CPU the writing takes processor
@@ -30,7 +30,7 @@ _STEPS = 100
 def main():
   """Prints the seconds of both kinds of stretches."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--width', type=float, default=0.5, help="the network's")
+  parser.add_argument('--width', type=float, default=0.25, help="the network's")
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   config = runpy.run_path(str(CONFIG))['get_config']('digits')
