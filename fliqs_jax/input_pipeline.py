@@ -128,17 +128,25 @@ def train_batches(
 
 
 def _train_dataset(config, builder, split, seed, held, augment=True):
-  encoded = (
-    grain.MapDataset.source(_source(builder, split)).seed(seed).shuffle().repeat()
-  )
-  if augment:
-    examples = encoded.random_map(functools.partial(_train_example, config.input))
-  else:
-    examples = encoded.map(functools.partial(_eval_example, config.input))
+  source = _source(builder, split)
+  order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+  def load(step, indices):
+    def to_image(encoded, place):
+      if not augment:
+        return _central_crop(config.input, encoded)
+      rng = np.random.default_rng((seed, step, held.flat[place]))
+      return _augmented(config.input, encoded, rng)
+
+    batch = _load(config.input, source, indices, to_image)
+    return {
+      key: array.reshape(*held.shape, *array.shape[1:]) for key, array in batch.items()
+    }
+
   return (
-    examples.pipe(_Positions, config.batch_size, held.ravel())
+    order.pipe(_Positions, config.batch_size, held.ravel())
     .batch(held.size)
-    .map(functools.partial(_split_samples, num_samples=held.shape[0]))
+    .map_with_index(load)
   )
 
 
@@ -160,18 +168,45 @@ def eval_batches(
   source = _source(builder, config.input.eval_split)
   held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
+
+  def load(indices):
+    # The last example stands in for those that there are not.
+    batch = _load(
+      config.input,
+      source,
+      np.minimum(indices, len(source) - 1),
+      lambda encoded, place: _central_crop(config.input, encoded),
+    )
+    return {**batch, 'mask': indices < len(source)}
+
   dataset = (
     grain.MapDataset.range(num_batches * config.eval_batch_size)
     .pipe(_Positions, config.eval_batch_size, held)
-    .map(functools.partial(_padded_example, config.input, source))
     .batch(held.size)
+    .map(load)
   )
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _padded_example(settings, source, index):
-  example = source[min(int(index), len(source) - 1)]
-  return {**_eval_example(settings, example), 'mask': index < len(source)}
+def _load(settings, source, indices, to_image):
+  """Reads a batch, each image `to_image(encoded, its place in the batch)`.
+
+  An image goes to its place while it is in the cache: stacking those of a whole batch
+  at its end takes longer than reading them does.
+
+  Raises:
+    ValueError: where one cannot be decoded; says which.
+  """
+  images = np.empty((len(indices), *settings.image_shape), np.uint8)
+  labels = np.empty(len(indices), np.int32)
+  for place, index in enumerate(indices):
+    example = source[index]
+    try:
+      images[place] = to_image(example['image'], place)
+    except ValueError as error:
+      raise ValueError(f'example {index} of the split: {error}') from None
+    labels[place] = example['label']
+  return {'image': images, 'label': labels}
 
 
 def _held_positions(sharding, shape):
@@ -218,39 +253,24 @@ def _read_options(config):
   )
 
 
-def _split_samples(batch, num_samples):
-  return {
-    key: array.reshape(num_samples, -1, *array.shape[1:])
-    for key, array in batch.items()
-  }
-
-
-def _train_example(settings, example, rng):
+def _augmented(settings, encoded, rng):
   if settings.augmentation == 'none':
-    image = _central_crop(settings, example)
+    image = _central_crop(settings, encoded)
   else:
     channels = settings.image_shape[-1]
-    image = augmentations.random_resized_crop(
-      example['image'], channels, _size(settings), rng
-    )
+    image = augmentations.random_resized_crop(encoded, channels, _size(settings), rng)
     image = augmentations.random_flip(image, rng)
   if settings.augmentation == 'rand_augment':
     fill = tuple(round(255 * mean) for mean in settings.mean)
     magnitude = settings.rand_augment_magnitude
     image = augmentations.rand_augment(image, rng, magnitude, fill)
-  image = augmentations.erase(
+  return augmentations.erase(
     image, rng, settings.erasing, settings.mean, settings.stddev
   )
-  return {'image': image, 'label': np.int32(example['label'])}
 
 
-def _eval_example(settings, example):
-  image = _central_crop(settings, example)
-  return {'image': image, 'label': np.int32(example['label'])}
-
-
-def _central_crop(settings, example):
-  image = augmentations.decode(example['image'], settings.image_shape[-1])
+def _central_crop(settings, encoded):
+  image = augmentations.decode(encoded, settings.image_shape[-1])
   return augmentations.central_crop(image, _size(settings))
 
 

@@ -108,16 +108,50 @@ def test_reduced_decoding_takes_means(reduction, channels):
   assert np.abs(found.astype(int) - expected).mean() < 1
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('reduction', [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    'mode, format, options',
+    [('RGB', 'JPEG', {'subsampling': '4:4:4'}),
+     ('RGB', 'JPEG', {'subsampling': '4:2:2'}),
+     ('RGB', 'JPEG', {'subsampling': '4:2:0'}), ('RGB', 'JPEG', {'progressive': True}),
+     ('L', 'JPEG', {}), ('CMYK', 'JPEG', {}), ('RGB', 'PNG', {}), ('L', 'PNG', {})],
+)  # fmt: skip
+def test_decoded_box_is_that_of_the_whole(mode, format, options, reduction, channels):
+  file = io.BytesIO()
+  Image.fromarray(noise(83, 101)).convert(mode).save(file, format, **options)
+  whole = augmentations.decode(file.getvalue(), channels, reduction)
+  height, width, _ = whole.shape
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    left, top = rng.integers(width), rng.integers(height)
+    w, h = rng.integers(1, width - left + 1), rng.integers(1, height - top + 1)
+    found = augmentations.decode_box(
+      file.getvalue(), channels, (left, top, w, h), reduction
+    )
+    np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
+
+
+def jpeg_without_its_end():
+  file = io.BytesIO()
+  Image.fromarray(noise(60, 80)).save(file, 'JPEG')
+  return file.getvalue()[: len(file.getvalue()) // 2]
+
+
+@pytest.mark.parametrize('file', [b'no image', b'', jpeg_without_its_end()])
 @pytest.mark.parametrize(
   'read',
   [
     lambda file: augmentations.decode(file, 3),
-    lambda file: augmentations.random_resized_crop(file, 3, (8, 8), None),
+    lambda file: augmentations.decode_box(file, 3, (0, 40, 8, 8)),
+    lambda file: augmentations.random_resized_crop(
+      file, 3, (8, 8), np.random.default_rng(0)
+    ),
   ],
 )
-def test_broken_file(read):
+def test_broken_file(read, file):
   with pytest.raises(ValueError, match='expected a JPEG or a PNG file'):
-    read(b'no image')
+    read(file)
 
 
 def apply(name, image, level, sign=1):

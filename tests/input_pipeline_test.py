@@ -217,6 +217,18 @@ def test_held_out_photographs_are_not_augmented(photographs):
     assert (image == evaluated).all(axis=(1, 2, 3)).any()
 
 
+def test_file_that_is_no_image(photographs, monkeypatch):
+  config, builder = photographs
+  examples = [{'image': b'no image', 'label': 0}] * 16
+  monkeypatch.setattr(builder, 'as_data_source', lambda *args, **kwargs: examples)
+  for batches in (
+    input_pipeline.train_batches(config, builder, 0),
+    input_pipeline.eval_batches(config, builder),
+  ):
+    with pytest.raises(ValueError, match='example [0-9]+ .*a JPEG or a PNG file'):
+      next(batches)
+
+
 def test_search_on_photographs(photographs, tmp_path):
   config, _ = photographs
   config = config.copy_and_resolve_references()
