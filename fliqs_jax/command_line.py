@@ -70,24 +70,14 @@ def _log_to_stderr():
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   absl_logging.set_verbosity(absl_logging.FATAL)
   # What stops a thread that writes a checkpoint is raised again where it is waited for.
-  threading.excepthook = lambda _: None
-  sys.excepthook = _of_the_main_thread(sys.excepthook)
+  # The callbacks of its other files then find the thread's event loop closed.
+  threading.excepthook = sys.unraisablehook = lambda _: None
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   logger = logging.getLogger('fliqs_jax')
   logger.addHandler(handler)
   logger.setLevel(logging.INFO)
   logger.propagate = False
-
-
-def _of_the_main_thread(excepthook):
-  """An excepthook for the main thread alone; libraries call it in threads of theirs."""
-
-  def hook(*error):
-    if threading.current_thread() is threading.main_thread():
-      excepthook(*error)
-
-  return hook
 
 
 def _parse(argv, required):

@@ -220,7 +220,7 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
 
 
 def test_non_finite_loss_names_its_step(run):
-  with pytest.raises(FloatingPointError, match=r'at step \d+, sample .*: lower'):
+  with pytest.raises(FloatingPointError, match=r'at step \d+, sample .*, lower'):
     run('diverging', **{'optimizer.learning_rate': 1e30})
 
 
