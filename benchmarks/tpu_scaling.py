@@ -227,7 +227,7 @@ def main():
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument(
     '--topologies',
-    default='v5e:2x4/128,v5e:8x8/128,v5e:16x16/128,v6e:8x8/128',
+    default='v5e:2x4/128,v5e:8x8/128,v5e:16x16/128,v5p:4x4x4/128',
     help='comma-separated, each with its images a chip',
   )
   parser.add_argument('--decisions', type=int, default=1000, help="the controller's")
