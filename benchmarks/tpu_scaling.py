@@ -259,7 +259,7 @@ def main():
     'decisions': args.decisions,
     **measured(
         f'controller {args.decisions}', controller_figures,
-        topology, args.decisions, NUM_SAMPLES,
+        results['steps'][0]['topology'], args.decisions, NUM_SAMPLES,
     ),
   }  # fmt: skip
   print(json.dumps(results)) if args.json else print_table(results, args.efficiency)
