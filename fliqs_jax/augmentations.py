@@ -55,8 +55,21 @@ def decode(encoded: bytes, num_channels: int, reduction: int = 1) -> np.ndarray:
   return image.reshape(*image.shape[:2], num_channels)
 
 
+def read_header(encoded: bytes) -> Image.Image:
+  """Returns the file's format, mode and size, `(width, height)`; decodes no pixel.
+
+  Raises:
+    ValueError: where there is no image in it.
+  """
+  try:
+    return Image.open(io.BytesIO(encoded))
+  except UnidentifiedImageError:
+    raise ValueError(_NO_IMAGE) from None
+
+
 def decode_box(
   encoded: bytes,
+  header: Image.Image,
   num_channels: int,
   box: tuple[int, int, int, int],
   reduction: int = 1,
@@ -65,11 +78,17 @@ def decode_box(
 
   Of a JPEG no others are computed, and what follows the box is not read.
 
+  Args:
+    encoded: the file's content.
+    header: what `read_header` returns for it.
+    num_channels: 1 or 3.
+    box: in pixels of the reduced image.
+    reduction: 1, 2, 4 or 8, of both sides, as in `decode`.
+
   Raises:
     ValueError: where there is no image in it.
   """
   left, top, width, height = box
-  header = _header(encoded)
   if header.format != 'JPEG' or header.mode == 'CMYK':  # TensorFlow reads no others
     image = decode(encoded, num_channels, reduction)
     return image[top : top + height, left : left + width]
@@ -88,13 +107,6 @@ def decode_box(
   return image.numpy()[:, left - first : left - first + width]
 
 
-def _header(encoded):
-  try:
-    return Image.open(io.BytesIO(encoded))
-  except UnidentifiedImageError:
-    raise ValueError(_NO_IMAGE) from None
-
-
 def random_resized_crop(
   encoded: bytes, num_channels: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
@@ -104,13 +116,14 @@ def random_resized_crop(
   What is at least twice as large as it will be is decoded at a lower resolution, since
   decoding is what takes the time.
   """
-  box = _random_box(_header(encoded).size, rng)
+  header = read_header(encoded)
+  box = _random_box(header.size, rng)
   if box is None:
     return central_crop(decode(encoded, num_channels), size)
   times = min(side // new for side, new in zip(box[2:], size))
   reduction = max(r for r in _REDUCED if r <= max(times, 1))
   box = tuple(side // reduction for side in box)
-  image = decode_box(encoded, num_channels, box, reduction)
+  image = decode_box(encoded, header, num_channels, box, reduction)
   return resized_crop(image, (0, 0, *box[2:]), size)
 
 

@@ -121,13 +121,14 @@ def test_decoded_box_is_that_of_the_whole(mode, format, options, reduction, chan
   file = io.BytesIO()
   Image.fromarray(noise(83, 101)).convert(mode).save(file, format, **options)
   whole = augmentations.decode(file.getvalue(), channels, reduction)
+  header = augmentations.read_header(file.getvalue())
   height, width, _ = whole.shape
   rng = np.random.default_rng(0)
   for _ in range(20):
     left, top = rng.integers(width), rng.integers(height)
     w, h = rng.integers(1, width - left + 1), rng.integers(1, height - top + 1)
     found = augmentations.decode_box(
-      file.getvalue(), channels, (left, top, w, h), reduction
+      file.getvalue(), header, channels, (left, top, w, h), reduction
     )
     np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
 
@@ -143,7 +144,9 @@ def jpeg_without_its_end():
   'read',
   [
     lambda file: augmentations.decode(file, 3),
-    lambda file: augmentations.decode_box(file, 3, (0, 40, 8, 8)),
+    lambda file: augmentations.decode_box(
+      file, augmentations.read_header(file), 3, (0, 40, 8, 8)
+    ),
     lambda file: augmentations.random_resized_crop(
       file, 3, (8, 8), np.random.default_rng(0)
     ),
