@@ -143,8 +143,10 @@ def _one_line(error):
 def _fail(problems, status=_USER_ERROR_STATUS, alone=False):
   for problem in problems:
     print(f'error: {problem}', file=sys.stderr)
-  if alone and jax.process_count() > 1:
-    # The others wait for this process in a collective, and it for them in its exit.
+  if alone:
+    # Leaving would wait: for other processes, which wait for this one in a collective,
+    # and for threads of a failed checkpoint, whose files TensorStore says no more of.
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 from conftest import ROOT
 import pytest
@@ -51,23 +52,38 @@ def test_a_file_that_cannot_be_written_is_refused_before_time_is_spent(tmp_path)
     assert line.startswith(f'error: --out={out}: ')
 
 
-def test_a_network_beyond_the_memory_ends_with_one_line(tmp_path):
+def run_main(statements):
+  """Runs a program whose `main(argv)` has these statements."""
   program = (
-    'import jax, sys\n'
-    'from fliqs_jax import command_line\n'
-    'main = lambda argv: jax.device_get(jax.numpy.ones((2**20, 2**25)))\n'
+    'import threading, jax\n'
+    'from fliqs_jax import command_line, errors\n'
+    f'def main(argv):\n{textwrap.indent(statements, "  ")}\n'
     'command_line.run(main, required=())\n'
   )
-  result = subprocess.run(
+  return subprocess.run(
     [sys.executable, '-c', program],
     cwd=ROOT,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
+    timeout=120,
   )
+
+
+def test_a_network_beyond_the_memory_ends_with_one_line():
+  result = run_main('jax.device_get(jax.numpy.ones((2**20, 2**25)))')
   assert result.returncode == 1
   (line,) = result.stderr.strip().splitlines()
   assert line.startswith('error: Out of memory') and 'model.width' in line
+
+
+def test_a_run_that_cannot_go_on_waits_for_no_thread():
+  # Those that write a checkpoint may never end once one of them has failed.
+  result = run_main(
+    'threading.Thread(target=threading.Event().wait).start()\n'
+    'raise errors.RunError("no room")'
+  )
+  assert (result.returncode, result.stderr) == (1, 'error: no room\n')
 
 
 def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):

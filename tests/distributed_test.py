@@ -168,9 +168,7 @@ def trajectories(data_dir, tmp_path_factory):
       processes = [whole_runs.start(*common, **kwargs)]
     else:
       processes = whole_runs.start_several(num_processes, *common, **kwargs)
-    for process in processes:
-      process.join()
-    assert [process.exitcode for process in processes] == [0] * num_processes
+    assert list(map(whole_runs.finish, processes)) == [0] * num_processes
     recorded = [np.load(folder / f'{step + 1}.npz') for step in range(NUM_STEPS)]
     found[num_processes, num_devices] = folder / 'run', recorded
   return found
@@ -227,15 +225,13 @@ def test_two_processes_stop_and_die_together_and_go_on(
 
   def wait_for_line(processes, known):
     history = workdir / 'history.jsonl'
-    while all(process.is_alive() for process in processes):
-      if history.exists() and len(history.read_text().splitlines()) > known:
-        return
-      time.sleep(0.01)
+    whole_runs.wait_until(
+      lambda: history.exists() and len(history.read_text().splitlines()) > known,
+      *processes,
+    )
 
   def statuses(processes):
-    for process in processes:
-      process.join()
-    return [process.exitcode for process in processes]
+    return list(map(whole_runs.finish, processes))
 
   processes = start('stopped')
   wait_for_line(processes, known=0)

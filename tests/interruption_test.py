@@ -35,15 +35,8 @@ def start(data_dir, cache):
 @pytest.fixture(scope='module')
 def uninterrupted(start, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
-  process = start(workdir)
-  process.join()
-  assert process.exitcode == 0
+  assert whole_runs.finish(start(workdir)) == 0
   return workdir
-
-
-def wait_for(process, happened):
-  while process.is_alive() and not happened():
-    time.sleep(0.001)
 
 
 def kill_somewhere(process, workdir, rng):
@@ -54,27 +47,24 @@ def kill_somewhere(process, workdir, rng):
   moment = rng.choice(['start', 'checkpoint', 'checkpoint', 'line'])
   if moment == 'start':
     delay = rng.uniform(0, 3)
-    wait_for(process, lambda: time.monotonic() - began > delay)
+    whole_runs.wait_until(lambda: time.monotonic() - began > delay, process)
   elif moment == 'checkpoint' or not (workdir / 'history.jsonl').exists():
     known = checkpoints()
-    wait_for(process, lambda: checkpoints() != known)
+    whole_runs.wait_until(lambda: checkpoints() != known, process)
   else:
     known = lines()
-    wait_for(process, lambda: lines() != known)
+    whole_runs.wait_until(lambda: lines() != known, process)
   time.sleep(rng.uniform(0, 0.05))
   process.kill()
-  process.join()
-  # 255 where the fork server lost the status of one that it had not yet counted.
-  assert process.exitcode in (-signal.SIGKILL, 255)
+  # 255 where the other thread, as it started its next run, has read the status.
+  assert whole_runs.finish(process) in (-signal.SIGKILL, 255)
 
 
 def kill_again_and_again(start, workdir, seed):
   rng = random.Random(seed)
   for _ in range(NUM_KILLS):
     kill_somewhere(start(workdir), workdir, rng)
-  process = start(workdir)
-  process.join()
-  return process.exitcode
+  return whole_runs.finish(start(workdir))
 
 
 def test_killed_at_twenty_moments(start, uninterrupted, tmp_path):
@@ -94,19 +84,16 @@ def test_killed_at_twenty_moments(start, uninterrupted, tmp_path):
 def test_stopped_by_sigterm_goes_on(start, uninterrupted, cache, tmp_path):
   workdir = tmp_path / 'run'
   process = start(workdir)
-  wait_for(process, (workdir / 'history.jsonl').exists)
+  whole_runs.wait_until((workdir / 'history.jsonl').exists, process)
   time.sleep(0.5)
   process.terminate()
-  process.join()
-  assert process.exitcode == 75
+  assert whole_runs.finish(process) == 75
   *_, line = (tmp_path / 'run.log').read_text().splitlines()
   (newest, *_) = sorted(map(int, (p.name for p in workdir.glob('checkpoints/*'))))[::-1]
   assert line == f'error: stopped by SIGTERM at step {newest}: start me again to go on'
   assert whole_runs.read_history(workdir)[-1]['step'] == newest
   programs = list(cache.glob('jit_search_step*-cache'))
-  process = start(workdir, prepare=_report_cache_hits)
-  process.join()
-  assert process.exitcode == 0
+  assert whole_runs.finish(start(workdir, prepare=_report_cache_hits)) == 0
   # It compiled no step again.
   assert len(programs) == 1 and list(cache.glob('jit_search_step*-cache')) == programs
   assert 'cache hit' in (tmp_path / 'run.log').read_text()
@@ -136,17 +123,13 @@ def test_a_full_disk_is_explained_and_costs_no_checkpoint(
   start, uninterrupted, tmp_path
 ):
   workdir = tmp_path / 'run'
-  process = start(workdir, prepare=_fill_the_disk)
-  process.join()
-  assert process.exitcode == 1
+  assert whole_runs.finish(start(workdir, prepare=_fill_the_disk)) == 1
   log = (tmp_path / 'run.log').read_text()
   *_, line = log.splitlines()
   assert line.startswith('error: cannot write'), log
   assert 'File too large' in line and 'Traceback' not in log, log
   assert (workdir / 'checkpoints' / '3').is_dir()
-  process = start(workdir)
-  process.join()
-  assert process.exitcode == 0
+  assert whole_runs.finish(start(workdir)) == 0
   assert whole_runs.read_result(workdir) == whole_runs.read_result(uninterrupted)
   assert whole_runs.read_history(workdir) == whole_runs.read_history(uninterrupted)
 

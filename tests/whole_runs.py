@@ -1,12 +1,15 @@
 """Runs as a user starts them, in processes that are cheap to start and to kill."""
 
 import atexit
+import faulthandler
 import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import sys
+import time
 from typing import Any
 
 from flax import linen as nn
@@ -21,6 +24,7 @@ CONTEXT.set_forkserver_preload(['fliqs_jax.main', 'fliqs_jax.train'])
 
 
 _FLAGS = {'coordinator', 'num_processes', 'process_id'}
+_LIMIT = 240  # seconds: many times what any of these runs takes
 
 
 class Smallest(nn.Module):
@@ -67,17 +71,50 @@ def start(workdir, data_dir, cache, log, num_devices=1, prepare=None, **fields):
     for name, value in settings.items()
   ]
   process = CONTEXT.Process(
-    target=_main, args=(arguments, str(log), num_devices, prepare)
+    target=_main, args=(arguments, str(log), num_devices, prepare), name=str(log)
   )
   process.start()
   return process
 
 
+def finish(process):
+  """Waits for the end of a run that was started and returns its exit status.
+
+  Raises:
+    AssertionError: where it hangs, with its log, in which all its threads' stacks are.
+  """
+  process.join(_LIMIT)
+  _assert_ended(process)
+  return process.exitcode
+
+
+def wait_until(happened, *processes):
+  """Returns once something has happened, or one of the runs has ended.
+
+  Raises:
+    AssertionError: as `finish` does, where neither comes.
+  """
+  latest = time.monotonic() + _LIMIT
+  while all(process.is_alive() for process in processes) and not happened():
+    if time.monotonic() > latest:
+      for process in processes:
+        _assert_ended(process)
+    time.sleep(0.001)
+
+
 def run(*args, **kwargs):
   """Runs a search to its end and returns its exit status."""
-  process = start(*args, **kwargs)
-  process.join()
-  return process.exitcode
+  return finish(start(*args, **kwargs))
+
+
+def _assert_ended(process):
+  if not process.is_alive():
+    return
+  os.kill(process.pid, signal.SIGABRT)  # at which it prints its stacks
+  process.join(10)
+  process.kill()
+  text = pathlib.Path(process.name).read_text()
+  raise AssertionError(f'{process.name} did not end within {_LIMIT} s:\n{text}')
 
 
 def start_several(num_processes, workdir, data_dir, cache, log, **kwargs):
@@ -103,6 +140,7 @@ def _main(arguments, log, num_devices, prepare):
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(output, 1)
   os.dup2(output, 2)
+  faulthandler.enable()
   os.chdir(ROOT)
   sys.argv = ['main', *arguments]
   jax.config.update('jax_platforms', 'cpu')
