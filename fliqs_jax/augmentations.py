@@ -1,6 +1,7 @@
 """What training and evaluation do to one image, `uint8[H, W, C]`, on the host.
 
-Sizes are `(width, height)`, as OpenCV and PIL have them.
+An image's place in its batch is filled and then changed there: new memory takes longer
+to get than pixels to write.
 """
 
 import io
@@ -96,35 +97,45 @@ def decode_box(
   first, end = max(left - 1, 0), min(left + width + 1, -(-header.width // reduction))
   try:
     image = tf.io.decode_and_crop_jpeg(
-      encoded,
+      tf.constant(encoded),
       np.array((top, first, height, end - first), np.int32),
       channels=num_channels,
       ratio=reduction,
+      acceptable_fraction=1.0,  # an integer, as its default, takes a slow path
       dct_method='INTEGER_ACCURATE',  # as OpenCV and PIL decode
     )
   except tf.errors.InvalidArgumentError:
     raise ValueError(_NO_IMAGE) from None
-  return image.numpy()[:, left - first : left - first + width]
+  return np.asarray(image)[:, left - first : left - first + width]
 
 
 def random_resized_crop(
-  encoded: bytes, num_channels: int, size: tuple[int, int], rng: np.random.Generator
-) -> np.ndarray:
+  encoded: bytes, rng: np.random.Generator, out: np.ndarray
+) -> None:
   """Decodes a crop of random area and aspect ratio, resized; the central one where
   none fits.
 
   What is at least twice as large as it will be is decoded at a lower resolution, since
   decoding is what takes the time.
+
+  Args:
+    encoded: the file's content.
+    rng: consumed.
+    out: filled.
+
+  Raises:
+    ValueError: where there is no image in it.
   """
+  height, width, num_channels = out.shape
   header = read_header(encoded)
   box = _random_box(header.size, rng)
   if box is None:
-    return central_crop(decode(encoded, num_channels), size)
-  times = min(side // new for side, new in zip(box[2:], size))
+    central_crop(decode(encoded, num_channels), out)
+    return
+  times = min(box[2] // width, box[3] // height)
   reduction = max(r for r in _REDUCED if r <= max(times, 1))
   box = tuple(side // reduction for side in box)
-  image = decode_box(encoded, header, num_channels, box, reduction)
-  return resized_crop(image, (0, 0, *box[2:]), size)
+  resize(decode_box(encoded, header, num_channels, box, reduction), out)
 
 
 def _random_box(image_size, rng):
@@ -135,39 +146,38 @@ def _random_box(image_size, rng):
       return rng.integers(width - w + 1), rng.integers(height - h + 1), w, h
 
 
-def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """The central part of an image, resized; images of the right size stay whole."""
+def central_crop(image: np.ndarray, out: np.ndarray) -> None:
+  """Fills `out` with the central part, resized; images of its size stay whole."""
+  if image.shape == out.shape:
+    out[:] = image
+    return
   height, width, _ = image.shape
-  if (width, height) == size:
-    return image
-  scale = min(width / size[0], height / size[1]) * _CENTRAL_CROP
-  w, h = (max(1, round(scale * side)) for side in size)
-  return resized_crop(image, ((width - w) // 2, (height - h) // 2, w, h), size)
+  scale = min(height / out.shape[0], width / out.shape[1]) * _CENTRAL_CROP
+  h, w = (max(1, round(scale * side)) for side in out.shape[:2])
+  top, left = (height - h) // 2, (width - w) // 2
+  resize(image[top : top + h, left : left + w], out)
 
 
-def resized_crop(
-  image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
-) -> np.ndarray:
-  """Resizes a box `(left, top, width, height)`.
+def resize(image: np.ndarray, out: np.ndarray) -> None:
+  """Fills `out` with the image at its size.
 
   Bilinear interpolation reads 2×2 pixels. From more than twice the size it would skip
   some, so there each pixel is the mean of the area that it covers.
   """
-  left, top, width, height = box
-  skips = width > 2 * size[0] and height > 2 * size[1]
-  resized = cv2.resize(
-    image[top : top + height, left : left + width],
-    size,
+  height, width, _ = out.shape
+  skips = image.shape[0] > 2 * height and image.shape[1] > 2 * width
+  cv2.resize(
+    image,
+    (width, height),
+    dst=out,
     interpolation=cv2.INTER_AREA if skips else cv2.INTER_LINEAR,
   )
-  return resized.reshape(size[1], size[0], image.shape[2])
 
 
-def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """The image, or its mirror image, left to right."""
-  if rng.random() < 0.5:
-    return image
-  return cv2.flip(image, 1).reshape(image.shape)
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> None:
+  """Makes it its mirror image, left to right, half of the times."""
+  if rng.random() >= 0.5:
+    cv2.flip(image, 1, dst=image)
 
 
 def _random_sides(area, part, ratio, rng):
@@ -179,24 +189,24 @@ def _random_sides(area, part, ratio, rng):
 
 def rand_augment(
   image: np.ndarray, rng: np.random.Generator, magnitude: float, fill: tuple[int, ...]
-) -> np.ndarray:
+) -> None:
   """RandAugment (Cubuk et al., 2020, arXiv 1909.13719), in the form of DeiT.
 
   Args:
-    image: not changed.
+    image: changed in place.
     rng: consumed.
     magnitude: the mean level of the operations, 0 … `MAX_LEVEL`.
     fill: per channel, of what moves into the image.
   """
-  names, shape = list(OPERATIONS), image.shape
-  image = Image.fromarray(image[..., 0] if shape[2] == 1 else image)
+  names = list(OPERATIONS)
+  changed = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
   for _ in range(_NUM_OPERATIONS):
     operation = OPERATIONS[names[rng.integers(len(names))]]
     level = np.clip(rng.normal(magnitude, _LEVEL_STDDEV), 0, MAX_LEVEL) / MAX_LEVEL
     sign = rng.choice((-1, 1))
     if rng.random() < _PROBABILITY:
-      image = operation(image, float(level), int(sign), fill)
-  return np.asarray(image).reshape(shape)
+      changed = operation(changed, float(level), int(sign), fill)
+  image[:] = np.asarray(changed).reshape(image.shape)
 
 
 def _posterize(image, level, sign, fill):
@@ -257,25 +267,23 @@ def erase(
   probability: float,
   mean: tuple[float, ...],
   stddev: tuple[float, ...],
-) -> np.ndarray:
+) -> None:
   """Random erasing (Zhong et al., 2020, arXiv 1708.04896), with noise in every pixel.
 
   Args:
-    image: not changed.
+    image: changed in place.
     rng: consumed.
     probability: of there being a box of noise.
     mean: per channel, of the normal noise, whose values are pixels in [0, 1].
     stddev: per channel.
   """
   if rng.random() >= probability:
-    return image
+    return
   height, width, channels = image.shape
   for _ in range(10):
     w, h = _random_sides(width * height, _ERASED_AREA, _ERASED_RATIO, rng)
     if 0 < w < width and 0 < h < height:
       top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
       noise = rng.normal(mean, stddev, size=(h, w, channels))
-      image = image.copy()
       image[top : top + h, left : left + w] = np.clip(np.rint(255 * noise), 0, 255)
       break
-  return image

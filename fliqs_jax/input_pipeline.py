@@ -132,13 +132,14 @@ def _train_dataset(config, builder, split, seed, held, augment=True):
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
   def load(step, indices):
-    def to_image(encoded, place):
-      if not augment:
-        return _central_crop(config.input, encoded)
-      rng = np.random.default_rng((seed, step, held.flat[place]))
-      return _augmented(config.input, encoded, rng)
+    def fill(encoded, place, out):
+      if augment:
+        rng = np.random.default_rng((seed, step, held.flat[place]))
+        _augmented(config.input, encoded, rng, out)
+      else:
+        _central_crop(encoded, out)
 
-    batch = _load(config.input, source, indices, to_image)
+    batch = _load(config.input, source, indices, fill)
     return {
       key: array.reshape(*held.shape, *array.shape[1:]) for key, array in batch.items()
     }
@@ -175,7 +176,7 @@ def eval_batches(
       config.input,
       source,
       np.minimum(indices, len(source) - 1),
-      lambda encoded, place: _central_crop(config.input, encoded),
+      lambda encoded, place, out: _central_crop(encoded, out),
     )
     return {**batch, 'mask': indices < len(source)}
 
@@ -188,11 +189,8 @@ def eval_batches(
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _load(settings, source, indices, to_image):
-  """Reads a batch, each image `to_image(encoded, its place in the batch)`.
-
-  An image goes to its place while it is in the cache: stacking those of a whole batch
-  at its end takes longer than reading them does.
+def _load(settings, source, indices, fill):
+  """Reads a batch, each image by `fill(encoded, its place in the batch, out)`.
 
   Raises:
     ValueError: where one cannot be decoded; says which.
@@ -202,7 +200,7 @@ def _load(settings, source, indices, to_image):
   for place, index in enumerate(indices):
     example = source[index]
     try:
-      images[place] = to_image(example['image'], place)
+      fill(example['image'], place, images[place])
     except ValueError as error:
       raise ValueError(f'example {index} of the split: {error}') from None
     labels[place] = example['label']
@@ -253,27 +251,17 @@ def _read_options(config):
   )
 
 
-def _augmented(settings, encoded, rng):
+def _augmented(settings, encoded, rng, out):
   if settings.augmentation == 'none':
-    image = _central_crop(settings, encoded)
+    _central_crop(encoded, out)
   else:
-    channels = settings.image_shape[-1]
-    image = augmentations.random_resized_crop(encoded, channels, _size(settings), rng)
-    image = augmentations.random_flip(image, rng)
+    augmentations.random_resized_crop(encoded, rng, out)
+    augmentations.random_flip(out, rng)
   if settings.augmentation == 'rand_augment':
     fill = tuple(round(255 * mean) for mean in settings.mean)
-    magnitude = settings.rand_augment_magnitude
-    image = augmentations.rand_augment(image, rng, magnitude, fill)
-  return augmentations.erase(
-    image, rng, settings.erasing, settings.mean, settings.stddev
-  )
+    augmentations.rand_augment(out, rng, settings.rand_augment_magnitude, fill)
+  augmentations.erase(out, rng, settings.erasing, settings.mean, settings.stddev)
 
 
-def _central_crop(settings, encoded):
-  image = augmentations.decode(encoded, settings.image_shape[-1])
-  return augmentations.central_crop(image, _size(settings))
-
-
-def _size(settings):
-  height, width, _ = settings.image_shape
-  return width, height
+def _central_crop(encoded, out):
+  augmentations.central_crop(augmentations.decode(encoded, out.shape[-1]), out)
