@@ -1,14 +1,16 @@
 """What training and evaluation do to one image, `uint8[H, W, C]`, on the host.
 
 An image's place in its batch is filled and then changed there: new memory takes longer
-to get than pixels to write.
+to get than pixels to write. Random numbers are Python's own: making a generator for
+each image, and drawing single numbers, takes numpy several times as long.
 """
 
-import io
+import math
+import random
 
 import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 import tensorflow as tf
 
 cv2.setNumThreads(0)  # what runs in parallel is images
@@ -56,48 +58,46 @@ def decode(encoded: bytes, num_channels: int, reduction: int = 1) -> np.ndarray:
   return image.reshape(*image.shape[:2], num_channels)
 
 
-def read_header(encoded: bytes) -> Image.Image:
-  """Returns the file's format, mode and size, `(width, height)`; decodes no pixel.
+def jpeg_size(encoded: tf.Tensor) -> tuple[int, int] | None:
+  """Returns the width and the height of a JPEG that `decode_box` reads, else None.
 
-  Raises:
-    ValueError: where there is no image in it.
+  Args:
+    encoded: the file's content, a scalar string.
   """
   try:
-    return Image.open(io.BytesIO(encoded))
-  except UnidentifiedImageError:
-    raise ValueError(_NO_IMAGE) from None
+    height, width, components = tf.io.extract_jpeg_shape(encoded).numpy().tolist()
+  except tf.errors.InvalidArgumentError:
+    return None
+  return None if components == 4 else (width, height)  # CMYK: TensorFlow refuses it
 
 
 def decode_box(
-  encoded: bytes,
-  header: Image.Image,
+  encoded: tf.Tensor,
   num_channels: int,
   box: tuple[int, int, int, int],
+  image_width: int,
   reduction: int = 1,
 ) -> np.ndarray:
   """Returns the pixels of `decode` in a box `(left, top, width, height)` of them.
 
-  Of a JPEG no others are computed, and what follows the box is not read.
+  No others are computed, and what follows the box is not read.
 
   Args:
-    encoded: the file's content.
-    header: what `read_header` returns for it.
+    encoded: the content of a JPEG file, a scalar string.
     num_channels: 1 or 3.
     box: in pixels of the reduced image.
+    image_width: of `jpeg_size`.
     reduction: 1, 2, 4 or 8, of both sides, as in `decode`.
 
   Raises:
     ValueError: where there is no image in it.
   """
   left, top, width, height = box
-  if header.format != 'JPEG' or header.mode == 'CMYK':  # TensorFlow reads no others
-    image = decode(encoded, num_channels, reduction)
-    return image[top : top + height, left : left + width]
   # With a column on each side, from which subsampled colours are interpolated.
-  first, end = max(left - 1, 0), min(left + width + 1, -(-header.width // reduction))
+  first, end = max(left - 1, 0), min(left + width + 1, -(-image_width // reduction))
   try:
     image = tf.io.decode_and_crop_jpeg(
-      tf.constant(encoded),
+      encoded,
       np.array((top, first, height, end - first), np.int32),
       channels=num_channels,
       ratio=reduction,
@@ -109,41 +109,50 @@ def decode_box(
   return np.asarray(image)[:, left - first : left - first + width]
 
 
-def random_resized_crop(
-  encoded: bytes, rng: np.random.Generator, out: np.ndarray
-) -> None:
-  """Decodes a crop of random area and aspect ratio, resized; the central one where
-  none fits.
+def random_resized_crop(encoded: bytes, rng: random.Random, out: np.ndarray) -> None:
+  """Fills `out` with a crop of random area and aspect ratio; where none fits, with the
+  central one.
 
   What is at least twice as large as it will be is decoded at a lower resolution, since
   decoding is what takes the time.
 
   Args:
-    encoded: the file's content.
+    encoded: the content of a JPEG or PNG file.
     rng: consumed.
-    out: filled.
+    out: `uint8[H, W, C]`.
 
   Raises:
     ValueError: where there is no image in it.
   """
   height, width, num_channels = out.shape
-  header = read_header(encoded)
-  box = _random_box(header.size, rng)
-  if box is None:
-    central_crop(decode(encoded, num_channels), out)
+  contents = tf.constant(encoded)
+  size = jpeg_size(contents)
+  if size is None:
+    image = decode(encoded, num_channels)
+    left, top, w, h = _random_box(image.shape[1::-1], out, rng)
+    resize(image[top : top + h, left : left + w], out)
     return
+  box = _random_box(size, out, rng)
   times = min(box[2] // width, box[3] // height)
   reduction = max(r for r in _REDUCED if r <= max(times, 1))
   box = tuple(side // reduction for side in box)
-  resize(decode_box(encoded, header, num_channels, box, reduction), out)
+  resize(decode_box(contents, num_channels, box, size[0], reduction), out)
 
 
-def _random_box(image_size, rng):
+def _random_box(image_size, out, rng):
   width, height = image_size
   for _ in range(10):
     w, h = _random_sides(width * height, _CROP_AREA, _CROP_RATIO, rng)
     if 0 < w <= width and 0 < h <= height:
-      return rng.integers(width - w + 1), rng.integers(height - h + 1), w, h
+      return rng.randrange(width - w + 1), rng.randrange(height - h + 1), w, h
+  return _central_box(image_size, out)
+
+
+def _central_box(image_size, out):
+  width, height = image_size
+  scale = min(height / out.shape[0], width / out.shape[1]) * _CENTRAL_CROP
+  h, w = (max(1, round(scale * side)) for side in out.shape[:2])
+  return (width - w) // 2, (height - h) // 2, w, h
 
 
 def central_crop(image: np.ndarray, out: np.ndarray) -> None:
@@ -151,10 +160,7 @@ def central_crop(image: np.ndarray, out: np.ndarray) -> None:
   if image.shape == out.shape:
     out[:] = image
     return
-  height, width, _ = image.shape
-  scale = min(height / out.shape[0], width / out.shape[1]) * _CENTRAL_CROP
-  h, w = (max(1, round(scale * side)) for side in out.shape[:2])
-  top, left = (height - h) // 2, (width - w) // 2
+  left, top, w, h = _central_box(image.shape[1::-1], out)
   resize(image[top : top + h, left : left + w], out)
 
 
@@ -174,7 +180,7 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
   )
 
 
-def random_flip(image: np.ndarray, rng: np.random.Generator) -> None:
+def random_flip(image: np.ndarray, rng: random.Random) -> None:
   """Makes it its mirror image, left to right, half of the times."""
   if rng.random() >= 0.5:
     cv2.flip(image, 1, dst=image)
@@ -183,12 +189,12 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> None:
 def _random_sides(area, part, ratio, rng):
   """Returns the integer sides of a box with a random part of an area."""
   area *= rng.uniform(*part)
-  ratio = np.exp(rng.uniform(*np.log(ratio)))
-  return round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+  ratio = math.exp(rng.uniform(*map(math.log, ratio)))
+  return round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
 
 
 def rand_augment(
-  image: np.ndarray, rng: np.random.Generator, magnitude: float, fill: tuple[int, ...]
+  image: np.ndarray, rng: random.Random, magnitude: float, fill: tuple[int, ...]
 ) -> None:
   """RandAugment (Cubuk et al., 2020, arXiv 1909.13719), in the form of DeiT.
 
@@ -198,14 +204,13 @@ def rand_augment(
     magnitude: the mean level of the operations, 0 … `MAX_LEVEL`.
     fill: per channel, of what moves into the image.
   """
-  names = list(OPERATIONS)
+  operations = list(OPERATIONS.values())
   changed = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
   for _ in range(_NUM_OPERATIONS):
-    operation = OPERATIONS[names[rng.integers(len(names))]]
-    level = np.clip(rng.normal(magnitude, _LEVEL_STDDEV), 0, MAX_LEVEL) / MAX_LEVEL
-    sign = rng.choice((-1, 1))
+    operation, sign = rng.choice(operations), rng.choice((-1, 1))
+    level = min(max(rng.gauss(magnitude, _LEVEL_STDDEV), 0), MAX_LEVEL) / MAX_LEVEL
     if rng.random() < _PROBABILITY:
-      changed = operation(changed, float(level), int(sign), fill)
+      changed = operation(changed, level, sign, fill)
   image[:] = np.asarray(changed).reshape(image.shape)
 
 
@@ -263,7 +268,7 @@ OPERATIONS = {
 
 def erase(
   image: np.ndarray,
-  rng: np.random.Generator,
+  rng: random.Random,
   probability: float,
   mean: tuple[float, ...],
   stddev: tuple[float, ...],
@@ -283,7 +288,8 @@ def erase(
   for _ in range(10):
     w, h = _random_sides(width * height, _ERASED_AREA, _ERASED_RATIO, rng)
     if 0 < w < width and 0 < h < height:
-      top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-      noise = rng.normal(mean, stddev, size=(h, w, channels))
+      top, left = rng.randrange(height - h + 1), rng.randrange(width - w + 1)
+      noise = np.random.default_rng(rng.getrandbits(64))
+      noise = noise.normal(mean, stddev, size=(h, w, channels))
       image[top : top + h, left : left + w] = np.clip(np.rint(255 * noise), 0, 255)
       break

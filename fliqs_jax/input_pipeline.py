@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import functools
 import importlib
 import math
+import random
 
 import grain
 import jax
@@ -130,25 +131,24 @@ def train_batches(
 def _train_dataset(config, builder, split, seed, held, augment=True):
   source = _source(builder, split)
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+  positions = held.ravel().tolist()
 
-  def load(step, indices):
+  def load(step):
     def fill(encoded, place, out):
       if augment:
-        rng = np.random.default_rng((seed, step, held.flat[place]))
+        rng = random.Random(f'{seed} {step} {positions[place]}')
         _augmented(config.input, encoded, rng, out)
       else:
         _central_crop(encoded, out)
 
+    first = step * config.batch_size
+    indices = [order[first + position] for position in positions]
     batch = _load(config.input, source, indices, fill)
     return {
       key: array.reshape(*held.shape, *array.shape[1:]) for key, array in batch.items()
     }
 
-  return (
-    order.pipe(_Positions, config.batch_size, held.ravel())
-    .batch(held.size)
-    .map_with_index(load)
-  )
+  return grain.MapDataset.range(len(order) // config.batch_size).map(load)
 
 
 def eval_batches(
@@ -170,7 +170,8 @@ def eval_batches(
   held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
 
-  def load(indices):
+  def load(batch_index):
+    indices = batch_index * config.eval_batch_size + held
     # The last example stands in for those that there are not.
     batch = _load(
       config.input,
@@ -180,12 +181,7 @@ def eval_batches(
     )
     return {**batch, 'mask': indices < len(source)}
 
-  dataset = (
-    grain.MapDataset.range(num_batches * config.eval_batch_size)
-    .pipe(_Positions, config.eval_batch_size, held)
-    .batch(held.size)
-    .map(load)
-  )
+  dataset = grain.MapDataset.range(num_batches).map(load)
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
@@ -219,23 +215,6 @@ def _held_positions(sharding, shape):
   return positions[
     np.ix_(*(held.any(axis=tuple(a for a in axes if a != axis)) for axis in axes))
   ]
-
-
-class _Positions(grain.MapDataset):
-  """Of every `batch_size` elements those at some positions, in their order."""
-
-  def __init__(self, parent, batch_size, positions):
-    super().__init__(parent)
-    self._batch_size, self._positions = batch_size, positions.tolist()
-
-  def __len__(self):
-    return len(self._parent) // self._batch_size * len(self._positions)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return self.slice(index)
-    batch, position = divmod(index, len(self._positions))
-    return self._parent[batch * self._batch_size + self._positions[position]]
 
 
 def _source(builder, split):
