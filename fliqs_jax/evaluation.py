@@ -1,5 +1,6 @@
 """Evaluation: of the state at hand, or of a checkpoint."""
 
+import math
 from typing import Any
 
 from etils import epath
@@ -57,7 +58,11 @@ def evaluate(
   state: TrainState,
   choices: np.ndarray,
 ) -> dict[str, float]:
-  """Returns the means over all examples of the evaluation, and their number."""
+  """Returns the means over all examples of the evaluation, and their number.
+
+  Raises:
+    FloatingPointError: where one of the means is not finite.
+  """
   eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
   choices = jax.device_put(choices, meshes.replicated(mesh))
   sums = []
@@ -70,10 +75,14 @@ def evaluate(
     sums.append(eval_step(state, choices, batch))
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
   num_examples = int(totals.pop('num_examples'))
-  return {
-    **{name: total / num_examples for name, total in totals.items()},
-    'num_examples': num_examples,
-  }
+  means = {name: total / num_examples for name, total in totals.items()}
+  for name, mean in means.items():
+    if not math.isfinite(mean):
+      raise FloatingPointError(
+        f'{name} is {mean} over the {num_examples} examples of the evaluation: look '
+        'for such values in its data, or lower optimizer.learning_rate'
+      )
+  return {**means, 'num_examples': num_examples}
 
 
 def evaluate_checkpoint(

@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fliqs_jax.config import ConfigError
 from fliqs_jax.names import not_among
@@ -43,7 +44,7 @@ def make_objective(
       batch to its argument or to the tuple of its arguments.
   """
   objective = classification()
-  parts = {'loss': loss or _checked(objective.loss), 'quality': quality}
+  parts = {'loss': loss or _default_loss, 'quality': quality}
   if quality is None:
     parts['quality'] = objective.quality if loss is None else _minus(loss)
   if loss is None and quality is None:
@@ -63,21 +64,17 @@ def make_objective(
   )
 
 
-def _checked(loss):
-  """A loss of classifiers that says what it expects, of outputs and batch."""
-
-  def checked(logits, batch):
-    labels = batch.get('label') if isinstance(batch, Mapping) else None
-    shape = getattr(logits, 'shape', ())
-    if getattr(labels, 'shape', None) not in (shape[:-1], shape)[: len(shape)]:
-      raise ConfigError(
-        "the default loss takes logits [B, ..., classes] and batch['label'], [B, ...] "
-        f'or as the logits, found {_shapes(logits)} and {_shapes(labels)}: expected '
-        'loss=... for anything else'
-      )
-    return loss(logits, batch)
-
-  return checked
+def _default_loss(logits, batch):
+  """That of classifiers; says what it expects of outputs and batch."""
+  labels = batch.get('label') if isinstance(batch, Mapping) else None
+  shape = getattr(logits, 'shape', ())
+  if getattr(labels, 'shape', None) not in (shape[:-1], shape)[: len(shape)]:
+    raise ConfigError(
+      "the default loss takes logits [B, ..., classes] and batch['label'], [B, ...] "
+      f'or as the logits, found {_shapes(logits)} and {_shapes(labels)}: expected '
+      'loss=... for anything else'
+    )
+  return classification().loss(logits, batch)
 
 
 def _shapes(tree):
@@ -151,10 +148,12 @@ def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> N
     call = objective.arguments(evaluated, False)
     outputs = model.apply(variables, *call.args, **call.kwargs)
     found = values, objective.evaluation(outputs, evaluated)
-    return found, {name: variables[name] for name in collections}, updated
+    return found, outputs, {name: variables[name] for name in collections}, updated
 
-  found, before, after = jax.eval_shape(forward, batch, evaluated)
+  found, outputs, before, after = jax.eval_shape(forward, batch, evaluated)
   problems = []
+  if objective.loss is _default_loss:
+    problems += _label_problems(outputs.shape[-1], batch['label'], evaluated['label'])
   for values, given in zip(found, (batch, evaluated)):
     size = jax.tree.leaves(given)[0].shape[0]
     problems += [
@@ -172,3 +171,15 @@ def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> N
   ]
   if problems:
     raise ConfigError(*dict.fromkeys(problems))
+
+
+def _label_problems(num_classes, *labels):
+  """Says where integer labels are none of the classes, which the loss passes over."""
+  return [
+    f"batch['label'] holds {label}: expected classes from 0 to {num_classes - 1}, as "
+    f'the network has {num_classes} outputs'
+    for given in labels
+    if np.issubdtype(given.dtype, np.integer)
+    for label in (given.min(), given.max())
+    if not 0 <= label < num_classes
+  ]

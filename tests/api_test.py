@@ -190,6 +190,19 @@ def test_evaluation_of_a_saved_search(searched, tmp_path):
     fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'nothing', **TASK)
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
+  def nan_in_evaluation(outputs, batch):
+    return {'ratio': jnp.mean(jnp.log(batch['scale']))}
+
+  train, evaluation = [
+    [batch | {'scale': np.full(16, scale, np.float32)}]
+    for (batch,), scale in ((list(sequences([16])), 1), (list(sequences([16])), -1))
+  ]
+  with pytest.raises(FloatingPointError, match='ratio is nan over the 16 examples'):
+    search(train, evaluation, metrics=nan_in_evaluation, workdir=tmp_path / 'run')
+  assert not (tmp_path / 'run' / results.RESULT_FILE).exists()
+
+
 # Wrong input
 
 
@@ -197,6 +210,12 @@ def search(train=None, evaluation=None, model=None, **arguments):
   given = [list(sequences([16])) if b is None else b for b in (train, evaluation)]
   arguments = {'num_steps': 4, 'num_samples': 2, **TASK, **FIELDS, **arguments}
   return fliqs_jax.search(model or Sequence(), *given, **arguments)
+
+
+def labelled(label):
+  """A batch whose sequences all have one label."""
+  (batch,) = sequences([16])
+  return [batch | {'label': np.full((16, LENGTH - 1), label)}]
 
 
 class NoLayers(nn.Module):
@@ -237,6 +256,8 @@ class Loop(nn.Module):
     ({'model': Sequence}, r'expected a linen module, as Network\(\), found <class'),
     ({'evaluation': [{'token': np.zeros((4, 8), int)}], 'inputs': 'tokens',
       'loss': lambda logits, batch: jnp.mean(logits)}, "a batch lacks: .* 'token'"),
+    ({'loss': None, 'train': labelled(5), 'evaluation': labelled(4)}, 'holds 5: expec'),
+    ({'loss': None, 'train': labelled(4), 'evaluation': labelled(-1)}, 'holds -1: exp'),
     ({'loss': None}, r'default loss takes .* \(16, 7, 5\) and None: expected loss'),
     ({'loss': lambda logits, batch: (logits, {})}, r'has shape \(\(16, 7, 5\), {}\)'),
     ({'train': [{'tokens': np.zeros((4, 2)), 'x': np.zeros(3)}]}, 'along the first'),
