@@ -23,5 +23,6 @@ def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
     recipes.imagenet(config, image_size=299, epochs=100)
     config.optimizer.update(weight_decay=4e-5)
   else:
-    recipes.digits(config, num_steps=600, width=0.125, small_images=True)
+    recipes.digits(config, width=0.125, small_images=True)
+    recipes.few_products(config)
   return config

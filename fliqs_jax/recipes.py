@@ -91,10 +91,11 @@ def digits(
 
 
 def few_products(config: ml_collections.ConfigDict) -> None:
-  """A search on the digits for networks of depthwise convolutions, at INT4's cost.
+  """A search on the digits at INT4's cost, for many layers whose sums have few products.
 
-  Their sums have few products, in which errors of 2 bits hardly cancel, and MobileNetV2
-  was seen to diverge at the learning rate of the others.
+  Errors of 2 bits hardly cancel in those of depthwise convolutions and narrow layers:
+  Inception-v3 learns little with them. MobileNetV2 was seen to diverge at the learning
+  rate of the others.
   """
   config.search.update(formats='int3,int4,int8', target_format='int4')
   config.optimizer.learning_rate = 0.05

@@ -75,6 +75,16 @@ def test_random_crops_are_of_their_area_and_ratio(mode, format):
   assert abs(np.log(ratios).mean()) < 0.05
 
 
+@pytest.mark.parametrize('format', ['PNG', 'JPEG'])
+def test_where_no_box_fits_the_crop_is_central(format):
+  file = io.BytesIO()
+  Image.fromarray(noise(4, 400)).save(file, format)
+  found, expected = np.empty((2, 8, 8, 3), np.uint8)
+  augmentations.random_resized_crop(file.getvalue(), random.Random(0), found)
+  augmentations.central_crop(augmentations.decode(file.getvalue(), 3), expected)
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_flips_half_of_the_images():
   image, rng = noise(4, 5), random.Random(0)
   flipped = [changed(augmentations.random_flip, image, rng) for _ in range(400)]
