@@ -11,4 +11,4 @@ from fliqs_jax import recipes
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   """Returns the config of a variant, `imagenet` or `digits`."""
-  return recipes.efficientnet(variant, 'efficientnet_b2', image_size=260)
+  return recipes.efficientnet(variant, 'efficientnet_b2', image_size=260, deep=True)

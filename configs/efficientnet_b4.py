@@ -11,6 +11,4 @@ from fliqs_jax import recipes
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:
   """Returns the config of a variant, `imagenet` or `digits`."""
-  return recipes.efficientnet(
-    variant, 'efficientnet_b4', image_size=380, steps_on_digits=500
-  )
+  return recipes.efficientnet(variant, 'efficientnet_b4', image_size=380, deep=True)

@@ -102,7 +102,7 @@ def few_products(config: ml_collections.ConfigDict) -> None:
 
 
 def efficientnet(
-  variant: str, name: str, image_size: int, steps_on_digits: int = 1_000
+  variant: str, name: str, image_size: int, deep: bool = False
 ) -> ml_collections.ConfigDict:
   """Returns the config of an EfficientNet (Tan and Le, 2019, arXiv 1905.11946).
 
@@ -115,7 +115,7 @@ def efficientnet(
     variant: one of `VARIANTS`.
     name: of the network.
     image_size: its resolution on ImageNet.
-    steps_on_digits: fewer for the deep ones, to end within minutes too.
+    deep: whether its steps on the digits must be smaller to end within minutes too.
   """
   config = start(variant, name=name, width=1.0, small_images=False)
   if variant == 'imagenet':
@@ -129,8 +129,12 @@ def efficientnet(
     )
     config.input.augmentation = 'rand_augment'
   else:
-    digits(config, steps_on_digits, width=0.25, small_images=True)
+    digits(config, width=0.25, small_images=True)
     few_products(config)
+    if deep:
+      # As many examples a sample, and none of the noise that slows learning.
+      config.batch_size, config.search.num_samples = 32, 2
+      config.model.update(dropout_rate=0.0, drop_path_rate=0.0)
   return config
 
 
