@@ -91,7 +91,7 @@ def digits(
 
 
 def few_products(config: ml_collections.ConfigDict) -> None:
-  """A search on the digits at INT4's cost, for many layers whose sums have few products.
+  """A search on the digits at INT4's cost, for layers whose sums have few products.
 
   Errors of 2 bits hardly cancel in those of depthwise convolutions and narrow layers:
   Inception-v3 learns little with them. MobileNetV2 was seen to diverge at the learning
