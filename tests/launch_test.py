@@ -125,16 +125,18 @@ class Cloud:
     (self.folder / name).write_text('\n'.join(lines) + '\n')
 
   def start(self, script, *arguments, **kwargs):
-    return subprocess.Popen(
+    # A job in the background ignores SIGINT, and so would the script that it starts.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
       ['bash', str(LAUNCH / script), *arguments],
       env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      # A job in the background ignores SIGINT, and so would the script.
-      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       **kwargs,
     )
+    signal.signal(signal.SIGINT, previous)
+    return process
 
   def run(self, script, *arguments):
     """Returns (status, stdout, stderr)."""
