@@ -21,6 +21,7 @@ _REDUCED = {
   4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
   8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
+_JPEG_START = b'\xff\xd8'
 _NO_IMAGE = 'an image cannot be decoded: expected a JPEG or a PNG file'
 
 # The part of the image's area and the aspect ratios of a random resized crop
@@ -126,7 +127,8 @@ def random_resized_crop(encoded: bytes, rng: random.Random, out: np.ndarray) -> 
   """
   height, width, num_channels = out.shape
   contents = tf.constant(encoded)
-  size = jpeg_size(contents)
+  # TensorFlow prints a line for each file that is something else.
+  size = jpeg_size(contents) if encoded.startswith(_JPEG_START) else None
   if size is None:
     image = decode(encoded, num_channels)
     left, top, w, h = _random_box(image.shape[1::-1], out, rng)
