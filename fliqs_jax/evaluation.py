@@ -97,6 +97,7 @@ def evaluate_checkpoint(
   Raises:
     ConfigError: with all that stands in the way.
     RunError: where no checkpoint can be read.
+    FloatingPointError: as `evaluate` does.
   """
   source = epath.Path(config.checkpoint) if config.checkpoint else workdir
   attempt = Attempts()

@@ -148,12 +148,13 @@ def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> N
     call = objective.arguments(evaluated, False)
     outputs = model.apply(variables, *call.args, **call.kwargs)
     found = values, objective.evaluation(outputs, evaluated)
-    return found, outputs, {name: variables[name] for name in collections}, updated
+    logits = outputs if objective.loss is _default_loss else None
+    return found, logits, {name: variables[name] for name in collections}, updated
 
-  found, outputs, before, after = jax.eval_shape(forward, batch, evaluated)
+  found, logits, before, after = jax.eval_shape(forward, batch, evaluated)
   problems = []
-  if objective.loss is _default_loss:
-    problems += _label_problems(outputs.shape[-1], batch['label'], evaluated['label'])
+  if logits is not None:
+    problems += _label_problems(logits.shape[-1], batch['label'], evaluated['label'])
   for values, given in zip(found, (batch, evaluated)):
     size = jax.tree.leaves(given)[0].shape[0]
     problems += [
