@@ -15,12 +15,7 @@ import tensorflow as tf
 
 cv2.setNumThreads(0)  # what runs in parallel is images
 
-_REDUCED = {
-  1: 0,
-  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
+_REDUCTIONS = (1, 2, 4, 8)  # of both sides, that JPEG files are decoded with
 _JPEG_START = b'\xff\xd8'
 _NO_IMAGE = 'an image cannot be decoded: expected a JPEG or a PNG file'
 
@@ -38,20 +33,18 @@ MAX_LEVEL = 10
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
-def decode(encoded: bytes, num_channels: int, reduction: int = 1) -> np.ndarray:
+def decode(encoded: bytes, num_channels: int) -> np.ndarray:
   """Returns the pixels of a JPEG or PNG file, in RGB or, of one channel, in grey.
 
   Args:
     encoded: the file's content.
     num_channels: 1 or 3.
-    reduction: 1, 2, 4 or 8, of both sides. A JPEG is decoded at the lower resolution,
-      each pixel the mean of those that it stands for.
 
   Raises:
     ValueError: where there is no image in it.
   """
   colour = cv2.IMREAD_GRAYSCALE if num_channels == 1 else cv2.IMREAD_COLOR_RGB
-  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
+  flags = colour | cv2.IMREAD_IGNORE_ORIENTATION
   # OpenCV has an error of its own for no bytes.
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
   if image is None:
@@ -79,7 +72,7 @@ def decode_box(
   image_width: int,
   reduction: int = 1,
 ) -> np.ndarray:
-  """Returns the pixels of `decode` in a box `(left, top, width, height)` of them.
+  """Returns the pixels in a box `(left, top, width, height)`, as `decode` has them.
 
   No others are computed, and what follows the box is not read.
 
@@ -88,7 +81,8 @@ def decode_box(
     num_channels: 1 or 3.
     box: in pixels of the reduced image.
     image_width: of `jpeg_size`.
-    reduction: 1, 2, 4 or 8, of both sides, as in `decode`.
+    reduction: 1, 2, 4 or 8, of both sides. The file is decoded at the lower resolution,
+      each pixel the mean of those that it stands for.
 
   Raises:
     ValueError: where there is no image in it.
@@ -136,7 +130,7 @@ def random_resized_crop(encoded: bytes, rng: random.Random, out: np.ndarray) -> 
     return
   box = _random_box(size, out, rng)
   times = min(box[2] // width, box[3] // height)
-  reduction = max(r for r in _REDUCED if r <= max(times, 1))
+  reduction = max(r for r in _REDUCTIONS if r <= max(times, 1))
   box = tuple(side // reduction for side in box)
   resize(decode_box(contents, num_channels, box, size[0], reduction), out)
 

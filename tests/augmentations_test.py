@@ -3,6 +3,7 @@
 import io
 import random
 
+import cv2
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -13,6 +14,12 @@ import tensorflow as tf
 
 from fliqs_jax import augmentations
 
+REDUCED = {
+  1: 0,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 SIZES = st.tuples(st.integers(8, 90), st.integers(8, 90))
 
 
@@ -126,7 +133,10 @@ def test_reduced_decoding_takes_means(reduction, channels):
   image = Image.fromarray(noise(10, 12)).resize((96, 80), Image.Resampling.BICUBIC)
   file = io.BytesIO()
   image.save(file, 'JPEG', quality=95, subsampling=0)
-  found = augmentations.decode(file.getvalue(), channels, reduction)
+  box = (0, 0, 96 // reduction, 80 // reduction)
+  found = augmentations.decode_box(
+    tf.constant(file.getvalue()), channels, box, 96, reduction
+  )
   whole = augmentations.decode(file.getvalue(), channels)
   expected = area_means(whole, (96 // reduction, 80 // reduction))
   assert found.shape == expected.shape
@@ -144,7 +154,11 @@ def test_reduced_decoding_takes_means(reduction, channels):
 def test_decoded_box_is_that_of_the_whole(mode, options, reduction, channels):
   file = io.BytesIO()
   Image.fromarray(noise(83, 101)).convert(mode).save(file, 'JPEG', **options)
-  whole = augmentations.decode(file.getvalue(), channels, reduction)
+  flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+  whole = cv2.imdecode(
+    np.frombuffer(file.getvalue(), np.uint8), flag | REDUCED[reduction]
+  )
+  whole = whole.reshape(*whole.shape[:2], channels)
   encoded = tf.constant(file.getvalue())
   assert augmentations.jpeg_size(encoded) == (101, 83)
   height, width, _ = whole.shape
