@@ -19,9 +19,12 @@ import time
 from etils import epath
 import jax
 
-from fliqs_jax import assembly, evaluation, input_pipeline, meshes, train
-from fliqs_jax.checkpoints import Checkpoints
-from fliqs_jax.config import resolve
+from fliqs_jax.data import pipeline as input_pipeline
+from fliqs_jax.runs import assembly, evaluation
+from fliqs_jax.runs import loop as train
+from fliqs_jax.training import sharding as meshes
+from fliqs_jax.runs.checkpoints import Checkpoints
+from fliqs_jax.runs.config import resolve
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 _STEPS = 100

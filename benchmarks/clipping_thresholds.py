@@ -9,7 +9,7 @@ normal; the error of each threshold is integrated in closed form, cell by cell.
 import numpy as np
 from scipy import optimize, stats
 
-from fliqs_jax import formats
+from fliqs_jax.numerics import formats
 
 
 def representable_values(name: str) -> np.ndarray:

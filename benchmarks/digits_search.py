@@ -18,7 +18,8 @@ import tempfile
 
 import jax
 
-from fliqs_jax import results, train
+from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import result as results
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 UNIFORM = 'int3'

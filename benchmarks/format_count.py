@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import resnet_steps
 
-from fliqs_jax import meshes
+from fliqs_jax.training import sharding as meshes
 
 FORMATS = (
     'int4', 'int8', 'int3', 'int6', 'e2m1', 'e4m3', 'int2', 'bf16',

@@ -20,7 +20,8 @@ import photographs  # noqa: F401, registers the dataset
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from fliqs_jax import input_pipeline, recipes
+from fliqs_jax.data import pipeline as input_pipeline
+from fliqs_jax.runs import recipes
 
 IMAGE_SIZE = 224
 MEAN, STDDEV = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,10 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fliqs_jax import architecture, controller, cost_models, discovery, models
-from fliqs_jax import search_space
-from fliqs_jax import meshes, objectives, steps
-from fliqs_jax.train_state import Arguments, create_train_state
+from fliqs_jax import models
+from fliqs_jax.layers import architecture
+from fliqs_jax.linen import discovery
+from fliqs_jax.search import controller, cost_models
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import steps
+from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import task as objectives
+from fliqs_jax.training.train_state import Arguments, create_train_state
 
 
 def largest(name, options, default):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import qwix
 import resnet_steps
 
-from fliqs_jax import meshes
+from fliqs_jax.training import sharding as meshes
 
 QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
 

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 import resnet_steps
-from fliqs_jax import meshes
+from fliqs_jax.training import sharding as meshes
 
 
 def compile_step(variant, topology, image_size, batch_per_chip, num_samples, formats):

@@ -33,8 +33,11 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 import resnet_steps
-from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_models, devices, discovery, meshes, rewards, search_space
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.linen import discovery
+from fliqs_jax.search import cost_models, devices, rewards
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import sharding as meshes
 
 FORMATS = (
     'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8', 'bf16',

@@ -6,8 +6,8 @@ python -m fliqs_jax.main --config=configs/again.py:runs/digits --workdir=runs/ag
 from etils import epath
 import ml_collections
 
-from fliqs_jax import workdirs
-from fliqs_jax.config import default_config
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.runs.config import default_config
 
 
 def get_config(workdir: str = '') -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ The digits took 6 minutes on two busy cores: 95.8 % one-shot, within the cost of
 
 import ml_collections
 
-from fliqs_jax import recipes
+from fliqs_jax.runs import recipes
 
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ python -m fliqs_jax.main --config=configs/efficientnet_b0.py:digits --workdir=DI
 
 import ml_collections
 
-from fliqs_jax import recipes
+from fliqs_jax.runs import recipes
 
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ The target is a multiple of the standard network's cost, whose widths are multip
 
 import ml_collections
 
-from fliqs_jax import recipes
+from fliqs_jax.runs import recipes
 
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ loss, 0.4, are those of TF-slim (github.com/tensorflow/models, research/slim).
 
 import ml_collections
 
-from fliqs_jax import recipes
+from fliqs_jax.runs import recipes
 
 
 def get_config(variant: str = 'imagenet') -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ fliqs_jax.make_searchable  a network with its layers quantized, for a loop of yo
 import importlib
 
 # Imported when they are used: some need TensorFlow, for TensorBoard's files.
-_MODULES = {'search': 'api', 'evaluate': 'api', 'make_searchable': 'searchable'}
+_MODULES = {'search': 'api', 'evaluate': 'api', 'make_searchable': 'linen.interception'}
 __all__ = list(_MODULES)
 
 

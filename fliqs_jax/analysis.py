@@ -20,12 +20,21 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import analysis_figures, assembly, command_line, report_page, results
-from fliqs_jax import quality, quantization_error, report_figures, runs, workdirs
-from fliqs_jax import formats as formats_lib
-from fliqs_jax.checkpoints import Checkpoints
-from fliqs_jax.config import ConfigError, resolve
-from fliqs_jax.train_state import create_train_state
+from fliqs_jax import command_line
+from fliqs_jax.reporting import analysis_figures
+from fliqs_jax.reporting import page as report_page
+from fliqs_jax.runs import assembly
+from fliqs_jax.runs import result as results
+from fliqs_jax.numerics import quantization_error
+from fliqs_jax.reporting import quality
+from fliqs_jax.reporting import figures as report_figures
+from fliqs_jax.reporting import finished_runs as runs
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.runs.checkpoints import Checkpoints
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve
+from fliqs_jax.training.train_state import create_train_state
 
 FIGURES = ('switching', 'clipping', 'entropy', 'formats')
 ENTROPY_WEIGHTS = (0.0, 0.01, 0.1, 1.0)
@@ -99,7 +108,7 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
 
 def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]:
   """Searches with several entropy weights, and returns how each went, for JSON."""
-  from fliqs_jax import train
+  from fliqs_jax.runs import loop as train
 
   rows = []
   for weight in ENTROPY_WEIGHTS:

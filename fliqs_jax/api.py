@@ -20,14 +20,24 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import assembly, assignments, batches, discovery, evaluation
-from fliqs_jax import networks, plans, results, search_space, tasks, train, workdirs
-from fliqs_jax.config import ConfigError, default_config, resolve
-from fliqs_jax.layers import FORMATS
-from fliqs_jax.names import not_among
-from fliqs_jax.objectives import Batch, Metrics
-from fliqs_jax.searchable import Coverage, Searchable, make_searchable
-from fliqs_jax.tasks import Score
+from fliqs_jax.data import batches
+from fliqs_jax.linen import discovery
+from fliqs_jax.runs import assembly, evaluation
+from fliqs_jax.search import assignments
+from fliqs_jax.runs import networks
+from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import result as results
+from fliqs_jax.runs import setup as plans
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import own_task as tasks
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.linen.operators import FORMATS
+from fliqs_jax.errors import not_among
+from fliqs_jax.training.task import Batch, Metrics
+from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
+from fliqs_jax.training.own_task import Score
 
 # Where a field that is given by its last name alone is looked for, in this order.
 _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')

@@ -14,9 +14,9 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
-from fliqs_jax.config import ConfigError
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.errors import Preempted, RunError
-from fliqs_jax.names import not_among
+from fliqs_jax.errors import not_among
 
 # Flags that are defined here belong to the command, whose --help lists them.
 flags.disclaim_key_flags()

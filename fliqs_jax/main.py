@@ -13,7 +13,9 @@ import os
 from absl import flags
 import jax
 
-from fliqs_jax import command_line, display, distributed
+from fliqs_jax import command_line
+from fliqs_jax.reporting import terminal as display
+from fliqs_jax.runs import distributed
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all files of the run.')
@@ -39,7 +41,7 @@ def main(argv):
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
   )
   _cache_compilations(_CONFIG.value.compilation_cache)
-  from fliqs_jax import train  # after the flags, whose errors need no TensorFlow
+  from fliqs_jax.runs import loop as train  # after the flags, whose errors need no TensorFlow
 
   result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:
@@ -49,7 +51,7 @@ def main(argv):
 
 
 def _write_report():
-  from fliqs_jax import report_page  # imports matplotlib
+  from fliqs_jax.reporting import page as report_page  # imports matplotlib
 
   try:
     print(f'Report: {report_page.write([_WORKDIR.value])}')

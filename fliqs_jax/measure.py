@@ -23,13 +23,17 @@ from jax import lax
 import jax.numpy as jnp
 import ml_collections
 
-from fliqs_jax import command_line, devices, latency, networks, results
-from fliqs_jax import formats as formats_lib
-from fliqs_jax import layers as layers_lib
-from fliqs_jax.config import ConfigError, resolve, validate
-from fliqs_jax.discovery import Layer
-from fliqs_jax.search_space import UNQUANTIZED
-from fliqs_jax.variants import variants
+from fliqs_jax import command_line
+from fliqs_jax.runs import networks
+from fliqs_jax.runs import result as results
+from fliqs_jax.search import devices, latency
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.linen import operators as layers_lib
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve, validate
+from fliqs_jax.linen.discovery import Layer
+from fliqs_jax.search.space import UNQUANTIZED
+from fliqs_jax.layers.variants import variants
 
 _CONFIG = command_line.define_config_flag()
 _OUT = flags.DEFINE_string('out', None, 'The file to write.')

@@ -16,17 +16,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax import (
-  assembly,
-  assignments,
-  command_line,
-  display,
-  networks,
-  subnetworks,
-)
-from fliqs_jax import formats as formats_lib
-from fliqs_jax.budget import cost_range
-from fliqs_jax.config import ConfigError, resolve
+from fliqs_jax import command_line
+from fliqs_jax.reporting import terminal as display
+from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import subnetwork as subnetworks
+from fliqs_jax.search import assignments
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.search.budget import cost_range
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve
 
 _CONFIG = command_line.define_config_flag()
 _FORMAT = flags.DEFINE_string('format', None, 'Format of all layers (default: bf16).')

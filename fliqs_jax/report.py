@@ -18,7 +18,7 @@ _OUT = flags.DEFINE_string('out', None, 'The page to write.')
 def main(argv):
   """Writes the report of the given workdirs."""
   del argv
-  from fliqs_jax import report_page  # after the flags, whose errors need no matplotlib
+  from fliqs_jax.reporting import page as report_page  # after the flags, whose errors need no matplotlib
 
   print(f'Report: {report_page.write(_WORKDIR.value, _OUT.value)}')
 

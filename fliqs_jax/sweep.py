@@ -14,7 +14,8 @@ import sys
 
 from absl import flags
 
-from fliqs_jax import command_line, display
+from fliqs_jax import command_line
+from fliqs_jax.reporting import terminal as display
 
 _CONFIG = command_line.define_config_flag()
 _FOLDER = flags.DEFINE_string('folder', None, 'Folder of all runs of the sweep.')
@@ -27,7 +28,7 @@ _WIDTHS = flags.DEFINE_list(
 def main(argv):
   """Runs the sweep and prints its points."""
   del argv
-  from fliqs_jax import pareto  # after the flags, whose errors need no TensorFlow
+  from fliqs_jax.reporting import sweep as pareto  # after the flags, whose errors need no TensorFlow
 
   points, failed = pareto.sweep(
     _CONFIG.value, _FOLDER.value, _TARGETS.value, _WIDTHS.value

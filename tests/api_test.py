@@ -18,17 +18,14 @@ import pytest
 from conftest import ROOT
 
 import fliqs_jax
-from fliqs_jax import (
-  batches,
-  display,
-  networks,
-  pretrained,
-  report_page,
-  results,
-  tasks,
-  train_state,
-)
-from fliqs_jax.config import ConfigError
+from fliqs_jax.data import batches
+from fliqs_jax.reporting import page as report_page
+from fliqs_jax.reporting import terminal as display
+from fliqs_jax.runs import networks, pretrained
+from fliqs_jax.runs import result as results
+from fliqs_jax.training import train_state
+from fliqs_jax.training import own_task as tasks
+from fliqs_jax.errors import ConfigError
 
 LENGTH, SYMBOLS = 8, 5
 

@@ -34,7 +34,7 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   """A TFDS folder with the digits in it."""
-  from fliqs_jax import input_pipeline
+  from fliqs_jax.data import pipeline as input_pipeline
 
   folder = tmp_path_factory.mktemp('tfds')
   config = load_config('resnet18', 'digits')

@@ -5,7 +5,7 @@ import re
 import ml_dtypes
 import numpy as np
 
-from fliqs_jax import formats
+from fliqs_jax.numerics import formats
 
 ML_DTYPES = {
   'e4m3': ml_dtypes.float8_e4m3fn,

@@ -7,10 +7,10 @@ from typing import Any
 from flax import linen as nn
 import jax.numpy as jnp
 
-from fliqs_jax import layers
-from fliqs_jax.architecture import Choose, standard
+from fliqs_jax.linen import operators as layers
+from fliqs_jax.layers.architecture import Choose, standard
 from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
-from fliqs_jax.names import not_among
+from fliqs_jax.errors import not_among
 
 MODELS = {
   'resnet18': resnet.ResNet18,

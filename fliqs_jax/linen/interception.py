@@ -1,0 +1,232 @@
+"""A user's own network, unchanged, with its layers searched.
+
+    model = make_searchable(UsersNetwork())
+
+The layers of Flax find their quantized operators by linen's method interceptors, which
+set for the time of a call what `layers.conv_hooks` and `layers.dense_hooks` set for
+good. Parameters keep their paths and values.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+from flax.linen.dtypes import promote_dtype
+from flax.linen.linear import canonicalize_padding
+import jax
+
+from fliqs_jax.linen import operators as layers_lib
+from fliqs_jax.linen.operators import FORMATS, QuantizedConv, QuantizedDotGeneral
+from fliqs_jax.linen.operands import QuantizedConvTranspose, QuantizedEinsum
+from fliqs_jax.linen.discovery import Layer, discover
+
+
+def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
+  """Returns a network like the given one whose layers are searched.
+
+  Args:
+    model: a linen module. Searched are its `nn.Conv`, `nn.ConvTranspose`, `nn.Dense`,
+      `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`; layers with a
+      hook of their own stay as they are.
+    **attributes: of `layers.QuantizedOperator`: calibration, momentum.
+
+  Raises:
+    ValueError: where the model is anything else.
+  """
+  if not isinstance(model, nn.Module | Searchable):
+    raise ValueError(f'expected a linen module, as Network(), found {model!r}')
+  return model if isinstance(model, Searchable) else Searchable(model, attributes)
+
+
+class Coverage(NamedTuple):
+  """What of a network is searched."""
+
+  layers: tuple[Layer, ...]
+  skipped: Mapping[str, str]  # module path -> why its parameters are not searched
+
+  def __str__(self) -> str:
+    found = [
+      f'{layer.path or "."}: {layer.kind} {layer.kernel_shape}, {layer.macs:,} MACs'
+      for layer in self.layers
+    ]
+    return '\n'.join(
+      [
+        f'{len(found)} layers are searched:',
+        *found,
+        *(f'not searched: {path or "."}: {why}' for path, why in self.skipped.items()),
+      ]
+    )
+
+
+class Searchable:
+  """The `init` and `apply` of a linen module, with its layers quantized.
+
+  The variables are the module's own, and `quant_stats`; `apply` takes the formats in
+  the collection `formats`, from `SearchSpace.bind`, and without them is the module's.
+  """
+
+  def __init__(self, model: nn.Module, attributes: Mapping[str, Any]):
+    """See `make_searchable`."""
+    self.model = model
+    self._attributes = dict(attributes)
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `nn.Module.init`."""
+    with self._hooked({}, {}):
+      return self.model.init(rngs, *args, **kwargs)
+
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """As `nn.Module.apply`."""
+    variables = dict(variables)
+    # Not a collection of the module's, since no transformation within it would know
+    # how to carry it on; the values are closed over instead.
+    bound = traverse_util.flatten_dict(variables.pop(FORMATS, {}))
+    with self._hooked({path[:-2]: formats for path, formats in bound.items()}, {}):
+      return self.model.apply(variables, *args, **kwargs)
+
+  def coverage(self, *inputs: Any, **kwargs: Any) -> Coverage:
+    """Returns which layers are searched, and why the others are not.
+
+    Traces `init` abstractly.
+
+    Args:
+      *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
+      **kwargs: passed to `init`.
+    """
+    found, reasons = discover(self, *inputs, **kwargs), {}
+    with self._hooked({}, reasons):
+      variables = jax.eval_shape(
+        functools.partial(self.model.init, **kwargs), jax.random.key(0), *inputs
+      )
+    searched = {layer.path for layer in found}
+    params = traverse_util.flatten_dict(nn.unbox(variables.get('params', {})))
+    skipped = {}
+    for (*path, _), leaf in params.items():
+      # Biases and scales alone make no layer.
+      if leaf.ndim > 1 and '/'.join(path) not in searched:
+        skipped['/'.join(path)] = reasons.get(tuple(path), _UNKNOWN)
+    return Coverage(found, skipped)
+
+  def _hooked(self, formats, reasons):
+    return nn.intercept_methods(
+      functools.partial(_intercept, self._attributes, formats, reasons)
+    )
+
+
+def _intercept(attributes, formats, reasons, call, args, kwargs, context):
+  """Sets the hooks of a layer for the time of its call."""
+  layer = context.module
+  if context.method_name != '__call__':
+    return call(*args, **kwargs)
+  attributes = attributes | {'formats': formats.get(layer.path)}
+  try:
+    hooks = _hooks(layer, attributes, args, kwargs)
+  except _NotSearched as reason:
+    hooks = {}
+    reasons[layer.path] = str(reason)
+  with _replaced(layer, hooks):
+    return call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(layer, attributes):
+  previous = {name: getattr(layer, name) for name in attributes}
+  # Modules are frozen, so that nobody changes them for good.
+  for name, value in attributes.items():
+    object.__setattr__(layer, name, value)
+  try:
+    yield
+  finally:
+    for name, value in previous.items():
+      object.__setattr__(layer, name, value)
+
+
+class _NotSearched(Exception):
+  """Why a layer stays as it is."""
+
+
+_UNKNOWN = (
+  'its parameters are used outside of nn.Conv, nn.ConvTranspose, nn.Dense, '
+  'nn.DenseGeneral and nn.Einsum: write the product with one of these'
+)
+
+
+def _hooks(layer, attributes, args, kwargs):
+  """Returns the attributes that quantize a layer; none where it is no such layer."""
+  if isinstance(layer, nn.Conv):
+    return _product_hooks(layer, 'conv_general_dilated', QuantizedConv, attributes)
+  if isinstance(layer, (nn.Dense, nn.DenseGeneral)):
+    return _product_hooks(layer, 'dot_general', QuantizedDotGeneral, attributes)
+  if isinstance(layer, nn.Einsum):
+    equation = [layer.einsum_str, *args[1:], *kwargs.values()][-1]
+    return _operand_hooks(layer, QuantizedEinsum, attributes | {'equation': equation})
+  if isinstance(layer, nn.ConvTranspose):
+    return _operand_hooks(
+      layer, QuantizedConvTranspose, attributes | _transposed_convolution(layer)
+    )
+  if isinstance(layer, nn.ConvLocal):
+    raise _NotSearched('nn.ConvLocal has no hook for its product: use nn.Conv')
+  if isinstance(layer, nn.Embed):
+    raise _NotSearched('nn.Embed looks its rows up, which multiplies nothing')
+  return {}
+
+
+def _product_hooks(layer, name, operator, attributes):
+  hook = getattr(layer, f'{name}_cls')
+  if _makes_operators(hook):  # of the network's own, or set around a lifted layer
+    return {f'{name}_cls': functools.partial(hook, formats=attributes['formats'])}
+  for own, default in ((f'{name}_cls', None), (name, None), _PROMOTE_DTYPE):
+    _check_default(layer, own, default)
+  return {
+    f'{name}_cls': functools.partial(operator, **attributes),
+    'promote_dtype': layers_lib.promote_all_but_kernel,
+  }
+
+
+def _makes_operators(hook):
+  kind = hook.func if isinstance(hook, functools.partial) else hook
+  return isinstance(kind, type) and issubclass(kind, layers_lib.QuantizedOperator)
+
+
+def _operand_hooks(layer, operator, attributes):
+  if getattr(layer.promote_dtype, 'func', None) is _rounded_operands:
+    return {}  # set around a lifted layer
+  _check_default(layer, *_PROMOTE_DTYPE)
+  operator = functools.partial(operator, **attributes)
+  return {'promote_dtype': functools.partial(_rounded_operands, operator)}
+
+
+_PROMOTE_DTYPE = 'promote_dtype', promote_dtype
+
+
+def _check_default(layer, name, default):
+  if getattr(layer, name) is not default:
+    raise _NotSearched(f'it has a hook of its own, in {name}')
+
+
+def _rounded_operands(operator, inputs, kernel, bias, *, dtype=None, inexact=True):
+  """Flax's `promote_dtype`, with inputs and kernel rounded by an operator."""
+  inputs, kernel, bias = layers_lib.promote_all_but_kernel(
+    inputs, kernel, bias, dtype=dtype, inexact=inexact
+  )
+  return *operator()(inputs, kernel), bias
+
+
+def _transposed_convolution(layer):
+  """Returns the arguments of `lax.conv_transpose`, as `nn.ConvTranspose` gives them."""
+  size = layer.kernel_size
+  rank = 1 if isinstance(size, int) else len(size)
+
+  def each(value):
+    return (value or 1,) * rank if isinstance(value, int | None) else tuple(value)
+
+  padding = canonicalize_padding(layer.padding, rank)
+  return {
+    'strides': each(layer.strides),
+    'padding': 'VALID' if padding == 'CIRCULAR' else padding,
+    'rhs_dilation': each(layer.kernel_dilation),
+    'transpose_kernel': layer.transpose_kernel,
+  }

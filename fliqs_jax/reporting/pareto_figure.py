@@ -1,0 +1,162 @@
+"""The figure of runs by cost and quality, with their Pareto front."""
+
+from collections.abc import Mapping, Sequence
+import itertools
+from typing import Any
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+from fliqs_jax.reporting.figures import LINES, PALETTE, SMALL, STYLE, WIDE, shorten
+
+_MARKERS = {'searched': 'o', 'uniform': 's', 'fixed': 'D'}  # by kind of a point
+_MARKER_RADIUS = 5  # points
+_LOG_SPAN = 4  # largest cost over smallest, from which on their axis is logarithmic
+
+# Where a label may be, in points from its marker, and how it is aligned there; the
+# nearest places first.
+_PLACES = (
+  ((0, 6), ('center', 'bottom')),
+  ((0, -6), ('center', 'top')),
+  ((7, 0), ('left', 'center')),
+  ((-7, 0), ('right', 'center')),
+  ((5, 5), ('left', 'bottom')),
+  ((-5, -5), ('right', 'top')),
+  ((5, -5), ('left', 'top')),
+  ((-5, 5), ('right', 'bottom')),
+  ((0, 17), ('center', 'bottom')),
+  ((0, -17), ('center', 'top')),
+  ((0, 28), ('center', 'bottom')),
+  ((0, -28), ('center', 'top')),
+)
+
+
+@matplotlib.rc_context(STYLE)
+def pareto(
+  points: Sequence[Mapping[str, Any]], unit: str, quality: str, width: float = WIDE
+) -> Figure:
+  """Draws quality against cost, and the Pareto front.
+
+  A label that would cover another one is left out.
+
+  Args:
+    points: `kind` (searched, uniform or fixed), `label`, `group` (whose points have one
+      colour), `cost`, `quality` and `on_front` of each.
+    unit: of the costs.
+    quality: what to call it; an `accuracy` is a fraction.
+    width: in inches.
+  """
+  wide = width > 6
+  figure = Figure(figsize=(width, 4.8 if wide else 3.6), layout='constrained')
+  axes = figure.subplots()
+  _draw(axes, points, _colours(points))
+  costs = [point['cost'] for point in points]
+  if 0 < min(costs) * _LOG_SPAN <= max(costs):
+    axes.set_xscale('log')
+    # A narrow figure has room for three ticks a decade over little more than one.
+    dense = wide or max(costs) < 30 * min(costs)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if dense else (1,)))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+  else:
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(7 if wide else 3))
+  if quality == 'accuracy':
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+  axes.margins(0.08 if wide else 0.16, 0.2)
+  axes.set_xlabel(f'cost ({unit})')
+  axes.set_ylabel(quality)
+  _legend(figure, points)
+  _label(axes, points, 24 if wide else 12)
+  return figure
+
+
+def _colours(points):
+  """Returns the colour of each group; of a group alone, that of what was found."""
+  groups = list(dict.fromkeys(point['group'] for point in points))
+  names = itertools.cycle(LINES) if groups[1:] else ['accent']
+  return {group: PALETTE[name] for group, name in zip(groups, names)}
+
+
+def _draw(axes, points, colours):
+  front = sorted((p['cost'], p['quality']) for p in points if p['on_front'])
+  # A step, since a cost between two points buys the cheaper one.
+  axes.plot(*zip(*front), color=PALETTE['muted'], linewidth=1, drawstyle='steps-post')
+  for point in points:
+    colour, searched = colours[point['group']], point['kind'] == 'searched'
+    axes.scatter(
+      point['cost'],
+      point['quality'],
+      36,
+      marker=_MARKERS[point['kind']],
+      edgecolors=colour,
+      facecolors=colour if searched else PALETTE['surface'],
+      zorder=3 + searched,  # on top, where points meet
+    )
+
+
+def _legend(figure, points):
+  kinds = {point['kind'] for point in points}
+  handles = [Line2D([], [], color=PALETTE['muted'], label='Pareto front')]
+  handles += [
+    Line2D(
+      [], [], linestyle='', marker=marker, color=PALETTE['muted'], label=kind,
+      markerfacecolor=PALETTE['muted' if kind == 'searched' else 'surface'],
+    )
+    for kind, marker in _MARKERS.items() if kind in kinds
+  ]  # fmt: skip
+  colours = _colours(points)
+  if len(colours) > 1:
+    handles += [
+      Line2D([], [], linestyle='', marker='o', color=colour, label=shorten(group, 24))
+      for group, colour in colours.items()
+    ]
+  columns = 6 if figure.get_figwidth() > 6 else 2
+  figure.legend(handles=handles, loc='outside upper left', ncols=columns)
+
+
+def _label(axes: Axes, points: Sequence[Mapping[str, Any]], length: int) -> None:
+  """Writes labels where they cover neither another one nor, if possible, a marker."""
+  figure = axes.figure
+  figure.draw_without_rendering()  # places are known from here on
+  centers = axes.transData.transform([(p['cost'], p['quality']) for p in points])
+  radius = _MARKER_RADIUS * figure.dpi / 72
+  markers = [Bbox([center - radius, center + radius]) for center in centers]
+  colours, taken = _colours(points), []
+  for point in points:
+    label = axes.annotate(
+      shorten(point['label'], length),
+      (point['cost'], point['quality']),
+      textcoords='offset points',
+      xytext=(0, 0),
+      fontsize=SMALL,
+      color=colours[point['group']],
+      in_layout=False,  # the axes stay where they are
+    )
+    boxes = [_put(label, place) for place in _PLACES]
+    crowded = [
+      (box.count_overlaps(taken) + _sticks_out(box, axes), box.count_overlaps(markers))
+      for box in boxes
+    ]
+    best = min(crowded)
+    if best[0]:
+      label.remove()
+    else:
+      taken.append(_put(label, _PLACES[crowded.index(best)]))
+
+
+def _put(label: Annotation, place: tuple) -> Bbox:
+  """Moves a label and returns the box that it then covers, in pixels."""
+  label.xyann, (horizontal, vertical) = place
+  label.set(horizontalalignment=horizontal, verticalalignment=vertical)
+  return label.get_window_extent()
+
+
+def _sticks_out(box, axes):
+  """Whether a label is cut off at the sides, or reaches the legend or the ticks."""
+  beside = box.x0 < 0 or box.x1 > axes.figure.bbox.x1
+  return beside or box.y0 < axes.bbox.y0 or box.y1 > axes.bbox.y1

@@ -1,0 +1,274 @@
+"""A sweep: searches and uniform models, one after the other, and their Pareto front."""
+
+from collections.abc import Callable, Sequence
+import logging
+import math
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+
+from fliqs_jax.reporting import pareto_figure
+from fliqs_jax.reporting import page as report_page
+from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import result as results
+from fliqs_jax.runs import setup as plans
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.reporting import finished_runs as runs_lib
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve
+from fliqs_jax.errors import Preempted
+
+PARETO_FILE = 'pareto.json'
+FIGURE_FILE = 'pareto.png'
+
+# What the runs of a folder must share, for one figure to show them.
+_SHARED = ('model', 'dataset', 'cost_model', 'steps')
+
+_logger = logging.getLogger(__name__)
+
+Point = dict[str, Any]
+
+
+def sweep(
+  config: ml_collections.ConfigDict,
+  folder: str,
+  targets: Sequence[str],
+  widths: Sequence[str],
+) -> tuple[list[Point], list[str]]:
+  """Runs what is not finished yet, and rewrites the files of the sweep after each run.
+
+  Args:
+    config: unresolved, of the searches.
+    folder: in which each run has its workdir, made if it is not there.
+    targets: each a format, SCALE*FORMAT, or a number in the cost model's unit.
+    widths: multipliers as text; none for the config's own.
+
+  Returns:
+    The points of all finished runs in the folder, as in `pareto.json`, and the names of
+    the runs that failed.
+
+  Raises:
+    ConfigError: with all that is wrong, before the first run.
+    Preempted: where SIGTERM stopped a run; the same call goes on.
+  """
+  folder = epath.Path(folder)
+  runs = _prepare(config, folder, targets, widths)
+  failed = []
+  for count, (name, run) in enumerate(runs.items(), 1):
+    _logger.info('Run %d/%d: %s', count, len(runs), name)
+    try:
+      train.run(run, folder / name)
+    except Preempted:
+      raise  # the others are to stop too
+    except Exception as error:  # whatever befell one run, the others go on
+      reason = next(iter(str(error).splitlines()), type(error).__name__)
+      _logger.error('error: %s failed: %s', name, reason)
+      failed.append(name)
+    else:
+      _write(folder)
+  return read_points(folder), failed
+
+
+def _prepare(config, folder, targets, widths):
+  """Returns the runs of a sweep after all checks, or raises all problems."""
+  problems = (
+    [] if targets else ['no targets: expected FORMAT, SCALE*FORMAT or a number']
+  )
+  if config.mode != 'search' or config.formats:
+    problems.append(
+      f'mode={config.mode!r}, formats={config.formats!r}: expected search and none; a '
+      'sweep searches for each target and trains in each format'
+    )
+  targets = _parse(parse_target, 'target', targets, problems)
+  widths = _parse(_positive, 'width', widths, problems)
+  try:
+    runs = plan(config, targets, widths or [config.model.width])
+  except ValueError as error:
+    raise ConfigError(*problems, str(error)) from None
+  found = {}  # problem -> the runs that have it
+  for name, run in runs.items():
+    try:
+      plans.check(run, folder / name)
+    except ConfigError as error:
+      for problem in error.problems:
+        # Without the run's name, problems of many runs are one.
+        problem = problem.replace(str(folder / name), str(folder))
+        found.setdefault(problem, []).append(name)
+  for problem, names in found.items():
+    others = f' and {len(names) - 1} more' if names[1:] else ''
+    problems.append(
+      problem if len(names) == len(runs) else f'{names[0]}{others}: {problem}'
+    )
+  problems += _check_folder(folder, config)
+  if problems:
+    raise ConfigError(*problems)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    reason = error.strerror or error
+    raise ConfigError(f'folder {str(folder)!r} cannot be made: {reason}') from None
+  return runs
+
+
+def _parse(parse: Callable, what: str, texts: Sequence[str], problems: list[str]):
+  """Returns what the texts say, each once; adds a line for each that says nothing."""
+  parsed = []
+  for text in texts:
+    try:
+      value = parse(text)
+    except ValueError as error:
+      problems.append(f'{what} {text!r}: {error}')
+    else:
+      parsed += [value] * (value not in parsed)
+  return parsed
+
+
+def _positive(text):
+  try:
+    number = float(text)
+  except ValueError:
+    number = math.nan
+  if not 0 < number < math.inf:
+    raise ValueError('expected a number above 0')
+  return number
+
+
+def parse_target(text: str) -> dict[str, Any]:
+  """Returns the fields of `config.search` that say what a target is.
+
+  Args:
+    text: FORMAT, SCALE*FORMAT, or a number in the cost model's unit.
+
+  Raises:
+    ValueError: where it is none of these.
+  """
+  scale, times, name = map(str.strip, text.rpartition('*'))
+  if not times and not name[:1].isalpha():
+    return {'target': _positive(text)}
+  formats_lib.get_format(name)
+  target_scale = _positive(scale) if times else 1.0
+  return {'target': None, 'target_format': name, 'target_scale': target_scale}
+
+
+def plan(
+  config: ml_collections.ConfigDict,
+  targets: Sequence[dict[str, Any]],
+  widths: Sequence[float],
+) -> dict[str, ml_collections.ConfigDict]:
+  """Returns the config of every run, by the name of its workdir.
+
+  At each width, the uniform models in all formats of the search and of the targets, and
+  the searches.
+
+  Args:
+    config: of the searches, unresolved.
+    targets: from `parse_target`.
+    widths: multipliers.
+  """
+  uniform = dict.fromkeys(
+    (
+      *formats_lib.parse_names(config.search.formats),
+      *(target['target_format'] for target in targets if 'target_format' in target),
+    )
+  )
+  changes = [
+    *({'mode': 'train', 'formats': name} for name in uniform),
+    *({'mode': 'search', 'formats': '', 'search': target} for target in targets),
+  ]
+  runs = {}
+  for width in widths:
+    for change in changes:
+      run = config.copy_and_resolve_references()
+      run.update({**change, 'model': {'width': width}})
+      run = resolve(run)
+      kind, target = _describe(run)
+      runs[f'{kind}-{target.replace("*", "x")}-width{width:.15g}'] = run
+  return runs
+
+
+def _describe(config):
+  """Returns the kind of a run, and its target or its one format."""
+  search = config.search
+  if config.mode == 'train':
+    return 'uniform', config.formats
+  if search.target is not None:
+    return 'searched', f'{search.target:.15g}'
+  scale = '' if search.target_scale == 1 else f'{search.target_scale:.15g}*'
+  return 'searched', scale + search.target_format
+
+
+def _check_folder(folder, config):
+  """Returns what is wrong with a folder for a sweep of this config, in lines."""
+  if folder.exists() and not folder.is_dir():
+    return [f'folder {str(folder)!r} is a file: expected a folder']
+  ours = config.model.name, config.dataset, config.search.cost_model, config.num_steps
+  for path in _finished(folder):
+    try:
+      result = results.read_result(path)
+    except ValueError as error:
+      return [str(error)]
+    theirs = tuple(result[field] for field in _SHARED)
+    if theirs != ours:
+      return [
+        f'folder {str(folder)!r} holds another sweep: {dict(zip(_SHARED, theirs))} '
+        f'there, {dict(zip(_SHARED, ours))} here; name another --folder'
+      ]
+  return []
+
+
+def _finished(folder):
+  return sorted(folder.glob(f'*-width*/{results.RESULT_FILE}'))
+
+
+def read_points(folder: epath.Path) -> list[Point]:
+  """Returns the points of the finished runs in a sweep's folder, cheapest first.
+
+  Each has `kind` (`searched` or `uniform`), `target` (as given, or the uniform format),
+  `width`, `cost`, `cost_unit`, `accuracy` (a fraction), `workdir` (its name in the
+  folder) and `on_front`.
+  """
+  points = []
+  for path in _finished(folder):
+    result = results.read_result(path)
+    config = ml_collections.ConfigDict(result['config'])
+    kind, target = _describe(config)
+    points.append(
+      {
+        'kind': kind,
+        'target': target,
+        'width': config.model.width,
+        'cost': result['cost'],
+        'cost_unit': result['cost_unit'],
+        'accuracy': result['eval']['accuracy'],
+        'workdir': path.parent.name,
+      }
+    )
+  points.sort(key=lambda point: (point['cost'], -point['accuracy']))
+  front = runs_lib.pareto_front(
+    [(point['cost'], point['accuracy']) for point in points]
+  )
+  return [point | {'on_front': on} for point, on in zip(points, front)]
+
+
+def _write(folder):
+  if jax.process_index() == 0:
+    points = read_points(folder)
+    results.write_json(folder / PARETO_FILE, points)
+    temporary = folder / f'.{FIGURE_FILE}'
+    temporary.write_bytes(report_page.to_png(_figure(points)))
+    temporary.replace(folder / FIGURE_FILE)
+
+
+def _figure(points):
+  drawn = [
+    {
+      **point,
+      'label': point['target'],
+      'group': f'width {point["width"]:g}',
+      'quality': point['accuracy'],
+    }
+    for point in points
+  ]
+  return pareto_figure.pareto(drawn, points[0]['cost_unit'], 'accuracy')

@@ -1,0 +1,241 @@
+"""What a run shows on the terminal: progress, and at the end the table."""
+
+from collections.abc import Mapping, Sequence
+import sys
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fliqs_jax.linen import discovery
+from fliqs_jax.runs import assembly, networks
+from fliqs_jax.search import budget
+from fliqs_jax.search import space as search_space
+
+# Numbers of a history line that progress shows, and how.
+_SHOWN = {
+  'loss': ('loss', '{:.3f}'),
+  'accuracy': ('accuracy', '{:.1%}'),
+  'cost_ratio': ('cost/target', '{:.3f}'),
+  'entropy': ('entropy', '{:.3f}'),
+}
+
+
+class Progress:
+  """A progress bar on a terminal, plain lines elsewhere. A context manager."""
+
+  def __init__(self, start: int, num_steps: int):
+    self._start, self._num_steps = start, num_steps
+    # Notebooks ask for colours, but what they save of a bar is each of its states.
+    self._console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    self._began = time.monotonic()
+    self._bar = progress.Progress(
+      progress.TextColumn('step {task.completed}/{task.total}'),
+      progress.BarColumn(bar_width=20),
+      progress.TimeRemainingColumn(compact=True),
+      progress.TextColumn('{task.fields[numbers]}'),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
+    self._task = self._bar.add_task(
+      'train', total=num_steps, completed=start, numbers='compiling'
+    )
+
+  def __enter__(self) -> 'Progress':
+    self._bar.__enter__()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._bar.__exit__(*error)
+
+  def update(self, step: int, row: Mapping[str, float]) -> None:
+    """Shows the numbers of a history line."""
+    numbers = '  '.join(
+      f'{label} {form.format(row[key])}'
+      for key, (label, form) in _SHOWN.items()
+      if key in row
+    )
+    if self._console.is_terminal:
+      self._bar.update(self._task, completed=step, numbers=numbers)
+    else:
+      elapsed = time.monotonic() - self._began
+      left = elapsed / (step - self._start) * (self._num_steps - step)
+      # Not logged: a program that calls `fliqs_jax.search` need not set up logging.
+      now, place = time.strftime('%H:%M:%S'), f'step {step}/{self._num_steps}'
+      print(f'{now} {place}  {numbers}  ETA {left:.0f} s', file=sys.stderr, flush=True)
+
+
+def make_console() -> Console:
+  """Returns the console for tables, as wide as the terminal; in a file, wide enough."""
+  return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def layer_table(
+  layers: tuple[discovery.Layer, ...],
+  formats: Mapping[str, Mapping[str, str]],
+  costs: np.ndarray,
+  total: float,
+  confidence: Mapping[str, str],
+) -> Table:
+  """Returns the table with a row for each layer.
+
+  Args:
+    layers: the L layers.
+    formats: of each layer's operands, by path.
+    costs: float[L].
+    total: the network's cost, of which shares are shown.
+    confidence: text for each layer path; empty for no such column.
+  """
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('layer', overflow='fold')
+  for name in ('MACs', 'parameters'):
+    table.add_column(name, justify='right', no_wrap=True)
+  for name in ('weights', 'activations'):
+    table.add_column(name, no_wrap=True)
+  if confidence:
+    table.add_column('policy', justify='right', no_wrap=True)
+  table.add_column('cost share', justify='right', no_wrap=True)
+  total = max(total, np.finfo(float).tiny)
+  for layer, cost in zip(layers, costs):
+    row = [
+      layer.path,
+      f'{layer.macs:,}',
+      f'{layer.params:,}',
+      formats[layer.path]['weights'],
+      formats[layer.path]['activations'],
+      *([confidence[layer.path]] if confidence else []),
+      f'{cost / total:.1%}',
+    ]
+    table.add_row(*map(Text, row))
+  return table
+
+
+def architecture_table(
+  architecture: Mapping[str, int], policy: Mapping[str, Mapping[str, float]]
+) -> Table:
+  """Returns the table with a row for each decision on the architecture.
+
+  Args:
+    architecture: the sizes, by decision.
+    policy: the probability of each option, by decision; of others than these too.
+  """
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('architecture', overflow='fold')
+  table.add_column('size', justify='right')
+  table.add_column('policy', justify='right')
+  for name, size in architecture.items():
+    probability = policy.get(name, {}).get(str(size))
+    confidence = 'fixed' if probability is None else f'{probability:.2f}'
+    table.add_row(Text(name), str(size), confidence)
+  return table
+
+
+def print_result(result: Mapping[str, Any], workdir: str) -> None:
+  """Prints what a run found, from its result alone."""
+  config = ml_collections.ConfigDict(result['config'])
+  architecture = result['architecture']
+  layers = networks.discover_layers(
+    config, networks.choose_architecture(config, architecture)
+  )
+  space = search_space.fixed_space(layers, result['formats'])
+  costs = assembly.build_cost_model(config).per_layer(space, np.zeros(0, np.int32))
+  console = make_console()
+  confidence = _confidence(config, result)
+  table = layer_table(layers, result['formats'], costs, result['cost'], confidence)
+  console.print(table)
+  if architecture:
+    console.print(architecture_table(architecture, result['policy']))
+  for line in summary_lines(result):
+    console.print(line, markup=False)
+  if config.mode == 'search':
+    for cap in assembly.search_caps(config, networks.discover_layers(config)):
+      console.print(cap_line(cap, space), markup=False)
+  console.print(f'Files: {workdir}', markup=False)
+
+
+def print_points(
+  points: Sequence[Mapping[str, Any]], failed: Sequence[str], folder: str
+) -> None:
+  """Prints the points of a sweep, cheapest first, and the runs that failed."""
+  table = Table(box=box.SIMPLE_HEAD)
+  for name in ('formats', 'target', 'width'):
+    table.add_column(name)
+  unit = f' ({points[0]["cost_unit"]})' if points else ''
+  for name in ('cost' + unit, 'accuracy', 'Pareto front'):
+    table.add_column(name, justify='right')
+  for point in points:
+    row = [
+      point['kind'],
+      point['target'],
+      f'{point["width"]:g}',
+      f'{point["cost"]:.6g}',
+      f'{point["accuracy"]:.2%}',
+      'yes' if point['on_front'] else '',
+    ]
+    table.add_row(*map(Text, row))
+  console = make_console()
+  console.print(table)
+  for name in failed:
+    console.print(f'Failed: {name}', markup=False)
+  console.print(f'Files: {folder}', markup=False)
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+  """Returns the lines on cost and accuracy below the table."""
+  unit, cost, evaluation = result['cost_unit'], result['cost'], result['eval']
+  lines = [f'Cost: {cost:.6g} {unit} ({result["cost_model"]})']
+  if result['target'] is not None:
+    lines[0] += f', {cost / result["target"]:.4f} of the target {result["target"]:.6g}'
+  if result['uniform_costs']:
+    uniform = ', '.join(
+      f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
+    )
+    lines.append(f'Uniform models: {uniform} {unit}')
+  values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
+  kind = 'One-shot ' if result['policy'] else ''
+  shown = ', '.join(
+    f'accuracy: {value:.2%}' if name == 'accuracy' else f'{name}: {value:.6g}'
+    for name, value in values.items()
+  )
+  shown = (kind + shown)[:1].upper() + (kind + shown)[1:]
+  lines.append(
+    f'{shown} of {evaluation["num_examples"]} examples (loss {evaluation["loss"]:.4f})'
+  )
+  return lines
+
+
+def cap_line(cap: budget.Budget, space: search_space.SearchSpace) -> str:
+  """Returns the line on a cap below the table, for a space of fixed formats."""
+  cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
+  return (
+    f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '
+    f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
+  )
+
+
+def _confidence(config, result):
+  """The policy's probability of each layer's formats, weights' / activations'."""
+  if not result['policy']:
+    return {}
+  layers = networks.searched_layers(config, result['architecture'])
+  space = assembly.build_space(config, layers)
+  texts = {}
+  for i, layer in enumerate(layers):
+    if layer.path not in result['formats']:
+      continue  # skipped
+    operands = {}  # decision name -> format name
+    for operand in search_space.OPERANDS:
+      assigned = getattr(space, operand)[i]
+      if not isinstance(assigned, str):
+        operands[space.decisions[assigned].name] = result['formats'][layer.path][
+          operand
+        ]
+    texts[layer.path] = ' / '.join(
+        f'{result["policy"][decision][name]:.2f}' for decision, name in operands.items()
+    ) or 'pinned'  # fmt: skip
+  return texts

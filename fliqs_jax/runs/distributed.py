@@ -1,0 +1,109 @@
+"""Several processes: how they find each other, and how they stop together."""
+
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+from fliqs_jax.errors import ConfigError
+
+
+def initialize(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  detect: bool = False,
+) -> None:
+  """Joins this process to the others; does nothing where nothing is given.
+
+  Before anything asks for a device.
+
+  Args:
+    coordinator: `HOST:PORT` of process 0.
+    num_processes: of the run.
+    process_id: of this process, from 0 on.
+    detect: find the three in the environment, as TPU VMs, GKE and Slurm have them.
+
+  Raises:
+    ConfigError: where the arguments make no sense together, or nobody answers.
+  """
+  given = {
+    'coordinator': coordinator,
+    'num_processes': num_processes,
+    'process_id': process_id,
+  }
+  if not detect and set(given.values()) == {None}:
+    return
+  if problem := _problem(detect, **given):
+    raise ConfigError(problem)
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    if detect:
+      jax.distributed.initialize()
+    else:
+      jax.distributed.initialize(coordinator, num_processes, process_id)
+  except (RuntimeError, ValueError) as error:
+    where = 'the cluster of --distributed' if detect else f'--coordinator={coordinator}'
+    reason = str(error).splitlines()[0]
+    raise ConfigError(f'cannot join the other processes by {where}: {reason}') from None
+
+
+def _problem(detect, coordinator, num_processes, process_id):
+  given = {
+    '--coordinator=HOST:PORT': coordinator,
+    '--num_processes=N': num_processes,
+    '--process_id=I': process_id,
+  }
+  missing = [flag for flag, value in given.items() if value is None]
+  if detect:
+    if len(missing) < len(given):
+      return (
+        '--distributed finds the processes by itself: expected no other flag of them'
+      )
+  elif missing:
+    return f'{", ".join(missing)} missing: expected all of {", ".join(given)}, or none'
+  elif (
+    not coordinator.rpartition(':')[0] or not coordinator.rpartition(':')[2].isdigit()
+  ):
+    return f'--coordinator={coordinator}: expected HOST:PORT of process 0'
+  elif num_processes < 1:
+    return f'--num_processes={num_processes}: expected 1 or more'
+  elif not 0 <= process_id < num_processes:
+    return f'--process_id={process_id}: expected one from 0 to {num_processes - 1}'
+
+
+class Preemption:
+  """Whether the run is asked to stop by SIGTERM. A context manager.
+
+  With `jax.distributed` JAX listens, and spreads the request of one process to all.
+  Outside the main thread, where Python takes no signals, none is noticed.
+  """
+
+  def __init__(self):
+    self._requested = False
+    self._previous = None
+
+  def __enter__(self) -> 'Preemption':
+    if (
+      not jax.distributed.is_initialized()
+      and threading.current_thread() is threading.main_thread()
+    ):
+      self._previous = signal.signal(signal.SIGTERM, self._request)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def _request(self, *_):
+    self._requested = True
+
+  def reached(self, step: int) -> bool:
+    """Returns whether to save and stop after this step, the same in all processes.
+
+    To be called after every step.
+    """
+    if jax.distributed.is_initialized():
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._requested

@@ -1,0 +1,122 @@
+"""Variables that a run starts from: of another run, or of any Orbax checkpoint."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fliqs_jax.runs import checkpoints
+from fliqs_jax.training.train_state import BATCH_STATS, Arguments, TrainState
+
+Variables = Mapping[str, Any]  # `params` and, where there are some, `batch_stats`
+
+_USED = ('params', BATCH_STATS)
+_VARIABLES_ITEM = 'variables'  # of our own checkpoints
+
+
+def read(path: str) -> Variables | None:
+  """Returns the variables in a checkpoint as numpy arrays; None for an empty path.
+
+  Args:
+    path: a workdir, whose newest checkpoint is read, or an Orbax checkpoint.
+
+  Raises:
+    ValueError: where there is none, or it has no `params`.
+  """
+  if not path:
+    return None
+  folder = _find(epath.Path(path))
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      item = checkpointer.metadata(folder).item_metadata
+      tree = getattr(item, 'tree', item)
+      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+      content = checkpointer.restore(folder, restore_args=as_numpy)
+  except Exception as error:  # Orbax raises many kinds
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else ''
+    raise ValueError(
+      f'init_from={path!r} is not a checkpoint that can be read: {reason[:200]}'
+    ) from None
+  if not isinstance(content, Mapping) or 'params' not in content:
+    raise ValueError(
+      f'init_from={path!r}: expected a checkpoint with `params`, found '
+      f'{", ".join(map(str, content)) if isinstance(content, Mapping) else content}'
+    )
+  return {name: content[name] for name in _USED if name in content}
+
+
+def _find(path):
+  """Returns the folder of the tree of variables."""
+  if not path.exists():
+    raise ValueError(f'init_from={str(path)!r} does not exist')
+  path = path.absolute()
+  if (path / checkpoints.FOLDER).is_dir():
+    numbers = [int(p.name) for p in (path / checkpoints.FOLDER).iterdir()
+               if p.name.isdigit()]  # fmt: skip
+    if not numbers:
+      raise ValueError(f'init_from={str(path)!r} is a run without a checkpoint')
+    path = path / checkpoints.FOLDER / str(max(numbers))
+  for name in (_VARIABLES_ITEM, 'default'):  # items of a `CheckpointManager`
+    if (path / name).is_dir():
+      return path / name
+  return path
+
+
+def check(model: Any, example: Arguments, given: Variables) -> None:
+  """Checks that variables are those of a network.
+
+  Raises:
+    ValueError: where there are no `params`, or with a line for each leaf that is
+      missing, unknown, or of another shape.
+  """
+  if not isinstance(given, Mapping) or 'params' not in given:
+    found = ', '.join(map(str, given)) if isinstance(given, Mapping) else type(given)
+    raise ValueError(
+      f"variables to start from: expected {{'params': ...}}, found {found or 'none'}"
+    )
+  init = functools.partial(model.init, **example.kwargs)
+  expected = jax.eval_shape(init, jax.random.key(0), *example.args)
+  problems = []
+  for name in _USED:
+    if name == BATCH_STATS and name not in given:
+      continue  # measured again at the end
+    has, wants = _shapes(given.get(name, {})), _shapes(expected.get(name, {}))
+    for path in sorted({*has, *wants}):
+      if path not in has:
+        found = 'is missing'
+      elif path not in wants:
+        found = f'{has[path]} is unknown to the network'
+      elif has[path] != wants[path]:
+        found = f'has shape {has[path]}'
+      else:
+        continue
+      wanted = f': expected shape {wants[path]}' if path in wants else ''
+      problems.append(f'variables to start from: {name}/{path} {found}{wanted}')
+  if problems:
+    raise ValueError('\n'.join(problems))
+
+
+def _shapes(tree):
+  leaves = traverse_util.flatten_dict(nn.unbox(dict(tree)), sep='/')
+  return {path: np.shape(leaf) for path, leaf in leaves.items()}
+
+
+def start_from(state: TrainState, given: Variables) -> TrainState:
+  """Returns the state with the given variables, in the dtypes and places of its own."""
+
+  def replaced(own, new):
+    return jax.device_put(np.asarray(new, own.dtype), own.sharding)
+
+  return state.replace(
+    **{
+      name: jax.tree.map(replaced, getattr(state, name), given[name])
+      for name in _USED
+      if name in given
+    }
+  )

@@ -1,0 +1,119 @@
+"""What a run found, as the file `search_result.json` that is enough to reuse it."""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+import numpy as np
+
+from fliqs_jax.search import assignments
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.search import space as search_space
+from fliqs_jax.runs.assembly import Setup
+
+RESULT_FILE = 'search_result.json'
+EVAL_FILE = 'eval_result.json'
+
+_PACKAGES = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def make_result(
+  config: ml_collections.ConfigDict,
+  setup: Setup,
+  choices: np.ndarray,
+  policy: np.ndarray | None,
+  evaluation: Mapping[str, float],
+) -> dict[str, Any]:
+  """Returns the result of a finished run, ready for JSON.
+
+  Args:
+    config: resolved.
+    setup: of the run.
+    choices: int32[N], the final ones.
+    policy: float[N, K], the probabilities when the choices were made; None where
+      formats were fixed.
+    evaluation: `accuracy`, `loss` and `num_examples`.
+  """
+  space, cost_model = setup.space, setup.cost_model
+  searched = policy is not None
+  compared = formats_lib.parse_names(config.search.formats) if searched else ()
+  return {
+    'model': config.model.name,
+    'dataset': config.dataset,
+    'cost_model': cost_model.name,
+    'cost_unit': cost_model.unit,
+    'target': float(setup.target) if searched else None,
+    'cost': float(cost_model(space, choices)),
+    'seed': config.seed,
+    'steps': config.num_steps,
+    'formats': space.formats_of(choices),
+    'layers': _layers(space, cost_model, choices, compared),
+    'architecture': setup.architecture | space.architecture_of(choices),
+    'eval': dict(evaluation),
+    'uniform_costs': {
+      name: cost_model.uniform(setup.standard_layers, name) for name in compared
+    },
+    'policy': policy_by_name(space, policy) if searched else {},
+    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
+    | {'platform': jax.default_backend()},
+    'config': config_to_json(config),
+  }
+
+
+def _layers(space, cost_model, choices, compared):
+  """What each layer is and costs, and would cost in uniform models, by path."""
+  layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
+  fixed = search_space.fixed_space(layers, space.formats_of(choices))
+  costs = cost_model.per_layer(fixed, no_choices)
+  uniform = {
+    name: cost_model.per_layer(search_space.uniform_space(layers, name), no_choices)
+    for name in compared
+  }
+  return {
+    layer.path: {
+      'kind': layer.kind,
+      'macs': layer.macs,
+      'params': layer.params,
+      'cost': float(costs[i]),
+      'uniform_costs': {name: float(values[i]) for name, values in uniform.items()},
+    }
+    for i, layer in enumerate(layers)
+  }
+
+
+def policy_by_name(space, policy: np.ndarray) -> dict[str, dict[str, float]]:
+  """Returns `{decision: {format: probability}}` of a policy float[N, K]."""
+  return {
+    decision.name: {name: float(p) for name, p in zip(decision.options, probabilities)}
+    for decision, probabilities in zip(space.decisions, policy)
+  }
+
+
+def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a config as JSON has them, tuples as lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes a JSON file that is there whole or not at all."""
+  temporary = path.parent / f'.{path.name}.tmp'
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def read_result(path: os.PathLike | str) -> dict[str, Any]:
+  """Returns the content of a result file.
+
+  Raises:
+    ValueError: where it is missing, damaged, or not a result; one line for each
+      problem.
+  """
+  content = assignments.read_json(path)
+  if 'formats' not in content:
+    raise ValueError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
+  return content | {'formats': assignments.parse(content['formats'], path)}

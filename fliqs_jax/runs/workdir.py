@@ -1,0 +1,266 @@
+"""The folder of a run: its config, and the history that it writes while it trains."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import socket
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import ml_collections
+import numpy as np
+
+from fliqs_jax.runs import result as results
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.errors import RunError
+
+CONFIG_FILE = 'config.json'
+HISTORY_FILE = 'history.jsonl'
+LOCK_FILE = '.lock'
+
+
+def check(
+  config: ml_collections.ConfigDict, workdir: epath.Path, allow_config_change: bool
+) -> None:
+  """Checks that a run with this config can start or go on in a folder.
+
+  Raises:
+    ValueError: where the folder is a file, or holds a run with another config, unless
+      that is allowed; the message names the differing fields.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'workdir {str(workdir)!r} is a file: expected a folder')
+  if not (workdir / CONFIG_FILE).exists() or allow_config_change:
+    return
+  old = _flatten(read_config(workdir).to_dict())
+  new = _flatten(results.config_to_json(config))
+  differing = [
+    f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
+    for key in sorted({*old, *new})
+    if old.get(key) != new.get(key)
+  ]
+  if differing:
+    raise ValueError(
+      f'workdir {str(workdir)!r} holds a run with another config: '
+      f'{", ".join(differing)}; name another folder, or go on all the same with '
+      '--allow_config_change of fliqs_jax.main'
+    )
+
+
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+  """Returns the config of the run in a folder.
+
+  Raises:
+    ValueError: where there is none, or it is damaged.
+  """
+  path = workdir / CONFIG_FILE
+  try:
+    content = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(
+      f'{str(workdir)!r} holds no run: it has no {CONFIG_FILE}'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+  if not isinstance(content, dict):
+    raise ValueError(f'{str(path)!r} is damaged: expected a JSON object')
+  return ml_collections.ConfigDict(content, convert_dict=True)
+
+
+def check_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Checks that a folder's run is of a config's network.
+
+  Raises:
+    ValueError: where it is of another one, or there is no run.
+  """
+  trained = read_config(workdir).model.to_dict()
+  if trained != results.config_to_json(config)['model']:
+    raise ValueError(
+      f'{str(workdir)!r} holds a checkpoint of model {trained}, but the config has '
+      f'{config.model.to_dict()}'
+    )
+
+
+def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Returns the lines of a run's history; none where it has not begun.
+
+  Raises:
+    ValueError: where it is damaged. A last line that was cut off is left out.
+  """
+  path = workdir / HISTORY_FILE
+  try:
+    lines = path.read_text().splitlines() if path.exists() else []
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+  rows = []
+  for number, line in enumerate(lines, 1):
+    if _step_of(line) < float('inf'):
+      rows.append(json.loads(line))
+    elif number < len(lines):
+      raise ValueError(f'{str(path)!r} is damaged: line {number} is not of a history')
+  return rows
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+  """Makes the folder if it is not there, and keeps other runs out of it meanwhile.
+
+  The first process holds the operating system's lock on a file, which a process that
+  dies lets go. Remote folders (`gs://`) have no such lock, and are not kept.
+
+  Raises:
+    ConfigError: where another run holds the folder, or it cannot be written to.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = None
+    if jax.process_index() == 0:
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        problem = None if _is_remote(workdir) else _lock(workdir, stack)
+      except OSError as error:
+        problem = _cannot_write(workdir, error)
+    _raise_everywhere(problem)
+    yield
+
+
+def _lock(workdir, stack):
+  """Takes the lock until the stack unwinds; returns who else holds it, if anyone."""
+  path = workdir / LOCK_FILE
+  file = stack.enter_context(path.open('a'))
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    holder = path.read_text().strip() or 'another process'
+    return (
+      f'workdir {str(workdir)!r} is in use by {holder}: wait until that run ends, or '
+      'name another --workdir'
+    )
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}')
+  file.flush()
+
+
+def _raise_everywhere(problem):
+  """Raises the first process's problem in all of them."""
+  refused = problem is not None
+  if jax.process_count() > 1:
+    refused = bool(multihost_utils.broadcast_one_to_all(np.array(refused)))
+  if refused:
+    raise ConfigError(problem or 'the first process cannot use the workdir')
+
+
+def write(workdir: epath.Path, name: str, content: Any) -> None:
+  """Writes a JSON file into the folder, which is made if it is not there.
+
+  Raises:
+    RunError: where it cannot be written.
+  """
+  with _failures_named(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    results.write_json(workdir / name, content)
+
+
+@contextlib.contextmanager
+def _failures_named(workdir, *kinds):
+  try:
+    yield
+  except (OSError, *kinds) as error:
+    raise RunError(_cannot_write(workdir, error)) from None
+
+
+def _cannot_write(workdir, error):
+  reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+  reason = reason.rpartition('}} ')[2]  # after the operation that TensorFlow names
+  return f'cannot write to workdir {str(workdir)!r}: {reason}'
+
+
+def _is_remote(path):
+  return '://' in str(path)
+
+
+class History:
+  """`history.jsonl` and TensorBoard events, written by the first process.
+
+  One line for each logging step: its `step`, scalars averaged over the steps since the
+  line before, and `policy`, `{decision: {format: probability}}`. A context manager.
+  """
+
+  def __init__(self, workdir: epath.Path, start: int):
+    """Opens the history of a run that goes on after step `start`.
+
+    Raises:
+      RunError: where it cannot be written, as in `write`.
+    """
+    self._workdir, self._path = workdir, workdir / HISTORY_FILE
+    self._events = None
+    if jax.process_index() != 0:
+      return
+    # Imported here, since it takes seconds and whoever reads runs does without.
+    from clu import metric_writers
+    import tensorflow as tf
+
+    self._failures_named = functools.partial(
+      _failures_named, workdir, tf.errors.OpError
+    )
+    with self._failures_named():
+      exists = self._path.exists()
+      lines = self._path.read_text().splitlines(keepends=True) if exists else []
+      # Lines after the checkpoint that the run goes on from will be written again.
+      self._replace([line for line in lines if _step_of(line) <= start])
+      self._events = metric_writers.SummaryWriter(str(workdir))
+
+  def __enter__(self) -> 'History':
+    return self
+
+  def __exit__(self, error_type, *_) -> None:
+    if not self._events:
+      return
+    # What stopped the run is not hidden by what that did to the events.
+    expected = (RunError,) if error_type else ()
+    with contextlib.suppress(*expected), self._failures_named():
+      self._events.close()
+
+  def write(
+    self, step: int, scalars: dict[str, float], policy: dict[str, dict[str, float]]
+  ) -> None:
+    """Appends a line; it is in the file when the call returns."""
+    if not self._events:
+      return
+    line = json.dumps({'step': step, **scalars, 'policy': policy}) + '\n'
+    with self._failures_named():
+      if _is_remote(self._path):  # object stores write whole objects
+        self._replace([*self._lines, line])
+      else:
+        with self._path.open('a') as file:
+          file.write(line)
+      self._events.write_scalars(step, scalars)
+      self._events.flush()
+
+  def _replace(self, lines):
+    temporary = self._workdir / f'.{HISTORY_FILE}.tmp'
+    temporary.write_text(''.join(lines))
+    temporary.replace(self._path)
+    self._lines = lines if _is_remote(self._path) else []
+
+
+def _step_of(line):
+  try:
+    step = json.loads(line)['step']
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return float('inf')  # cut off by an interruption
+  return step if isinstance(step, int) else float('inf')
+
+
+def _flatten(tree, prefix=''):
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  return {
+    path: leaf
+    for key, value in tree.items()
+    for path, leaf in _flatten(value, f'{prefix}.{key}' if prefix else key).items()
+  }

@@ -1,0 +1,159 @@
+"""Accelerators: peak rates by number type, and memory bandwidth, as published.
+
+All rates are dense, of one chip or GPU. What has no published rate is left out, and the
+formats that would use it run in the next wider type that the device has.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.errors import not_among
+
+# What matrix units multiply, narrowest first, and the bits that a value is stored in.
+TYPE_BITS = {'int4': 4, 'fp4': 4, 'int8': 8, 'fp8': 8, 'bf16': 16}
+
+
+class Device(NamedTuple):
+  """What the roofline of a device depends on."""
+
+  peaks: Mapping[str, float]  # operations a second by number type; bf16 is a must
+  bandwidth: float  # bytes a second between the chip and its memory
+
+
+class FormatTables(NamedTuple):
+  """How fast and how wide K formats are on a device."""
+
+  rates: np.ndarray  # [K, K] operations a second, by weights' and activations' format
+  bits: np.ndarray  # [K] bits in which a value is stored
+
+
+# Where two pages of a vendor differ, the comment names both. Sources:
+# [TPU vX] the page "TPU vX" of Google, docs.cloud.google.com/tpu/docs/vX.
+# [TPU7x] "TPU7x (Ironwood)", docs.cloud.google.com/tpu/docs/tpu7x, whose table compares
+#   v5p, v6e and TPU7x.
+# [JAX] Google's TPU table in JAX 0.10, jax/_src/pallas/mosaic/tpu_info.py, rendered as
+#   "TPU Hardware Reference", docs.jax.dev/en/latest/pallas/tpu/hardware.html; rounded.
+#   Its rates of int4 are the only ones published. It lets v5e, v5p and v6e multiply
+#   e5m2 and e4m3b11fnuz, which is e4m3 but for a power of two; v4 has no fp8 nor int4.
+# [v5p] "Introducing Cloud TPU v5p and AI Hypercomputer", Google Cloud blog, December
+#   2023, as quoted by newsflash.city/2401/a7c7c408caada5fa.html.
+# [TensorRT-LLM] NVIDIA's GPU table in github.com/NVIDIA/TensorRT-LLM at 16d2467,
+#   tensorrt_llm/auto_parallel/cluster_info.py, which names the data sheet of each:
+#   A100, nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf; H100,
+#   resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet; H200,
+#   nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446.
+# [Blackwell] NVIDIA's Blackwell data sheet, as copied by
+#   zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html.
+# [DGX B200] nvidia.com/en-us/data-center/dgx-b200, as quoted by
+#   brent-newsom-nvidia.github.io/AIPS-Boom/wiki/NVIDIA-DGX-B200; of eight GPUs.
+# GPUs are the SXM variants; fp4 is NVFP4 and MXFP4. Hopper and Blackwell have no int4.
+DEVICES = {
+  # [TPU v4] 275 teraflops (bf16 or int8), 1200 GBps; [v5p] 1228 GB/s; [JAX] 1.23e12.
+  'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
+  # [TPU v5e] 197 TFLOPs, 393 TOPs (Int8), 819 GBps (on some versions 800 GiBps, and no
+  # int8); [JAX] 8.2e11, int8 394e12, int4 788e12.
+  'tpu_v5e': Device({'int4': 788e12, 'int8': 393e12, 'bf16': 197e12}, 819e9),
+  # [TPU v5p], [TPU7x] 459 TFLOPs in bf16 and in fp8, which saves bytes alone,
+  # 2765 GBps; [v5p] 918 TOPS int8, 2765 GB/s; [JAX] int8 918e12, int4 1.84e15, and
+  # 2.46e12 bytes a second, which no page of Google's has.
+  'tpu_v5p': Device(
+    {'int4': 1840e12, 'int8': 918e12, 'fp8': 459e12, 'bf16': 459e12}, 2765e9
+  ),
+  # [TPU v6e] 918 TFLOPs, 1836 TOPs (Int8), 1638 GBps (1640 and 1600 on other versions);
+  # [TPU7x] fp8 918, as bf16; [JAX] int4 3.68e15, 1.64e12.
+  'tpu_v6e': Device(
+    {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1638e9
+  ),
+  # [TensorRT-LLM] A100-SXM-80GB: int8 624, bfloat16 312, 2039 GB/s; int4 at twice the
+  # rate of int8 (8192 operations a cycle and SM, 108 SMs at 1.41 GHz).
+  'a100': Device({'int4': 1248e12, 'int8': 624e12, 'bf16': 312e12}, 2039e9),
+  # [TensorRT-LLM] H100-SXM: int8 1979, fp8 1979, bfloat16 989, 3350 GB/s.
+  'h100': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989e12}, 3350e9),
+  # [TensorRT-LLM] H200-SXM: int8 3958, fp8 3958, bfloat16 1979, which are the sparse
+  # rates of the H100's data sheet, so the dense ones are the H100's; 4800 GB/s.
+  'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989e12}, 4800e9),
+  # [Blackwell] HGX B200, sparse: fp4 18, fp8 9, int8 9 and bf16 4.5 petaFLOPS, here
+  # halved; 7.7 TB/s. [DGX B200] fp4 144 sparse, 72 dense, fp8 72 sparse; 64 TB/s.
+  'b200': Device(
+    {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8000e9
+  ),
+}
+
+
+_TPU_KINDS = {
+  'TPU v4': 'tpu_v4',
+  'TPU v5 lite': 'tpu_v5e',
+  'TPU v5e': 'tpu_v5e',
+  'TPU v5': 'tpu_v5p',
+  'TPU v5p': 'tpu_v5p',
+  'TPU v6 lite': 'tpu_v6e',
+  'TPU v6e': 'tpu_v6e',
+}
+
+
+def get_device(name: str) -> Device:
+  """Returns the device of that name.
+
+  Raises:
+    ValueError: where there is none; the message names the nearest one.
+  """
+  if name not in DEVICES:
+    raise ValueError(not_among(f'unknown device {name!r}', name, DEVICES))
+  return DEVICES[name]
+
+
+def find_device(kind: str) -> Device | None:
+  """Returns the device of a `jax.Device.device_kind`, None for an unknown one."""
+  named = _TPU_KINDS.get(kind)
+  gpu = re.search(r'\b(A100|H100|H200|B200)\b', kind)
+  return DEVICES.get(gpu.group().lower() if gpu else named)
+
+
+@functools.lru_cache
+def holding_types(format_name: str) -> tuple[str, ...]:
+  """Returns the types that a format can run in, best first.
+
+  Each holds all of its values, up to a power of two: integers try int4, int8, then
+  floats; floats try fp4 (e2m1), fp8 (e4m3 or e5m2), then bf16. Formats with more than
+  the three mantissa bits of fp8 need bf16, and float32 counts as bf16.
+  """
+  row = formats_lib.get_format(format_name)
+  bits, mantissa = int(row.bits), int(row.mantissa_bits)
+  if format_name in formats_lib.INTEGER_NAMES:
+    # An integer of up to 5 bits has at most 4 significant ones, as fp8 has.
+    holds = {'int4': bits <= 4, 'int8': True, 'fp8': bits <= 5}
+  else:
+    exponent = bits - 1 - mantissa
+    holds = {
+      'fp4': exponent <= 2 and mantissa <= 1,
+      'fp8': exponent <= 4 and mantissa <= 3 or exponent <= 5 and mantissa <= 2,
+    }
+  return (*(name for name, held in holds.items() if held), 'bf16')
+
+
+def native_type(device: Device, *format_names: str) -> str:
+  """Returns the type in which a device runs the product of values in these formats.
+
+  The first one that the device has and that holds them all.
+  """
+  first, *others = map(holding_types, format_names)
+  return next(
+    name
+    for name in first
+    if name in device.peaks and all(name in types for types in others)
+  )
+
+
+def format_tables(device: Device, names: tuple[str, ...]) -> FormatTables:
+  """Returns the rates and widths of these formats and pairs of them, in float64."""
+  return FormatTables(
+    rates=np.array(
+      [[device.peaks[native_type(device, w, a)] for a in names] for w in names]
+    ),
+    bits=np.array([TYPE_BITS[native_type(device, name)] for name in names], float),
+  )

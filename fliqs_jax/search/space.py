@@ -1,0 +1,444 @@
+"""The decisions of a search: discovered, grouped, pinned; choices ⇄ formats.
+
+A *layer* is a quantized operator of the network. A *decision* picks one format out of
+several options, for one or more operands (weights or activations) of layers, or one
+size of the network's architecture. *Choices* are one option index for each decision,
+`int32[N]`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.layers import architecture as architecture_lib
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.layers.architecture import SIZES, LayerSizes, Table
+from fliqs_jax.linen.discovery import Layer
+from fliqs_jax.linen.operators import LAYER_FORMATS, LayerFormats
+from fliqs_jax.layers.variants import variants
+
+OPERANDS = ('weights', 'activations')
+UNQUANTIZED = 'float32'
+SEARCHED_OPERANDS = ('tied', 'separate', 'weights')
+
+
+class Decision(NamedTuple):
+  """A choice of one format, or of one size, out of several."""
+
+  name: str
+  options: tuple[str, ...]  # format names, or sizes in decimals
+
+
+def architecture_decisions(
+  layers: Sequence[Layer],
+) -> tuple[architecture_lib.Decision, ...]:
+  """Returns what decides the sizes of a network's layers, in network order."""
+  return tuple(
+    dict.fromkeys(
+      decision
+      for layer in layers
+      for size in layer.sizes or ()
+      if isinstance(size, Table)
+      for decision in size.decisions
+    )
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+  """The formats that every operand of every layer can have, and the layers' sizes.
+
+  Attributes:
+    layers: the L layers, in network order.
+    format_decisions: the decisions on formats.
+    weights: for each layer the index of the decision on its weights, or the name of
+      the format that they are fixed to.
+    activations: the same for the activations.
+  """
+
+  layers: tuple[Layer, ...]
+  format_decisions: tuple[Decision, ...]
+  weights: tuple[int | str, ...]
+  activations: tuple[int | str, ...]
+
+  @functools.cached_property
+  def architecture(self) -> tuple[architecture_lib.Decision, ...]:
+    """The decisions on sizes, whose choices follow those on formats."""
+    return architecture_decisions(self.layers)
+
+  @functools.cached_property
+  def decisions(self) -> tuple[Decision, ...]:
+    """All N decisions."""
+    return self.format_decisions + tuple(
+      Decision(name, tuple(map(str, options))) for name, options, _ in self.architecture
+    )
+
+  @functools.cached_property
+  def format_names(self) -> tuple[str, ...]:
+    """The names in `format_table`, which has a row for every format in use."""
+    decisions = self.format_decisions
+    searched = [name for decision in decisions for name in decision.options]
+    fixed = [a for a in self.weights + self.activations if isinstance(a, str)]
+    return tuple(dict.fromkeys([*searched, *fixed, UNQUANTIZED]))
+
+  @functools.cached_property
+  def valid(self) -> np.ndarray:
+    """bool[N, K], which entries of a padded table of options exist."""
+    sizes = np.array([len(d.options) for d in self.decisions], np.int32)
+    return np.arange(max(sizes, default=0)) < sizes[:, None]
+
+  @functools.cached_property
+  def _option_ids(self) -> np.ndarray:
+    """int32[F, K], the row in the format table of each option, 0 where padded."""
+    ids = np.zeros((len(self.format_decisions), *self.valid.shape[1:]), np.int32)
+    for row, decision in zip(ids, self.format_decisions):
+      row[: len(decision.options)] = list(
+        map(self.format_names.index, decision.options)
+      )
+    return ids
+
+  def format_ids(self, choices: jax.Array | np.ndarray) -> LayerFormats:
+    """Returns the row of each operand's format in `format_names`.
+
+    Args:
+      choices: int32[..., N]; numpy in, numpy out.
+
+    Returns:
+      `LayerFormats` of int32[..., L].
+    """
+    numpy = np if isinstance(choices, np.ndarray) else jnp
+    offset = len(self.format_decisions)
+    chosen = numpy.asarray(self._option_ids)[np.arange(offset), choices[..., :offset]]
+    fixed = numpy.broadcast_to(
+      np.arange(len(self.format_names), dtype=np.int32),
+      (*chosen.shape[:-1], len(self.format_names)),
+    )
+    ids = numpy.concatenate([chosen, fixed], axis=-1)
+    return LayerFormats(*(
+        ids[..., [
+            a if isinstance(a, int) else offset + self.format_names.index(a)
+            for a in assigned
+        ]]
+        for assigned in (self.weights, self.activations)
+    ))  # fmt: skip
+
+  def bind(
+    self, choices: jax.Array, quantize_activations: jax.Array | bool = True
+  ) -> dict[str, Any]:
+    """Returns the variable collection `formats` in which the operators find theirs.
+
+    Args:
+      choices: int32[N], may be traced.
+      quantize_activations: a traced scalar; where False, all activations are left
+        unquantized.
+    """
+    table = formats_lib.stack(self.format_names)
+    weights, activations = self.format_ids(choices)
+    activations = jnp.where(
+      quantize_activations, activations, self.format_names.index(UNQUANTIZED)
+    )
+    rows = jax.tree.map(
+      lambda field: LayerFormats(
+        jnp.asarray(field)[weights], jnp.asarray(field)[activations]
+      ),
+      table,
+    )
+    layer_formats = LayerFormats(
+      *(
+        type(table)(*(getattr(field, operand) for field in rows))
+        for operand in OPERANDS
+      )
+    )
+    bound = {
+      (
+        *filter(None, layer.path.split('/')),
+        layer.operator,
+        LAYER_FORMATS,
+      ): jax.tree.map(lambda field, i=i: field[i], layer_formats)
+      for i, layer in enumerate(self.layers)
+    }
+    return traverse_util.unflatten_dict(bound | self._bound_sizes(choices))
+
+  def _bound_sizes(self, choices):
+    """The chosen sizes, `{(*path, SIZES): LayerSizes of int32[]}`, and the gates'."""
+    bound = {}
+    for layer in self.layers:
+      if layer.sizes is None:
+        continue
+      chosen = LayerSizes(*(self._chosen_size(size, choices) for size in layer.sizes))
+      bound[(*layer.path.split('/'), layer.operator, SIZES)] = chosen
+      if layer.gate:
+        bound[(*layer.gate.split('/'), SIZES)] = chosen.present
+    return bound
+
+  def _chosen_size(self, size, choices):
+    """The value of a table, int32[]; None of what is not searched."""
+    if not isinstance(size, Table):
+      return None
+    strides = size.strides()
+    row = [strides.get(decision.name, 0) for decision in self.architecture]
+    index = choices[len(self.format_decisions) :] @ np.array(row, np.int32)
+    return jnp.asarray(size.values, jnp.int32)[index]
+
+  @functools.cached_property
+  def _variant_tables(self) -> tuple[Table, ...]:
+    return tuple(map(variants, self.layers))
+
+  @functools.cached_property
+  def variants(self) -> tuple[Layer, ...]:
+    """All layers that the layers can become, M of them, those of one after another."""
+    return tuple(layer for table in self._variant_tables for layer in table.values)
+
+  @functools.cached_property
+  def variant_sizes(self) -> np.ndarray:
+    """float64[5, M], what costs count of `variants`.
+
+    Multiply-accumulates, elements of the kernels, of the input and of the output, and
+    calls.
+    """
+    rows = [
+      (
+        layer.macs,
+        layer.kernels * math.prod(layer.kernel_shape),
+        math.prod(layer.input_shape),
+        math.prod(layer.output_shape),
+        layer.calls,
+      )
+      for layer in self.variants
+    ]
+    return np.array(rows, np.float64).reshape(-1, 5).T.copy()
+
+  @functools.cached_property
+  def _variant_strides(self) -> np.ndarray:
+    """int32[A, L], by how many variants the options of a decision lie apart."""
+    rows = [table.strides() for table in self._variant_tables]
+    names = [decision.name for decision in self.architecture]
+    return np.array([[row.get(name, 0) for row in rows] for name in names], np.int32)
+
+  def variant_ids(self, choices: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Returns which of `variants` each layer is.
+
+    Args:
+      choices: int32[..., N]; numpy in, numpy out.
+
+    Returns:
+      int32[..., L], or int32[L] where the architecture is fixed.
+    """
+    sizes = [len(table.values) for table in self._variant_tables]
+    first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    if not self.architecture:
+      return first
+    return first + choices[..., len(self.format_decisions) :] @ self._variant_strides
+
+  def layers_of(self, choices: np.ndarray) -> tuple[Layer, ...]:
+    """Returns the layers of the network of choices int32[N], without skipped ones."""
+    chosen = (self.variants[i] for i in self.variant_ids(np.asarray(choices)))
+    return tuple(layer for layer in chosen if any(layer.kernel_shape))
+
+  def architecture_of(self, choices: np.ndarray) -> dict[str, int]:
+    """Returns `{decision: size}` of choices int32[N]."""
+    chosen = np.asarray(choices)[len(self.format_decisions) :]
+    return {
+      decision.name: decision.options[choice]
+      for decision, choice in zip(self.architecture, chosen)
+    }
+
+  def without_format_decisions(self) -> 'SearchSpace':
+    """Returns the space in which every operand has the first of its formats."""
+    return dataclasses.replace(
+      self,
+      format_decisions=(),
+      **{
+        operand: tuple(
+          self.format_decisions[a].options[0] if isinstance(a, int) else a
+          for a in getattr(self, operand)
+        )
+        for operand in OPERANDS
+      },
+    )
+
+  def formats_of(self, choices: np.ndarray) -> dict[str, dict[str, str]]:
+    """Returns `{module path: {'weights': name, 'activations': name}}`.
+
+    Args:
+      choices: int32[N]. Layers that they skip are left out.
+    """
+    ids = self.format_ids(np.asarray(choices))
+    present = {layer.path for layer in self.layers_of(choices)}
+    return {
+      layer.path: {
+        operand: self.format_names[getattr(ids, operand)[i]] for operand in OPERANDS
+      }
+      for i, layer in enumerate(self.layers)
+      if layer.path in present
+    }
+
+  def choices_of(self, formats: Mapping[str, Mapping[str, str]]) -> np.ndarray:
+    """The inverse of `formats_of` where the architecture is fixed: returns int32[N].
+
+    Raises:
+      ValueError: where the formats are for other layers or outside the space.
+    """
+    check_layers(self.layers, formats)
+    choices = np.full(len(self.decisions), -1, np.int32)
+    for operand in OPERANDS:
+      for layer, assigned in zip(self.layers, getattr(self, operand)):
+        name = formats[layer.path][operand]
+        if isinstance(assigned, str):
+          options, previous = (assigned,), -1
+        else:
+          options, previous = self.decisions[assigned].options, choices[assigned]
+        if name not in options:
+          raise ValueError(
+            f'{layer.path}: {operand} in {name} are outside the search space, '
+            f'which has {", ".join(options)}'
+          )
+        if previous not in (-1, options.index(name)):
+          raise ValueError(
+            f'{layer.path}: {operand} in {name}, but the decision '
+            f'{self.decisions[assigned].name!r} already has {options[previous]}'
+          )
+        if not isinstance(assigned, str):
+          choices[assigned] = options.index(name)
+    return choices
+
+
+def check_layers(
+  layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+) -> None:
+  """Raises ValueError where `formats` is not an assignment for exactly these layers."""
+  paths = {layer.path for layer in layers}
+  missing = [layer.path for layer in layers if layer.path not in formats]
+  unknown = [path for path in formats if path not in paths]
+  if missing or unknown:
+    parts = [
+      f'{what} {", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
+      for what, names in (('it lacks', missing), ('the network has no', unknown))
+      if names
+    ]
+    raise ValueError(f'the formats are for another network: {"; ".join(parts)}')
+
+
+def fixed_space(
+  layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
+) -> SearchSpace:
+  """Returns the space without decisions in which every layer has the given formats.
+
+  Raises:
+    ValueError: where `formats` is not for these layers.
+  """
+  check_layers(layers, formats)
+  weights, activations = (
+    tuple(formats[layer.path][operand] for layer in layers) for operand in OPERANDS
+  )
+  return SearchSpace(tuple(layers), (), weights, activations)
+
+
+def uniform_space(layers: Sequence[Layer], name: str) -> SearchSpace:
+  """Returns the fixed space in which every layer has one format."""
+  return SearchSpace(tuple(layers), (), (name,) * len(layers), (name,) * len(layers))
+
+
+def build_space(
+  layers: Sequence[Layer],
+  options: Sequence[str],
+  operands: str = 'tied',
+  groups: Sequence[str] = (),
+  pins: Sequence[tuple[str, str]] = (),
+) -> SearchSpace:
+  """Returns the search space over the layers of a network, and over their sizes.
+
+  Args:
+    layers: from `discover`.
+    options: the names of the formats to choose from.
+    operands: `tied`: a layer's weights and activations share one decision;
+      `separate`: each has its own; `weights`: activations are not quantized.
+    groups: regexes on whole module paths. Layers that one of them matches share their
+      decisions; if it has capture groups, only those that capture the same text do,
+      so `(stage._block.)/.*` makes one decision for each block.
+    pins: pairs of a regex on whole module paths and the format that the weights and
+      activations of the matching layers are fixed to.
+
+  Raises:
+    ValueError: where a regex is invalid or matches nothing, or two match one layer;
+      one line for each problem.
+  """
+  if operands not in SEARCHED_OPERANDS:
+    raise ValueError(
+      f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
+    )
+  owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
+  pinned = dict(pins)
+  decisions = {}  # what a decision is for -> its name
+
+  def decision(key, name, suffix=''):
+    if (key, suffix) not in decisions:
+      taken = decisions.values()
+      unique = name + suffix if name + suffix not in taken else f'{key}{suffix}'
+      decisions[key, suffix] = unique
+    return list(decisions).index((key, suffix))
+
+  weights, activations = [], []
+  for layer in layers:
+    match = owner.get(layer.path)
+    if match and match.re.pattern in pinned:
+      weights.append(pinned[match.re.pattern])
+      activations.append(pinned[match.re.pattern])
+      continue
+    key, name = layer.path, layer.path
+    if match:
+      key = match.re.pattern, *match.groups()
+      name = '/'.join(filter(None, match.groups())) or match.re.pattern
+    if operands == 'separate':
+      weights.append(decision(key, name, ':weights'))
+      activations.append(decision(key, name, ':activations'))
+    else:
+      weights.append(decision(key, name))
+      activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
+  return SearchSpace(
+    layers=tuple(layers),
+    format_decisions=tuple(
+      Decision(name, tuple(options)) for name in decisions.values()
+    ),
+    weights=tuple(weights),
+    activations=tuple(activations),
+  )
+
+
+def _match_all(regexes, layers):
+  """Returns `{layer path: match}`; every regex must match, no layer twice."""
+  problems, owner = [], {}
+  for regex in regexes:
+    try:
+      pattern = re.compile(regex)
+    except re.error as error:
+      problems.append(f'{regex!r} is not a regular expression: {error}')
+      continue
+    matches = [m for layer in layers if (m := pattern.fullmatch(layer.path))]
+    if not matches:
+      problems.append(
+        f'{regex!r} matches the whole path of no layer; the layers are '
+        f'{_shorten([layer.path for layer in layers])}'
+      )
+    for match in matches:
+      if match.string in owner:
+        problems.append(
+          f'{match.string} is matched by both {owner[match.string].re.pattern!r} '
+          f'and {regex!r}'
+        )
+      owner[match.string] = match
+  if problems:
+    raise ValueError('\n'.join(problems))
+  return owner
+
+
+def _shorten(names):
+  return ', '.join(names[:6]) + (f' … {names[-1]}' if len(names) > 6 else '')

@@ -1,0 +1,379 @@
+"""The pure steps: search, training with fixed formats, statistics, evaluation.
+
+A batch is a dict of arrays `[S, B, ...]`, for a classifier `image` and `label`, where
+sample `s` of the policy sees slice `s`. A label is a class, int32[S, B], or the
+probabilities of all classes, float32[S, B, num_classes]. Steps run on a mesh
+`('sample', 'data')`: each device scans its samples, and the devices of one sample split
+its examples.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec as P
+import optax
+
+from fliqs_jax.search.controller import Controller
+from fliqs_jax.search.cost_models import CostModel
+from fliqs_jax.linen.operators import FORMATS, QUANT_STATS
+from fliqs_jax.training.sharding import batch_sharding, replicated
+from fliqs_jax.training.task import Batch, Metrics, Objective
+from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training.train_state import BATCH_STATS, TrainState
+
+_INTERMEDIATES = 'intermediates'
+
+
+class SearchProblem(NamedTuple):
+  """What a search step optimises, besides the weights."""
+
+  space: SearchSpace
+  cost_model: CostModel
+  target: float  # in the cost model's unit
+  reward: Callable[[jax.Array, jax.Array], jax.Array]  # (quality, cost) -> reward
+  controller: Controller
+  activation_delay: int  # first step with quantized activations
+  held_out: bool  # whether the quality is that of `batch['reward']`
+
+
+def _forward(state, objective, params, formats, batch, key):
+  """Returns what a forward pass in training gives.
+
+  Returns:
+    The outputs, the auxiliary outputs, and the updated statistics.
+  """
+  arguments = objective.arguments(batch, True)
+  outputs, updated = state.apply_fn(
+    {'params': params, FORMATS: formats, **state.model_stats},
+    *arguments.args,
+    mutable=[*state.model_stats, _INTERMEDIATES],
+    # Random streams of other names than dropout's fall back to that of `params`.
+    rngs={'dropout': key, 'params': jax.random.fold_in(key, 2)},
+    **arguments.kwargs,
+  )
+  auxiliary = []
+  for path, sown in traverse_util.flatten_dict(updated.pop(_INTERMEDIATES, {})).items():
+    if path[-1] == 'aux_logits':
+      auxiliary += sown
+  return outputs, auxiliary, updated
+
+
+def _gradients(state, objective, formats, batch, key):
+  """Returns the gradients, the updated statistics and the metrics of one sample."""
+  # Dropout keeps the key itself.
+  batch = objective.augment(batch, jax.random.fold_in(key, 1))
+
+  def loss_fn(params):
+    outputs, auxiliary, stats = _forward(state, objective, params, formats, batch, key)
+    loss = jnp.mean(objective.loss(outputs, batch))
+    for output in auxiliary:
+      loss += objective.auxiliary_weight * jnp.mean(objective.loss(output, batch))
+    return loss, (stats, outputs)
+
+  (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params
+  )
+  metrics = {
+    'loss': loss,
+    'quality': jnp.mean(objective.quality(outputs, batch)),
+    **jax.tree.map(jnp.mean, objective.metrics(outputs, batch)),
+  }
+  return gradients, stats, metrics
+
+
+def _mean_over_samples(function, mesh, shared, *per_sample):
+  """Averages a function's first result over samples; its second stays per sample.
+
+  Args:
+    function: `(shared, *slices) -> (tree to average, tree to stack)`. It closes over
+      no array: one from outside of the `shard_map` has another mesh, which the
+      gradient of a scan within refuses.
+    mesh: its `sample` axis splits the leading axis of `per_sample`.
+    shared: tree of arrays that all samples see.
+    *per_sample: trees of arrays `[S, ...]`.
+  """
+
+  def on_one_device(shared, *local):
+    num_local = jax.tree.leaves(local)[0].shape[0]
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    if num_local == 1:
+      mean, stacked = function(shared, *first(local))
+      stacked = jax.tree.map(lambda a: a[None], stacked)
+    else:
+      # Scanned, not vmapped: a kernel for each sample would turn every convolution
+      # into a grouped one, and memory would grow with the samples.
+      def accumulate(total, slices):
+        new, stacked = function(shared, *slices)
+        return jax.tree.map(jnp.add, total, new), stacked
+
+      shapes, _ = jax.eval_shape(function, shared, *first(local))
+      zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+      total, stacked = lax.scan(accumulate, zeros, local)
+      mean = jax.tree.map(lambda a: (a / num_local).astype(a.dtype), total)
+    averaged = lax.pmean(_split_over_data(mean, mesh), 'sample')
+    # Counts among a network's variables stay whole.
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), averaged, mean), stacked
+
+  # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
+  # batch norm and of the statistics are over all examples of a sample, and networks
+  # need not know of any axis. Unchecked, because a checked gradient with respect to
+  # the replicated weights would be reduced over devices for every sample, not once.
+  mean, stacked = jax.shard_map(
+    on_one_device,
+    mesh=mesh,
+    in_specs=(P(), *[P('sample')] * len(per_sample)),
+    out_specs=(P(), P('sample')),
+    axis_names={'sample'},
+    check_vma=False,
+  )(shared, *per_sample)
+  return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
+
+
+def _split_over_data(tree, mesh):
+  """Splits the sums of a tree over the `data` axis.
+
+  The compiler sums a kernel's gradient over `data` before it is averaged over
+  `sample`. Split, the first sum is a reduce-scatter and the second one is of a part, so
+  that a chip sends no more than for one sum over all devices, and not twice that.
+  """
+  size = mesh.shape['data']
+
+  def split(array):
+    axes = [i for i, n in enumerate(array.shape) if n % size == 0]
+    if array.ndim < 2 or not axes:  # vectors are small
+      return array
+    whole = lax.with_sharding_constraint(array, P())
+    return lax.with_sharding_constraint(whole, P(*[None] * axes[0], 'data'))
+
+  return jax.tree.map(split, tree) if min(mesh.devices.shape) > 1 else tree
+
+
+def _apply(state, gradients, stats):
+  stats = dict(stats)
+  return state.apply_gradients(
+    grads=gradients,
+    batch_stats=stats.pop(BATCH_STATS, {}),
+    quant_stats=stats.pop(QUANT_STATS, {}),
+    collections=stats,
+  )
+
+
+def make_search_step(
+  problem: SearchProblem, objective: Objective, num_samples: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the jitted step that updates weights and policy together.
+
+  Sample `s` of step `t` depends on (key, t, s) alone, not on the mesh.
+
+  Args:
+    problem: the search.
+    objective: loss and quality.
+    num_samples: S, which the mesh's sample axis divides.
+    mesh: from `meshes.make_mesh`.
+
+  Returns:
+    `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
+    averaged over samples, and of each sample `sample_loss`, float32[S], and `choices`,
+    int32[S, N].
+  """
+  space = problem.space
+
+  def one_sample(state, batch, choices, key):
+    formats = space.bind(choices, state.step >= problem.activation_delay)
+    gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+    if problem.held_out:
+      outputs, _, _ = _forward(
+        state, objective, state.params, formats, batch['reward'], key
+      )
+      metrics['quality'] = jnp.mean(objective.quality(outputs, batch['reward']))
+    return (gradients, stats), metrics
+
+  def search_step(state, batch):
+    step_key = jax.random.fold_in(state.key, state.step)
+    sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
+      jnp.arange(num_samples)
+    )
+    policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
+    choices = problem.controller.sample(state.controller, policy_keys)
+    (gradients, stats), metrics = _mean_over_samples(
+      one_sample, mesh, state, batch, choices, model_keys
+    )
+    costs = problem.cost_model(space, choices)
+    rewards = problem.reward(metrics['quality'], costs)
+    controller_state, controller_metrics = problem.controller.update(
+      state.controller, choices, rewards, state.step
+    )
+    new_state = _apply(state, gradients, stats).replace(controller=controller_state)
+    return new_state, {
+      **jax.tree.map(jnp.mean, metrics),
+      **controller_metrics,
+      'cost': jnp.mean(costs),
+      'cost_ratio': jnp.mean(costs) / problem.target,
+      'reward': jnp.mean(rewards),
+      'gradient_norm': optax.tree.norm(gradients),
+      'sample_loss': metrics['loss'],
+      'choices': choices,
+    }
+
+  return _jit_step(search_step, mesh)
+
+
+def make_train_step(
+  space: SearchSpace, objective: Objective, activation_delay: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the jitted step that trains the weights under fixed formats.
+
+  Args:
+    space: without decisions, from `fixed_space`.
+    objective: loss and quality.
+    activation_delay: the first step with quantized activations.
+    mesh: from `meshes.make_mesh`.
+
+  Returns:
+    `(state, batch) -> (state, metrics)`; the state is donated.
+  """
+
+  def train_step(state, batch):
+    formats = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
+    key = jax.random.fold_in(state.key, state.step)
+    keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+
+    def one_sample(shared, batch, key):
+      state, formats = shared
+      gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+      return (gradients, stats), metrics
+
+    (gradients, stats), metrics = _mean_over_samples(
+      one_sample, mesh, (state, formats), batch, keys
+    )
+    return _apply(state, gradients, stats), {
+      **jax.tree.map(jnp.mean, metrics),
+      'gradient_norm': optax.tree.norm(gradients),
+    }
+
+  return _jit_step(train_step, mesh)
+
+
+def skip_unsound(
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns a step that leaves the state as it is where its numbers are not finite.
+
+  Only the counts of steps go on. The metrics get `skipped_in_a_row`, int32[].
+
+  Args:
+    step: from `make_search_step` or `make_train_step`.
+    mesh: from `meshes.make_mesh`.
+  """
+
+  def guarded(state, batch):
+    new_state, metrics = step(state, batch)
+    checked = [
+      metrics[name] for name in ('loss', 'gradient_norm', 'reward') if name in metrics
+    ]
+    sound = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    kept = state.replace(step=new_state.step, skipped=state.skipped + 1)
+    taken = new_state.replace(skipped=jnp.zeros_like(state.skipped))
+    state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), taken, kept)
+    return state, {**metrics, 'skipped_in_a_row': state.skipped}
+
+  return _jit_step(guarded, mesh)
+
+
+def make_statistics_step(
+  space: SearchSpace, objective: Objective, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch], Any]:
+  """Returns the jitted step that measures batch norm's statistics on one batch.
+
+  The moving averages of a search are over many assignments; the final one takes its
+  own, the mean over some batches of what this returns.
+
+  Returns:
+    `(state, choices int32[N], batch) -> batch_stats`, over the batch's S · B examples.
+  """
+
+  def statistics_step(state, choices, batch):
+    batch = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
+    formats = space.bind(choices)
+
+    def updated(old):
+      _, _, stats = _forward(
+          state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
+          objective, state.params, formats, batch, state.key,
+      )  # fmt: skip
+      return stats.get(BATCH_STATS, {})
+
+    # An update is `m · old + (1 − m) · batch`. From 0 and from 1 it tells m, whatever
+    # the network's is, and the batch's own statistics; the compiler computes the
+    # network once, since in training it does not depend on the old ones.
+    from_zeros, from_ones = updated(jnp.zeros_like), updated(jnp.ones_like)
+    return jax.tree.map(
+      lambda zero, one: zero / (1 - (one - zero)), from_zeros, from_ones
+    )
+
+  return jax.jit(
+    statistics_step,
+    in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
+  )
+
+
+def make_eval_step(
+  space: SearchSpace, objective: Objective, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
+  """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
+
+  Returns:
+    `(state, choices int32[N], batch) -> sums`: of `objective.evaluation` over the
+    examples that `objective.mask` lets count, and `num_examples`.
+
+  Raises:
+    ValueError: in the first call, where a value is not of a shape that can be summed.
+  """
+
+  def eval_step(state, choices, batch):
+    variables = {
+        'params': state.params, FORMATS: space.bind(choices), **state.model_stats
+    }  # fmt: skip
+    arguments = objective.arguments(batch, False)
+    outputs = state.apply_fn(variables, *arguments.args, **arguments.kwargs)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    mask = objective.mask and objective.mask(batch)
+    sums = {
+      name: _sum_over_examples(name, values, mask, size)
+      for name, values in objective.evaluation(outputs, batch).items()
+    }
+    counted = jnp.int32(size) if mask is None else jnp.sum(mask)
+    return {**sums, 'num_examples': counted}
+
+  return jax.jit(
+    eval_step,
+    in_shardings=(replicated(mesh), replicated(mesh), None),
+    out_shardings=replicated(mesh),
+  )
+
+
+def _sum_over_examples(name, values, mask, size):
+  if values.ndim == 0 and mask is None:
+    return values * size
+  if values.shape[:1] != (size,):
+    mean = '[], the mean, or ' if mask is None else ''
+    raise ValueError(
+      f'{name} has shape {values.shape} for a batch of {size} examples: expected '
+      f'{mean}[{size}, ...], a value for each'
+    )
+  values = jnp.mean(values.reshape(size, -1).astype(jnp.float32), axis=1)
+  return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
+
+
+def _jit_step(step, mesh):
+  return jax.jit(
+    step,
+    in_shardings=(replicated(mesh), batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
+    donate_argnums=0,
+  )

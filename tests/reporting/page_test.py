@@ -1,0 +1,309 @@
+"""The report: what it says of a run, and that a browser shows all of it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import browser as browser_lib
+from conftest import ROOT, load_config
+from etils import epath
+import pytest
+
+from fliqs_jax.reporting import figures as report_figures
+from fliqs_jax.reporting import finished_runs as runs
+from fliqs_jax.reporting import page as report_page
+from fliqs_jax.reporting import text as report_text
+from fliqs_jax.runs import result as results
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve
+
+HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
+OPTIONS = ('int2', 'int4', 'e4m3', 'bf16')
+
+# Of everything drawn: its size, and how many marks are in it.
+DRAWN = """[...document.querySelectorAll('svg.figure')]
+  .filter(svg => getComputedStyle(svg.parentElement).display != 'none')
+  .map(svg => [svg.getAttribute('aria-label'), svg.getBoundingClientRect().width,
+    svg.getBoundingClientRect().height,
+    svg.querySelectorAll('path, image, use, text').length])"""
+
+
+def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
+  """Writes the workdir of a run that nobody made: layer `i` has format `i mod 4`."""
+  config = load_config('resnet18', 'digits')
+  config.update(mode=mode, num_steps=30, **fields.pop('config', {}))
+  config = results.config_to_json(resolve(config))
+  formats = {
+    name: dict.fromkeys(('weights', 'activations'), OPTIONS[i % len(OPTIONS)])
+    for i, name in enumerate(names)
+  }
+  policy = {
+    name: dict.fromkeys(OPTIONS, 0.1) | {formats[name]['weights']: 0.7}
+    for name in names
+  }
+  folder.mkdir()
+  (folder / workdirs.CONFIG_FILE).write_text(json.dumps(config))
+  scalars = {'loss': 0.5, 'accuracy': 0.9, 'reward': 0.8, 'cost_ratio': 1.1}
+  rows = [
+    {'step': step, **scalars, 'policy': policy if mode == 'search' else {}}
+    for step in steps
+  ]
+  (folder / workdirs.HISTORY_FILE).write_text(
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  bits = {'int2': 2, 'int4': 4, 'e4m3': 8, 'bf16': 16}
+  result = {
+    'model': 'resnet18', 'dataset': 'digits', 'cost_model': 'bops', 'seed': 0,
+    'cost_unit': 'GBOPs', 'target': 16.0 * len(names), 'steps': 30,
+    'cost': float(sum(bits[f['weights']] ** 2 for f in formats.values())),
+    'formats': formats, 'architecture': {}, 'versions': {'jax': '0.10'},
+    'layers': {
+      name: {
+        'kind': 'conv', 'macs': 10**9, 'params': 9,
+        'cost': float(bits[formats[name]['weights']] ** 2),
+        'uniform_costs': {option: float(bits[option] ** 2) for option in OPTIONS},
+      }
+      for name in names
+    },
+    'eval': {'accuracy': 0.75, 'loss': 1.0, 'num_examples': 300},
+    'uniform_costs': {o: float(bits[o] ** 2 * len(names)) for o in OPTIONS},
+    'policy': policy if mode == 'search' else {}, 'config': config,
+  }  # fmt: skip
+  result |= fields
+  (folder / results.RESULT_FILE).write_text(json.dumps(result))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+  if browser_lib.EXECUTABLE is None:
+    pytest.skip('no Chromium is installed: apt install chromium')
+  with browser_lib.Browser(tmp_path_factory.mktemp('profile')) as browser:
+    yield browser
+
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+  """The report of a search, beside a hostile, an unfinished and a fixed one."""
+  folder = tmp_path_factory.mktemp('runs')
+  write_run(folder / 'search', [f'stage1/block{i}/conv' for i in range(7)])
+  write_run(folder / f'hostile {HOSTILE[:8]}', [HOSTILE, 'b', 'c', 'd'])
+  unfinished = write_run(folder / 'unfinished', ['a', 'b'])
+  (unfinished / results.RESULT_FILE).unlink()
+  write_run(folder / 'fixed', ['a'], mode='train', target=None, uniform_costs={})
+  return report_page.write([str(path) for path in sorted(folder.iterdir())[::-1]])
+
+
+@pytest.mark.parametrize('width, dark', [(1280, False), (400, True)])
+def test_a_browser_shows_all_of_it(page, browser, width, dark):
+  browser.complaints.clear()
+  browser.requests.clear()
+  browser.open(page, width, dark)
+  browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+  assert browser.evaluate('document.documentElement.scrollWidth') <= width
+  drawn = browser.evaluate(DRAWN)
+  # Of the search and the hostile one each five, of the unfinished and of the fixed one
+  # two, and the picture of all: `1 + 5 + 5 + 2 + 2`.
+  assert len(drawn) == 15
+  for label, *numbers in drawn:
+    assert len(label) > 20
+    drawn_width, height, marks = numbers
+    assert width / 2 < drawn_width < width and height > 50 and marks > 10, label
+  background = browser.evaluate('getComputedStyle(document.body).backgroundColor')
+  ink = browser.evaluate(
+    "getComputedStyle(document.querySelector('svg text')).fill.match(/\\d+/g)[0]"
+  )
+  assert (int(re.search(r'\d+', background)[0]) < 128) == dark != (int(ink) < 128)
+  assert browser.complaints == []
+  assert {url.partition(':')[0] for url in browser.requests} <= {'file', 'data'}
+
+
+def test_names_from_files_are_text(page, browser):
+  assert '<script' not in page.read_text()
+  browser.open(page, 1280)
+  rows = browser.evaluate(
+    "[...document.querySelectorAll('th')].map(e => e.textContent)"
+  )
+  assert any(row.startswith('<script>alert("layer")</script>&$x^2$%') for row in rows)
+
+
+def test_figures_are_files_too(page):
+  pictures = list((page.parent / 'report_figures').glob('*.png'))
+  assert len(pictures) == 15
+  assert all(p.read_bytes().startswith(b'\x89PNG') for p in pictures)
+
+
+def test_two_hundred_layers_are_drawn_in_rows_with_every_name(tmp_path):
+  names = [f'stage{i // 20}_block{i % 20}/conv' for i in range(200)]
+  run = runs.read_run(write_run(tmp_path / 'run', names))
+  layers = report_text.layers(run.result, 'int4')
+  for width in (report_figures.WIDE, report_figures.NARROW):
+    drawn = [
+      label.get_text()
+      for axes in report_figures.layer_formats(layers, width).axes
+      for label in axes.get_xticklabels()
+    ]
+    assert [text for text in drawn if text] == [
+      report_figures.shorten(name, 28 if width == report_figures.WIDE else 20)
+      for name in names
+    ]
+
+
+def test_bars_are_as_high_as_formats_have_bits(tmp_path):
+  run = runs.read_run(write_run(tmp_path / 'run', ['a', 'b', 'c', 'd']))
+  layers = report_text.layers(run.result, 'int4')
+  # Costs are bits squared: 4 + 16 + 64 + 256.
+  assert [layer['share'] for layer in layers] == [
+    4 / 340,
+    16 / 340,
+    64 / 340,
+    256 / 340,
+  ]
+  (axes,) = report_figures.layer_formats(layers).axes
+  heights = [bar.get_height() for bar in axes.patches]
+  assert heights[1::2] == [2, 4, 8, 16]  # before each, the one of its share
+  assert heights[::2] == [0.25, 1, 4, 16]  # the largest share as high as 16 bits
+
+
+def heat_map(num_decisions):
+  """The texts right of the policy of decisions whose third option was found."""
+  decision = {'options': OPTIONS, 'probabilities': [[0.25] * 4], 'found': OPTIONS[2]}
+  decisions = [{**decision, 'name': f'layer{i}'} for i in range(num_decisions)]
+  marks = [report_figures.Mark(s, c, '') for s, c in ((10, 'a'), (11, 'p'), (90, 'c'))]
+  (axes,) = report_figures.policy_heat_map([100], decisions, marks).axes
+  return [text.get_text() for text in axes.texts]
+
+
+def test_a_heat_map_names_every_option_or_at_least_what_was_found():
+  letters = ['ap', 'c']  # of steps too near to stand side by side
+  assert heat_map(2) == [*OPTIONS[::-1] * 2, *letters]
+  assert heat_map(100) == [OPTIONS[2]] * 100 + letters
+
+
+def test_models_of_one_cost_share_a_bar(tmp_path):
+  costs = {'int4': 16.0, 'e2m1': 16.0, 'e3m0': 16.0, 'int8': 64.0, 'e4m3': 64.0}
+  run = runs.read_run(write_run(tmp_path / 'run', ['a'], uniform_costs=costs))
+  labels = [row['label'] for row in report_text.models(run, {}) if not row['found']]
+  assert labels == ['uniform int4, e2m1, …', 'uniform int8, e4m3']
+
+
+def write_uniform_run(folder, name, cost, **fields):
+  formats = {layer: dict.fromkeys(('weights', 'activations'), name) for layer in 'ab'}
+  fixed = {'mode': 'train', 'target': None, 'uniform_costs': {}, 'formats': formats}
+  return runs.read_run(write_run(folder, ['a', 'b'], cost=cost, **fixed, **fields))
+
+
+def test_uniform_models_stand_beside_the_search(tmp_path):
+  search = runs.read_run(write_run(tmp_path / 'search', ['a', 'b']))
+  evaluation = {'accuracy': 0.70, 'loss': 1.0, 'num_examples': 300}
+  uniform = write_uniform_run(tmp_path / 'int4', 'int4', 32.0, eval=evaluation)
+  another = {'model': {'width': 0.5}}
+  wider = write_uniform_run(tmp_path / 'wider', 'int2', 32.0, config=another)
+  found = runs.uniform_runs(search, [search, uniform, wider])
+  assert {name: run.label for name, run in found.items()} == {'int4': 'int4'}
+  assert 'gets 70.00%: 5.00 points less.' in report_text.headline(search, found)
+  assert 'No uniform model' in report_text.headline(search, {})
+  notes = {row['label']: row['note'] for row in report_text.models(search, found)}
+  assert notes == {
+    'found': '75.00%', 'uniform int2': 'not trained', 'uniform int4': '70.00%',
+    'uniform e4m3': 'not trained', 'uniform bf16': 'not trained',
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'file, content, expected',
+  [
+    ('config.json', None, 'holds no run'),
+    ('config.json', '{"mode": "search"}', "no usable 'num_steps'"),
+    ('config.json', '{', 'cannot be read'),
+    ('search_result.json', '{"formats"', 'not JSON, or cut off'),
+    ('search_result.json', '{"formats": {"a": "int4"}}', "no usable 'model'"),
+    ('history.jsonl', 'x\n{"step": 3, "policy": {}}\n', 'line 1'),
+    ('history.jsonl', '{"step": "3", "policy": {}}\nx\n', 'line 1'),
+    ('history.jsonl', '{"step": 3, "policy": [1]}\n', 'step 3 is unusable'),
+    ('history.jsonl', '{"step": 3, "policy": {"a": {"b": "c"}}}\n', 'step 3'),
+  ],
+)
+def test_damaged_files_are_named_in_one_line(tmp_path, file, content, expected):
+  folder = write_run(tmp_path / 'run', ['a'])
+  if content is None:
+    (folder / file).unlink()
+  else:
+    (folder / file).write_text(content)
+  with pytest.raises(ConfigError, match=expected) as error:
+    report_page.write([str(folder)])
+  assert len(error.value.problems) == 1
+  assert not (folder / report_page.REPORT_FILE).exists()
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('cost', float('nan')),
+    ('target', 'int4'),
+    ('layers', []),
+    ('layers', {'a': 3}),
+    ('architecture', 'small'),
+    ('uniform_costs', {'int4': float('inf')}),
+    ('eval', {'accuracy': 0.5, 'loss': 1.0}),
+  ],
+)
+def test_a_damaged_result_is_named_in_one_line(tmp_path, field, value):
+  folder = write_run(tmp_path / 'run', ['a'], **{field: value})
+  with pytest.raises(ConfigError, match='is damaged: ') as error:
+    report_page.write([str(folder)])
+  assert len(error.value.problems) == 1
+
+
+def test_architecture_and_groups_have_what_was_found(tmp_path):
+  folder = write_run(tmp_path / 'run', ['g/a', 'g/b'], architecture={'width': 24})
+  path = folder / workdirs.HISTORY_FILE
+  decisions = {
+    'width': {'16': 0.2, '8': 0.5, '24': 0.3},
+    'g': {'int8': 0.9, 'int2': 0.1},
+  }
+  path.write_text(json.dumps({'step': 10, 'policy': decisions}) + '\n')
+  width, group = report_text.decisions(runs.read_run(folder))
+  assert width['options'] == ['8', '16', '24']
+  assert width['found'] == '24' and width['likeliest'] == '8'
+  assert group['options'] == ['int2', 'int8'] and group['found'] == 'int2'
+
+
+def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
+  folder = write_run(tmp_path / 'run', ['a'])
+  with (folder / workdirs.HISTORY_FILE).open('a') as file:
+    file.write('{"step": 40, "lo')
+  rows = workdirs.read_history(epath.Path(folder))
+  assert [row['step'] for row in rows] == [10, 20, 30]
+
+
+def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
+  folder = write_run(tmp_path / 'run', ['a'])
+  monkeypatch.syspath_prepend(str(ROOT / 'configs'))
+  import again
+
+  config = results.config_to_json(resolve(again.get_config(str(folder))))
+  assert config == json.loads((folder / workdirs.CONFIG_FILE).read_text())
+  assert f'--config=configs/again.py:{folder}' in report_text.command(
+    runs.read_run(folder)
+  )
+
+
+def test_the_command(tmp_path):
+  def command(*arguments):
+    return subprocess.run(
+      [sys.executable, '-m', 'fliqs_jax.report', *arguments],
+      cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True,
+      text=True,
+    )  # fmt: skip
+
+  folder, out = write_run(tmp_path / 'run', ['a', 'b']), tmp_path / 'page.html'
+  result = command(f'--workdir={folder}', f'--out={out}')
+  assert result.returncode == 0 and f'Report: {out}' in result.stdout
+  assert out.exists() and (tmp_path / 'page_figures').is_dir()
+  wrong = command(f'--workdir={tmp_path}')
+  assert wrong.returncode == 2 and 'Traceback' not in wrong.stderr
+  assert f"'{tmp_path}' holds no run" in wrong.stderr.splitlines()[-1]

@@ -1,0 +1,48 @@
+"""What a run is judged by: which number, its standard error, and how they read."""
+
+import math
+
+import pytest
+
+from fliqs_jax.reporting import quality
+
+LOSS = {'loss': 2.5, 'num_examples': 400}
+
+
+@pytest.mark.parametrize(
+  'evaluation, name, value, text',
+  [
+    ({'accuracy': 0.9, 'quality': 7.0}, 'accuracy', 0.9, '90.00%'),
+    ({'accuracy': 0}, 'accuracy', 0, '0.00%'),
+    ({'quality': -1.60944, 'perplexity': 5.0}, 'quality', -1.60944, '-1.609'),
+    ({'accuracy': 90.0, 'quality': 7.0}, 'quality', 7.0, '7'),
+    ({}, 'minus the loss', -2.5, '-2.5'),
+  ],
+)
+def test_what_a_run_is_judged_by(evaluation, name, value, text):
+  found = quality.of({**LOSS, **evaluation})
+  assert (found.name, found.value, str(found)) == (name, value, text)
+  assert (found.error is None) == (name != 'accuracy')
+
+
+def test_the_standard_error_is_that_of_a_proportion():
+  # sqrt(0.9 · 0.1 / 400) = 0.3 / 20.
+  assert quality.of({**LOSS, 'accuracy': 0.9}).error == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize(
+  'name, other, words',
+  [
+    ('accuracy', 0.9, 'the same'),
+    ('accuracy', 0.8, '10.00 points less'),
+    # The standard error of the difference is sqrt(2) · 0.015 = 0.0212, about.
+    ('accuracy', 0.925, '2.50 points more'),
+    ('accuracy', 0.915, '1.50 points more, which is within the standard error of the '
+     'difference'),
+    ('quality', 1.025, '0.125 more'),
+  ],
+)  # fmt: skip
+def test_differences_in_words(name, other, words):
+  one, two = (quality.of({**LOSS, name: value}) for value in (0.9, other))
+  assert one.against(two) == words
+  assert math.isclose(one.value, 0.9)

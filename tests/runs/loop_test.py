@@ -1,0 +1,289 @@
+"""Whole runs: what they leave, how they resume, what they accept."""
+
+import json
+
+from etils import epath
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from conftest import TINY_LAYERS
+
+from fliqs_jax.reporting import terminal as display
+from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import result as results
+from fliqs_jax.search import budget, rewards
+from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.search import space as search_space
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs.config import resolve
+
+RESULT_FIELDS = {
+    'model', 'dataset', 'cost_model', 'cost_unit', 'target', 'cost', 'seed', 'steps',
+    'formats', 'layers', 'architecture', 'eval', 'uniform_costs', 'policy', 'versions',
+    'config',
+}  # fmt: skip
+
+
+class Interrupted(Exception):
+  """Stands for a run that is killed."""
+
+
+def read_history(workdir):
+  lines = (workdir / workdirs.HISTORY_FILE).read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def finished(tiny_config, tmp_path_factory):
+  """The folder of a finished search, its result, and how often it traced its step."""
+  traces = []
+
+  def counted(*args, **kwargs):
+    traces.append(1)
+    return rewards.absolute(*args, **kwargs)
+
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  reward = rewards.REWARDS['absolute']._replace(function=counted)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setitem(rewards.REWARDS, 'absolute', reward)
+    result = train.run(tiny_config, workdir)
+  return workdir, result, len(traces)
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+  """Runs the tiny search with some fields changed, in `tmp_path / name`."""
+
+  def run(name, **changes):
+    config = tiny_config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return train.run(config, tmp_path / name)
+
+  return run
+
+
+def test_search_leaves_its_files(finished):
+  workdir, result, _ = finished
+  assert json.loads((workdir / 'search_result.json').read_text()) == result
+  assert set(result) == RESULT_FIELDS
+  assert set(result['eval']) == {'accuracy', 'loss', 'num_examples'}
+  assert result['eval']['num_examples'] == 360
+  assert result['cost'] <= result['target']
+  assert result['target'] == result['uniform_costs']['int3']
+  assert len(result['formats']) == TINY_LAYERS and result['architecture'] == {}
+  for layer, formats in result['formats'].items():
+    assert formats['weights'] == formats['activations'] in result['uniform_costs']
+    assert sum(result['policy'][layer].values()) == pytest.approx(1, abs=1e-5)
+
+  history = read_history(workdir)
+  # Every third step, and before every checkpoint.
+  assert [line['step'] for line in history] == [3, 4, 6, 8, 9, 12]
+  assert {'loss', 'accuracy', 'reward', 'cost', 'entropy', 'policy'} <= set(history[0])
+  assert json.loads((workdir / 'config.json').read_text()) == result['config']
+  assert list(workdir.glob('events.out.tfevents.*'))
+  assert (workdir / 'checkpoints' / '12').is_dir()
+
+
+def test_one_trace_in_a_whole_run(finished):
+  # One program for every choice, before and after the delays and the commitment.
+  assert finished[2] == 1
+
+
+def test_finished_run_is_left_as_it_is(finished, tiny_config):
+  workdir, result, _ = finished
+  before = (workdir / 'search_result.json').stat().st_mtime_ns
+  assert train.run(tiny_config, workdir) == result
+  assert (workdir / 'search_result.json').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('killed_at', [6, 12])
+def test_interrupted_run_ends_like_an_uninterrupted_one(
+  finished, run, tmp_path, monkeypatch, killed_at
+):
+  workdir, result, _ = finished
+  write = workdirs.History.write
+
+  def interrupt(self, step, *args):
+    if step == killed_at:
+      raise Interrupted
+    write(self, step, *args)
+
+  monkeypatch.setattr(workdirs.History, 'write', interrupt)
+  with pytest.raises(Interrupted):
+    run('killed')
+  assert not (tmp_path / 'killed' / 'search_result.json').exists()
+  monkeypatch.undo()
+  assert run('killed') == result
+  assert read_history(tmp_path / 'killed') == read_history(workdir)
+
+
+def test_other_config_in_the_workdir_is_refused_by_field(finished, tiny_config):
+  config = tiny_config.copy_and_resolve_references()
+  config.seed = 1
+  with pytest.raises(ConfigError, match=r'another config: seed \(0 there, 1 here\)'):
+    train.run(config, finished[0])
+
+
+def test_train_with_the_found_formats(finished, run):
+  workdir, found, _ = finished
+  path = str(workdir / 'search_result.json')
+  trained = run('trained', **{'mode': 'train', 'formats': path})
+  assert set(trained) == RESULT_FIELDS
+  assert trained['formats'] == found['formats']
+  assert trained['cost'] == found['cost']
+  assert trained['policy'] == {} and trained['target'] is None
+
+
+def test_eval_of_another_run(finished, run, tmp_path):
+  workdir, found, _ = finished
+  source = {'mode': 'eval', 'checkpoint': str(workdir)}
+  own = run('own', **source)
+  assert own['eval']['accuracy'] == found['eval']['accuracy']
+  # Formats known at compile time may be folded in another order of operations.
+  assert own['eval']['loss'] == pytest.approx(found['eval']['loss'], rel=1e-6)
+  assert (tmp_path / 'own' / 'eval_result.json').exists()
+  others = run('others', **source, formats='int8')
+  assert others['cost'] == found['uniform_costs']['int8']
+  assert others['eval']['loss'] != pytest.approx(found['eval']['loss'], rel=1e-3)
+
+
+def test_uniform_and_float_training(run):
+  uniform = run('int8', **{'mode': 'train', 'formats': 'int8'})
+  assert {f['weights'] for f in uniform['formats'].values()} == {'int8'}
+  unquantized = run('float', **{'mode': 'train', 'formats': 'float32'})
+  # A layer that is not quantized counts 16 bits: four times the cost of int8.
+  assert unquantized['cost'] == 4 * uniform['cost']
+
+
+def test_held_out_reward_separate_decisions_and_pins(run, capsys):
+  result = run(
+    'held_out',
+    **{
+      'reward.split': 'validation',
+      'reward.quality': 'minus_loss',
+      'input.train_split': 'train[:90%]',
+      'input.reward_split': 'train[90%:]',
+      'search.weights_and_activations': 'separate',
+      'search.pins': (('conv_init', 'int8'),),
+      'search.groups': ('(stage1_block1)/.*',),
+      'controller.baseline': 'moving',
+    },
+  )
+  # Two decisions each of the block, of the four layers outside it, less the stem.
+  decisions = {name.rpartition(':')[0] for name in result['policy']}
+  assert len(result['policy']) == 2 * len(decisions)
+  assert len(decisions) == 1 + TINY_LAYERS - 2 - 1 and 'stage1_block1' in decisions
+  assert result['formats']['conv_init'] == {'weights': 'int8', 'activations': 'int8'}
+  assert result['cost'] <= result['target']
+
+  display.print_result(result, 'DIR')
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+  (stem,) = (row for row in rows if row[:1] == ['conv_init'])
+  assert stem[3:6] == ['int8', 'int8', 'pinned']
+  (conv1,) = (row for row in rows if row[:1] == ['stage1_block1/conv1'])
+  formats = result['formats']['stage1_block1/conv1']
+  assert conv1[3:5] == [formats['weights'], formats['activations']]
+  probability = result['policy']['stage1_block1:weights'][formats['weights']]
+  assert conv1[5] == f'{probability:.2f}'
+
+
+def test_without_a_hard_budget_the_policy_decides(run):
+  result = run('soft', **{'search.hard_budget': False})
+  for layer, formats in result['formats'].items():
+    policy = result['policy'][layer]
+    assert policy[formats['weights']] == max(policy.values())
+
+
+def test_commitment_is_the_likeliest_choice_within_the_target(finished, tiny_config):
+  result = finished[1]
+  setup = assembly.build(resolve(tiny_config), jax.device_count())
+  policy = np.array([list(p.values()) for p in result['policy'].values()])
+  expected = budget.most_likely_within(
+    setup.space, setup.cost_model, np.log(policy), setup.target
+  )
+  np.testing.assert_array_equal(setup.space.choices_of(result['formats']), expected)
+
+
+def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
+  changes = {
+    'search.cap_cost_model': 'model_size',
+    'search.cap_format': 'int3',
+    'search.cap_scale': 1.1,
+  }
+  result = run('capped', **changes)
+  assert set(result) == RESULT_FIELDS and result['cost'] <= result['target']
+  assert result['config']['search']['cap_scale'] == 1.1
+  config = ml_collections.ConfigDict(result['config'])
+  layers = networks.discover_layers(config)
+  ((size, limit),) = assembly.search_caps(config, layers)
+  space = search_space.fixed_space(layers, result['formats'])
+  assert size(space, np.zeros(0, np.int32)) <= limit
+  assert limit == pytest.approx(1.1 * size.uniform(layers, 'int3'))
+  display.print_result(result, str(tmp_path))
+  assert f'of the cap {limit:.6g}' in capsys.readouterr().out
+
+
+def test_non_finite_loss_names_its_step(run):
+  with pytest.raises(FloatingPointError, match=r'at step \d+, sample .*, lower'):
+    run('diverging', **{'optimizer.learning_rate': 1e30})
+
+
+def test_all_problems_come_together_and_nothing_is_written(run, tmp_path):
+  with pytest.raises(ConfigError) as error:
+    run('bad', **{
+        'seed': -1,
+        'dataset': 'digit',
+        'search.formats': 'int9',
+        'search.num_samples': 3,
+        'model.name': 'resnet17',
+    })  # fmt: skip
+  problems = error.value.problems
+  for fragment in ("'digits'", "'int8'", 'seed=-1', 'batch_size=32', "'resnet18'"):
+    assert sum(fragment in problem for problem in problems) == 1, (fragment, problems)
+  assert not (tmp_path / 'bad').exists()
+
+
+def test_unreachable_target_states_the_range(run):
+  with pytest.raises(
+    ConfigError, match=r'expected one from [\d.e-]+ to [\d.e-]+ GBOPs'
+  ):
+    run('bad', **{'search.target_scale': 0.01})
+
+
+def test_unusable_formats_file(run, tmp_path):
+  path = tmp_path / 'formats.json'
+  path.write_text('{"formats": {"conv_init"')
+  with pytest.raises(ConfigError, match='not JSON, or cut off') as error:
+    run('bad', **{'mode': 'train', 'formats': str(path)})
+  assert len(error.value.problems) == 1
+  path.write_text('{"conv_init": "int8"}')
+  with pytest.raises(ConfigError, match='6 layer.s. without formats'):
+    run('bad', **{'mode': 'train', 'formats': str(path)})
+  with pytest.raises(ConfigError, match='no effect on a search'):
+    run('bad', formats=str(path))
+  assert not (tmp_path / 'bad').exists()
+
+
+def test_workdir_that_is_a_file(run, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='is a file'):
+    run('file')
+
+
+def test_eval_needs_a_run_of_the_same_network(finished, run):
+  with pytest.raises(ConfigError, match='holds no run'):
+    run('nothing', mode='eval')
+  with pytest.raises(ConfigError, match='holds a checkpoint of model'):
+    run('other', **{
+        'mode': 'eval', 'checkpoint': str(finished[0]), 'model.width': 0.125
+    })  # fmt: skip
+
+
+def test_result_is_written_whole_or_not_at_all(tmp_path):
+  path = epath.Path(tmp_path) / 'search_result.json'
+  results.write_json(path, {'formats': {}})
+  with pytest.raises(TypeError):
+    results.write_json(path, {'formats': object()})
+  assert json.loads(path.read_text()) == {'formats': {}}

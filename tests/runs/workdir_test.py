@@ -1,0 +1,139 @@
+"""Folders of runs: who holds them, and histories in them and in object stores."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+
+from clu import metric_writers
+from etils import epath
+import pytest
+import whole_runs
+
+from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.errors import RunError
+
+
+def hold(workdir, held):
+  with workdirs.lock(epath.Path(workdir)):
+    held.send(os.getpid())
+    held.recv()
+
+
+def test_a_workdir_in_use_is_refused_until_its_holder_ends_or_dies(tmp_path):
+  here, there = whole_runs.CONTEXT.Pipe()
+  workdir = tmp_path / 'run'
+  holder = whole_runs.CONTEXT.Process(target=hold, args=(workdir, there))
+  holder.start()
+  pid = here.recv()
+  refusal = f'in use by process {pid} on {socket.gethostname()}'
+  with pytest.raises(ConfigError, match=refusal), workdirs.lock(epath.Path(workdir)):
+    pass
+  holder.kill()
+  holder.join()
+  for _ in range(2):
+    with workdirs.lock(epath.Path(workdir)):
+      pass
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+  (tmp_path / 'file').write_text('')
+  below = epath.Path(tmp_path) / 'file' / 'run'
+  with (
+    pytest.raises(ConfigError, match='cannot write to workdir'),
+    workdirs.lock(below),
+  ):
+    pass
+
+
+def write_history(workdir, start, steps):
+  with workdirs.History(workdir, start) as history:
+    for step in steps:
+      history.write(step, {'loss': step / 3}, {'layer': {'int4': 1.0}})
+
+
+def steps_in(workdir):
+  lines = (workdir / workdirs.HISTORY_FILE).read_text().splitlines()
+  return [json.loads(line)['step'] for line in lines]
+
+
+class ObjectStore(epath.backend._OsPathBackend):
+  """A folder as `gs://`, which like it writes whole objects and never appends."""
+
+  def __init__(self, root):
+    self.root = root
+
+  def _local(self, path):
+    return str(self.root / str(path).removeprefix('gs://'))
+
+  @contextlib.contextmanager
+  def open(self, path, mode):
+    if 'a' in mode:
+      raise NotImplementedError('objects cannot be appended to')
+    with super().open(self._local(path), mode) as file:
+      yield file
+
+  def exists(self, path):
+    return super().exists(self._local(path))
+
+  def replace(self, path, dst):
+    super().replace(self._local(path), self._local(dst))
+
+  def makedirs(self, path, **kwargs):
+    super().makedirs(self._local(path), **kwargs)
+
+  def isdir(self, path):
+    return super().isdir(self._local(path))
+
+
+class NoEvents:
+  """TensorFlow's writer, which reaches for the network by itself."""
+
+  def __init__(self, folder):
+    pass
+
+  write_scalars = flush = close = lambda *_: None
+
+
+@pytest.fixture(params=['local', 'remote'])
+def workdir(request, tmp_path, monkeypatch):
+  if request.param == 'local':
+    return epath.Path(tmp_path)
+  monkeypatch.setattr(metric_writers, 'SummaryWriter', NoEvents)
+  (tmp_path / 'bucket' / 'run').mkdir(parents=True)
+  store = ObjectStore(tmp_path)
+  monkeypatch.setattr(type(epath.Path('gs://a')), '_backend', property(lambda _: store))
+  return epath.Path('gs://bucket/run')
+
+
+def test_history_goes_on_without_gaps_or_doubles(workdir):
+  write_history(workdir, 0, [2, 4, 6])
+  write_history(workdir, 4, [6, 8])
+  assert steps_in(workdir) == [2, 4, 6, 8]
+
+
+def test_a_line_that_is_cut_off_is_dropped(workdir):
+  write_history(workdir, 0, [2, 4])
+  path = workdir / workdirs.HISTORY_FILE
+  path.write_text(path.read_text()[:-9])
+  write_history(workdir, 4, [6])
+  assert steps_in(workdir) == [2, 6]
+
+
+def test_a_remote_workdir_is_locked_without_a_lock_file(workdir):
+  with workdirs.lock(workdir):
+    workdirs.write(workdir, 'config.json', {'a': 1})
+  assert workdirs.read_config(workdir).a == 1
+
+
+def test_a_workdir_that_is_gone(tmp_path):
+  workdir = epath.Path(tmp_path / 'run')
+  workdir.mkdir()
+  with workdirs.History(workdir, 0) as history:
+    history.write(1, {'loss': 1.0}, {})
+    workdir.rmtree()
+    with pytest.raises(RunError, match='No such file or directory'):
+      history.write(2, {'loss': 1.0}, {})
+  assert not pathlib.Path(workdir).exists()

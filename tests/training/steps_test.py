@@ -1,0 +1,382 @@
+"""The steps against the same arithmetic written out, and on several meshes."""
+
+import functools
+import subprocess
+import sys
+
+from conftest import ROOT
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fliqs_jax.linen import discovery
+from fliqs_jax.linen import operators as layers
+from fliqs_jax.search import controller, cost_models
+from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import task as objectives
+from fliqs_jax.search import rewards
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import steps, train_state
+from fliqs_jax.linen.operators import FORMATS
+
+OPTIONS = ('int2', 'int4', 'e4m3')
+CLASSES, FEATURES, EXAMPLES = 3, 5, 8
+LEARNING_RATE = 0.5
+
+
+class Classifier(nn.Module):
+  """Two dense layers with batch norm between them."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    dense = functools.partial(nn.Dense, **layers.dense_hooks())
+    x = dense(6)(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.7)(x)
+    x = nn.Dropout(0.25, deterministic=not train)(nn.relu(x))
+    return dense(CLASSES)(x)
+
+
+def arguments(inputs):
+  return train_state.Arguments((inputs,), {'train': False})
+
+
+def make_problem(num_samples, activation_delay=0, held_out=False):
+  model, inputs = Classifier(), jnp.zeros((1, FEATURES))
+  found = discovery.discover(model, inputs, train=False)
+  space = search_space.build_space(found, OPTIONS)
+  cost_model = cost_models.get_cost_model('bops')
+  target = cost_model.uniform(found, 'int4')
+  policy = controller.policy_gradient_controller(
+    space.valid,
+    controller.entropy_weight('cosine', 0.1, 0, 10),
+    baseline='moving',
+  )
+  problem = steps.SearchProblem(
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    reward=functools.partial(rewards.absolute, target=target, beta=1.0),
+    controller=policy,
+    activation_delay=activation_delay,
+    held_out=held_out,
+  )
+
+  def init(mesh):
+    state = train_state.create_train_state(
+      model, arguments(inputs), optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
+    )
+    return jax.device_put(state, meshes.replicated(mesh))
+
+  return problem, init
+
+
+def make_batch(num_samples, seed=0):
+  rng = np.random.default_rng(seed)
+  shape = num_samples, EXAMPLES // num_samples
+  return {
+    'image': rng.normal(size=(*shape, FEATURES)).astype(np.float32),
+    'label': rng.integers(CLASSES, size=shape).astype(np.int32),
+  }
+
+
+def take_steps(num_samples, num_devices, count=3, **options):
+  """Returns the state and the metrics of each of the first steps."""
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
+  problem, init = make_problem(num_samples, **options)
+  step = steps.make_search_step(problem, objectives.classification(), num_samples, mesh)
+  state, metrics = init(mesh), []
+  for seed in range(count):
+    batch = make_batch(num_samples, seed)
+    if problem.held_out:
+      batch['reward'] = make_batch(num_samples, seed + 100)
+    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+    state, new = step(state, batch)
+    metrics.append(jax.device_get(new))
+  return jax.device_get(state.replace(key=None)), metrics
+
+
+@pytest.mark.parametrize(
+  'num_samples, num_devices, shape',
+  [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
+)
+def test_mesh(num_samples, num_devices, shape):
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
+  assert mesh.axis_names == ('sample', 'data')
+  assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize('num_samples', [1, 2, 4])
+def test_same_search_on_one_device_and_on_two(num_samples):
+  one_state, one = take_steps(num_samples, 1)
+  two_state, two = take_steps(num_samples, 2)
+  for a, b in zip(one, two):
+    np.testing.assert_array_equal(a['choices'], b['choices'])
+    assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+  # Sums over examples in another order, through three steps.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
+    one_state.params,
+    two_state.params,
+  )
+
+
+def test_step_takes_the_mean_gradient_of_its_samples():
+  num_samples = 2
+  problem, init = make_problem(num_samples)
+  mesh = meshes.make_mesh(num_samples, jax.devices()[:1])
+  state = init(mesh)
+  batch = make_batch(num_samples)
+  step_key = jax.random.fold_in(state.key, 0)
+  objective = objectives.classification()
+
+  def sample_loss(params, choices, s):
+    _, key = jax.random.split(jax.random.fold_in(step_key, s))
+    outputs, stats = state.apply_fn(
+        {'params': params, FORMATS: problem.space.bind(choices), **state.model_stats},
+        batch['image'][s], train=True, mutable=['batch_stats', 'quant_stats'],
+        rngs={'dropout': key},
+    )  # fmt: skip
+    one = {'label': batch['label'][s]}
+    return objective.loss(outputs, one), (stats, objective.quality(outputs, one))
+
+  policy_keys = jnp.stack(
+    [jax.random.split(jax.random.fold_in(step_key, s))[0] for s in range(num_samples)]
+  )
+  choices = problem.controller.sample(state.controller, policy_keys)
+  results = [
+    jax.value_and_grad(sample_loss, has_aux=True)(state.params, choices[s], s)
+    for s in range(num_samples)
+  ]
+  mean = lambda *trees: jax.tree.map(lambda *leaves: sum(leaves) / num_samples, *trees)
+  gradients = mean(*(gradient for _, gradient in results))
+  expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, state.params, gradients)
+  expected_stats = mean(*(stats for (_, (stats, _)), _ in results))
+  costs = problem.cost_model(problem.space, np.asarray(choices))
+  qualities = np.array([quality for (_, (_, quality)), _ in results])
+
+  new_state, (metrics,) = take_steps(num_samples, 1, count=1)
+  np.testing.assert_array_equal(metrics['choices'], choices)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, new_state.params, expected)
+  jax.tree.map(close, new_state.model_stats, expected_stats)
+  close(metrics['reward'], np.mean(qualities - abs(costs / problem.target - 1)))
+  close(metrics['cost_ratio'], np.mean(costs) / problem.target)
+
+
+def test_held_out_quality_leaves_the_weights_alone():
+  own_state, own = take_steps(2, 1, count=1)
+  held_state, held = take_steps(2, 1, count=1, held_out=True)
+  jax.tree.map(np.testing.assert_array_equal, own_state.params, held_state.params)
+  assert own[0]['loss'] == held[0]['loss']
+  assert own[0]['quality'] == own[0]['accuracy'] != held[0]['quality']
+
+
+def test_activations_are_quantized_from_the_delay_on():
+  # Nothing is known of the activations at step 0, so the first step is alike.
+  _, early = take_steps(1, 1, count=3, activation_delay=0)
+  _, late = take_steps(1, 1, count=3, activation_delay=2)
+  assert early[0]['loss'] == late[0]['loss']
+  assert early[1]['loss'] != late[1]['loss']
+
+
+def test_train_step_with_float32_is_plain_training():
+  mesh = meshes.make_mesh(1, jax.devices()[:1])
+  problem, init = make_problem(1)
+  space = search_space.uniform_space(problem.space.layers, 'float32')
+  step = steps.make_train_step(space, objectives.classification(), 0, mesh)
+  state, batch = init(mesh), make_batch(1)
+  key = jax.random.split(jax.random.fold_in(state.key, 0), 1)[0]
+
+  def loss(params):
+    logits, _ = state.apply_fn(
+        {'params': params, **state.model_stats}, batch['image'][0], train=True,
+        mutable=['batch_stats', 'quant_stats'], rngs={'dropout': key},
+    )  # fmt: skip
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label'][0]
+    ).mean()
+
+  expected = jax.tree.map(
+    lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(state.params)
+  )
+  new_state, _ = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+      jax.device_get(new_state.params), expected,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_statistics_step_gives_the_batch_statistics(num_devices):
+  mesh = meshes.make_mesh(2, jax.devices()[:num_devices])
+  problem, init = make_problem(2)
+  step = steps.make_statistics_step(problem.space, objectives.classification(), mesh)
+  state, batch = init(mesh), make_batch(2)
+  choices = jnp.zeros(2, jnp.int32)
+  stats = step(
+    state,
+    jax.device_put(choices, meshes.replicated(mesh)),
+    jax.device_put(batch, meshes.batch_sharding(mesh)),
+  )
+  # What batch norm sees: the first layer's outputs for all examples together.
+  _, captured = state.apply_fn(
+      {
+          'params': state.params, FORMATS: problem.space.bind(choices),
+          **state.model_stats,
+      },
+      batch['image'].reshape(EXAMPLES, FEATURES), train=False,
+      capture_intermediates=True, mutable=['intermediates'],
+  )  # fmt: skip
+  (hidden,) = captured['intermediates']['Dense_0']['__call__']
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  close(stats['BatchNorm_0']['mean'], np.mean(hidden, axis=0))
+  close(stats['BatchNorm_0']['var'], np.var(hidden, axis=0))
+
+
+def test_eval_step_counts_what_is_not_padding():
+  mesh = meshes.make_mesh(1, jax.devices()[:2])
+  problem, init = make_problem(1)
+  step, state = (
+    steps.make_eval_step(problem.space, objectives.classification(), mesh),
+    init(mesh),
+  )
+  batch = {key: value[0] for key, value in make_batch(1).items()}
+  mask = np.arange(EXAMPLES) < 5
+  choices = jax.device_put(jnp.ones(2, jnp.int32), meshes.replicated(mesh))
+  sums = step(
+    state, choices, jax.device_put({**batch, 'mask': mask}, meshes.eval_sharding(mesh))
+  )
+  logits = state.apply_fn(
+      {
+          'params': state.params, FORMATS: problem.space.bind(choices),
+          **state.model_stats,
+      },
+      batch['image'][:5], train=False,
+  )  # fmt: skip
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'][:5])
+  assert sums['num_examples'] == 5
+  assert sums['accuracy'] == np.sum(np.argmax(logits, -1) == batch['label'][:5])
+  assert sums['loss'] == pytest.approx(float(losses.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_objective_against_arithmetic(smoothing):
+  logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
+  batch = {'label': jnp.array([0, 1])}
+  targets = np.eye(3)[[0, 1]] * (1 - smoothing) + smoothing / 3
+  losses = -(targets * np.asarray(logits)).sum(axis=1)
+  objective = objectives.classification('accuracy', smoothing)
+  assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
+  assert objective.quality(logits, batch) == 0.5
+  minus_loss = objectives.classification('minus_loss', smoothing).quality(logits, batch)
+  assert minus_loss == pytest.approx(np.log([0.7, 0.3]).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_objective_of_soft_labels_against_arithmetic(smoothing):
+  logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
+  labels = np.array([[0.8, 0.2, 0.0], [0.0, 0.9, 0.1]], np.float32)
+  targets = labels * (1 - smoothing) + smoothing / 3
+  losses = -(targets * np.asarray(logits)).sum(axis=1)
+  batch, objective = {'label': labels}, objectives.classification('accuracy', smoothing)
+  assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
+  assert objective.quality(logits, batch) == 0.5
+  assert objective.metrics(logits, batch) == {'accuracy': 0.5}
+
+
+def test_certain_soft_labels_are_labels():
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(20, 4)), rng.integers(4, size=20)
+  for quality in ('accuracy', 'minus_loss'):
+    objective = objectives.classification(quality, 0.1)
+    for function in (objective.loss, objective.quality):
+      assert function(logits, {'label': labels}) == function(
+        logits, {'label': np.eye(4, dtype=np.float32)[labels]}
+      )
+
+
+class WithAuxiliaryHeads(nn.Module):
+  """A linear classifier with two more that only training knows."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    if train or self.is_initializing():
+      for name in ('one', 'two'):
+        self.sow('intermediates', 'aux_logits', nn.Dense(CLASSES, name=name)(x))
+      self.sow('intermediates', 'other', x)
+    dense = functools.partial(nn.Dense, **layers.dense_hooks())
+    return dense(CLASSES, name='classifier')(x)
+
+
+def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
+  model, inputs = WithAuxiliaryHeads(), jnp.zeros((1, FEATURES))
+  found = discovery.discover(model, inputs, train=False)
+  space = search_space.uniform_space(found, 'float32')
+  mesh = meshes.make_mesh(1, jax.devices()[:1])
+  state = jax.device_put(
+    train_state.create_train_state(
+      model, arguments(inputs), optax.sgd(LEARNING_RATE), None, jax.random.key(1)
+    ),
+    meshes.replicated(mesh),
+  )
+  params, batch, weight = jax.device_get(state.params), make_batch(1), 0.3
+  images, targets = batch['image'][0], np.eye(CLASSES)[batch['label'][0]]
+  loss = 0.0
+  expected = {}
+  for name, part in (('classifier', 1.0), ('one', weight), ('two', weight)):
+    # The gradient of softmax and cross entropy, written out.
+    logits = images @ params[name]['kernel']
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss -= part * (targets * np.log(probabilities)).sum(axis=1).mean()
+    error = part * (probabilities - targets) / EXAMPLES
+    expected[name] = {
+      'kernel': params[name]['kernel'] - LEARNING_RATE * images.T @ error,
+      'bias': params[name]['bias'] - LEARNING_RATE * error.sum(axis=0),
+    }
+  objective = objectives.classification(auxiliary_weight=weight)
+  step = steps.make_train_step(space, objective, 0, mesh)
+  new_state, metrics = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
+  assert metrics['loss'] == pytest.approx(loss, rel=1e-5)
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+      jax.device_get(new_state.params), expected,
+  )  # fmt: skip
+
+
+# Two samples of two devices each: more than the two devices of this process.
+ON_FOUR_DEVICES = """
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+import numpy as np
+from fliqs_jax import meshes, steps
+
+mesh = meshes.make_mesh(2)
+assert mesh.devices.shape == (2, 2)
+rng = np.random.default_rng(0)
+x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
+
+def mean_gradient(w, x):
+  def one_sample(w, x):
+    return jax.grad(lambda w: ((x @ w) ** 2).mean())(w), x.sum()
+  return steps._mean_over_samples(one_sample, mesh, w, x)
+
+shardings = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+mean, stacked = jax.jit(mean_gradient, in_shardings=shardings)(w, x)
+assert mean.sharding.is_fully_replicated
+expected = np.mean([2 * a.T @ (a @ w) / 32 for a in x], axis=0)
+np.testing.assert_allclose(mean, expected, rtol=1e-5)
+np.testing.assert_allclose(stacked, x.sum(axis=(1, 2)), rtol=1e-5)
+# Half of the gradient goes over the samples.
+compiled = jax.jit(mean_gradient, in_shardings=shardings).lower(w, x).compile()
+assert 'f32[3,4]' in compiled.as_text()
+"""
+
+
+def test_gradient_of_samples_that_are_split_over_devices():
+  subprocess.run(
+    [sys.executable, '-c', ON_FOUR_DEVICES], check=True, cwd=ROOT, timeout=300
+  )
