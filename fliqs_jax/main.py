@@ -41,7 +41,8 @@ def main(argv):
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
   )
   _cache_compilations(_CONFIG.value.compilation_cache)
-  from fliqs_jax.runs import loop as train  # after the flags, whose errors need no TensorFlow
+  # After the flags, whose errors need no TensorFlow.
+  from fliqs_jax.runs import loop as train
 
   result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:

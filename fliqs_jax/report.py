@@ -18,9 +18,10 @@ _OUT = flags.DEFINE_string('out', None, 'The page to write.')
 def main(argv):
   """Writes the report of the given workdirs."""
   del argv
-  from fliqs_jax.reporting import page as report_page  # after the flags, whose errors need no matplotlib
+  # After the flags, whose errors need no matplotlib.
+  from fliqs_jax.reporting import page
 
-  print(f'Report: {report_page.write(_WORKDIR.value, _OUT.value)}')
+  print(f'Report: {page.write(_WORKDIR.value, _OUT.value)}')
 
 
 if __name__ == '__main__':

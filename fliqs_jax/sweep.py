@@ -28,7 +28,8 @@ _WIDTHS = flags.DEFINE_list(
 def main(argv):
   """Runs the sweep and prints its points."""
   del argv
-  from fliqs_jax.reporting import sweep as pareto  # after the flags, whose errors need no TensorFlow
+  # After the flags, whose errors need no TensorFlow.
+  from fliqs_jax.reporting import sweep as pareto
 
   points, failed = pareto.sweep(
     _CONFIG.value, _FOLDER.value, _TARGETS.value, _WIDTHS.value

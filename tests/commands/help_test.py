@@ -102,7 +102,7 @@ def test_measure(shell, example):
 
 
 def test_sweep(shell):
-  # Its runs take a minute; `pareto_test.py` has them.
+  # Its runs take a minute; `sweep_test.py` has them.
   text = shell[1]('python -m fliqs_jax.sweep --help')
   ((line, _),) = re.findall(r'^    (python -m (.*\\\n)*.*)$', text, re.MULTILINE)
   # Of all that the example says, nothing else is wrong.

@@ -9,10 +9,10 @@ import sys
 from conftest import ROOT, load_config
 import jax
 import jax.numpy as jnp
+from made_up_runs import OPTIONS, write_run
 import ml_dtypes
 import numpy as np
 import pytest
-from report_test import OPTIONS, write_run
 
 from fliqs_jax import analysis
 from fliqs_jax.numerics import quantization_error
