@@ -1,13 +1,12 @@
-"""What a run shows on the terminal: progress, and at the end the table."""
+"""Tables and lines that commands print on the terminal."""
 
 from collections.abc import Mapping, Sequence
 import sys
-import time
 from typing import Any
 
 import ml_collections
 import numpy as np
-from rich import box, progress
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,58 +15,6 @@ from fliqs_jax.linen import discovery
 from fliqs_jax.runs import assembly, networks
 from fliqs_jax.search import budget
 from fliqs_jax.search import space as search_space
-
-# Numbers of a history line that progress shows, and how.
-_SHOWN = {
-  'loss': ('loss', '{:.3f}'),
-  'accuracy': ('accuracy', '{:.1%}'),
-  'cost_ratio': ('cost/target', '{:.3f}'),
-  'entropy': ('entropy', '{:.3f}'),
-}
-
-
-class Progress:
-  """A progress bar on a terminal, plain lines elsewhere. A context manager."""
-
-  def __init__(self, start: int, num_steps: int):
-    self._start, self._num_steps = start, num_steps
-    # Notebooks ask for colours, but what they save of a bar is each of its states.
-    self._console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    self._began = time.monotonic()
-    self._bar = progress.Progress(
-      progress.TextColumn('step {task.completed}/{task.total}'),
-      progress.BarColumn(bar_width=20),
-      progress.TimeRemainingColumn(compact=True),
-      progress.TextColumn('{task.fields[numbers]}'),
-      console=self._console,
-      disable=not self._console.is_terminal,
-    )
-    self._task = self._bar.add_task(
-      'train', total=num_steps, completed=start, numbers='compiling'
-    )
-
-  def __enter__(self) -> 'Progress':
-    self._bar.__enter__()
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._bar.__exit__(*error)
-
-  def update(self, step: int, row: Mapping[str, float]) -> None:
-    """Shows the numbers of a history line."""
-    numbers = '  '.join(
-      f'{label} {form.format(row[key])}'
-      for key, (label, form) in _SHOWN.items()
-      if key in row
-    )
-    if self._console.is_terminal:
-      self._bar.update(self._task, completed=step, numbers=numbers)
-    else:
-      elapsed = time.monotonic() - self._began
-      left = elapsed / (step - self._start) * (self._num_steps - step)
-      # Not logged: a program that calls `fliqs_jax.search` need not set up logging.
-      now, place = time.strftime('%H:%M:%S'), f'step {step}/{self._num_steps}'
-      print(f'{now} {place}  {numbers}  ETA {left:.0f} s', file=sys.stderr, flush=True)
 
 
 def make_console() -> Console:

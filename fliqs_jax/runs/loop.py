@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax.reporting import terminal as display
 from fliqs_jax.runs import assembly, evaluation
 from fliqs_jax.runs import setup as plans
 from fliqs_jax.search import budget
@@ -27,6 +26,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.search.controller import policy_probabilities
 from fliqs_jax.runs.distributed import Preemption
+from fliqs_jax.runs.progress import Progress
 from fliqs_jax.errors import Preempted
 from fliqs_jax.runs.setup import Plan
 from fliqs_jax.training.train_state import TrainState
@@ -139,7 +139,7 @@ def _loop(
   commits = setup.problem is not None and config.search.hard_budget
   with (
     workdirs.History(workdir, start) as history,
-    display.Progress(start, config.num_steps) as progress,
+    Progress(start, config.num_steps) as progress,
     Preemption() as preemption,
   ):
     pending = []
