@@ -1,0 +1,140 @@
+"""The documentation builds strictly, is whole, and says what the code does."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+import ml_collections
+import numpy as np
+import pytest
+import references
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.runs.config import default_config
+
+PAGES = sorted((ROOT / 'docs').rglob('*.md'))
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  """The folder of the site, built as docs/contributing.md says."""
+  folder = tmp_path_factory.mktemp('site')
+  command = ['mkdocs', 'build', '--strict', '--config-file=docs/site/mkdocs.yml']
+  result = subprocess.run(
+    [sys.executable, '-m', *command, f'--site-dir={folder}'],
+    cwd=ROOT,
+    env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  return folder
+
+
+def test_every_page_is_in_the_site(site):
+  for page in PAGES:
+    name = page.relative_to(ROOT / 'docs').with_suffix('')
+    place = name.parent if name.name == 'index' else name
+    assert (site / place / 'index.html').is_file()
+  assert 'Which numeric format should each layer' in (site / 'index.html').read_text()
+
+
+@pytest.fixture(scope='module')
+def hooks():
+  """The module `docs/site/hooks.py`."""
+  path = ROOT / 'docs/site/hooks.py'
+  spec = importlib.util.spec_from_file_location('hooks', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize(
+  'page, link, expected',
+  [
+    ('budget.md', 'costs.md#a-cap', 'costs.md#a-cap'),
+    ('budget.md', '../README.md#read-on', 'index.md#read-on'),
+    ('budget.md', '../configs/resnet18.py', 'https://x/blob/main/configs/resnet18.py'),
+    ('reference/api.md', '../costs.md', '../costs.md'),
+    ('index.md', 'docs/costs.md', 'costs.md'),
+    ('index.md', 'colabs', 'https://x/tree/main/colabs'),
+    ('index.md', 'https://elsewhere/a', 'https://elsewhere/a'),
+    ('index.md', '#read-on', '#read-on'),
+  ],
+)
+def test_links_lead_to_pages_or_to_the_repository(hooks, page, link, expected, caplog):
+  assert hooks.follow(f'[a]({link}), `[a](b)`', page, 'https://x') == (
+    f'[a]({expected}), `[a](b)`'
+  )
+  assert not caplog.records
+
+
+def test_a_link_to_nothing_is_a_warning(hooks, caplog):
+  hooks.follow('[a](../configs/none.py)', 'budget.md', 'https://x')
+  assert caplog.messages == [
+    'docs/budget.md links to ../configs/none.py, which does not exist.'
+  ]
+
+
+def rows(page, heading):
+  """Returns the cells of the tables in a section of a page."""
+  text = (ROOT / 'docs' / page).read_text()
+  section = text.split(f'# {heading}\n', 1)[1].split('\n#', 1)[0]
+  lines = [line for line in section.splitlines() if line.startswith('| `')]
+  return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
+
+
+def test_the_table_of_formats():
+  def row(name):
+    format = formats.get_format(name)
+    lowest, highest = int(format.exponent_min), int(format.exponent_max)
+    is_integer = name in formats.INTEGER_NAMES
+    smallest = lowest - int(format.mantissa_bits)
+    largest = float(np.finfo(np.float32).max if name == 'float32' else format.max)
+    dtype = references.ML_DTYPES.get(name)
+    return [
+      f'`{name}`',
+      f'{format.bits}',
+      f'{format.mantissa_bits}',
+      'none' if is_integer else f'{lowest} … {highest}',
+      '1' if is_integer else f'2^{smallest}',
+      f'{largest:.6g}',
+      f'{format.clip:.3f}' if format.clip else 'not scaled',
+      *([f'`{dtype.__name__}`'] if dtype else []),
+    ]
+
+  table = rows('formats.md', 'Numeric formats')
+  assert len(table) == len(formats.NAMES)
+  for name, cells in zip(formats.NAMES, table):
+    expected = row(name)
+    assert cells[: len(expected)] == expected
+
+
+def test_the_table_of_search_spaces():
+  table = dict(rows('formats.md', 'Search spaces'))
+  assert {
+    name.strip('`'): tuple(re.findall(r'`(\w+)`', members))
+    for name, members in table.items()
+  } == formats.SPACES
+
+
+def test_the_tables_of_fields():
+  def flat(config, prefix=''):
+    for name, value in config.items():
+      if isinstance(value, ml_collections.ConfigDict):
+        yield from flat(value, f'{prefix}{name}.')
+      else:
+        yield f'{prefix}{name}', value
+
+  text = (ROOT / 'docs/configuration.md').read_text()
+  table = dict(re.findall(r'^\| `([\w.]+)` \| (.*?) \| ', text, re.MULTILINE))
+  fields = dict(flat(default_config()))
+  assert set(table) == set(fields)
+  for name, value in fields.items():
+    if value is None:  # follows from others, or is none
+      assert not table[name].startswith('`'), name
+    else:
+      assert table[name] == (f'`{value}`' if value != '' else 'empty'), name
