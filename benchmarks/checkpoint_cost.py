@@ -1,4 +1,4 @@
-"""What a checkpoint every 100 steps costs a search on the digits.
+"""The cost of a checkpoint every 100 steps of a search on the digits.
 
     python benchmarks/checkpoint_cost.py [--width=0.25] [--rounds=5]
 
@@ -22,9 +22,9 @@ import jax
 from fliqs_jax.data import pipeline as input_pipeline
 from fliqs_jax.runs import assembly, evaluation
 from fliqs_jax.runs import loop as train
-from fliqs_jax.training import sharding as meshes
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.training import sharding as meshes
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 _STEPS = 100

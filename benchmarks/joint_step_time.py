@@ -21,8 +21,8 @@ from fliqs_jax.layers import architecture
 from fliqs_jax.linen import discovery
 from fliqs_jax.search import controller, cost_models
 from fliqs_jax.search import space as search_space
-from fliqs_jax.training import steps
 from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import steps
 from fliqs_jax.training import task as objectives
 from fliqs_jax.training.train_state import Arguments, create_train_state
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fliqs_jax.search import controller as controller_lib
 from fliqs_jax import models
 from fliqs_jax.linen import discovery
+from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import cost_models, rewards
-from fliqs_jax.training import task as objectives
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import steps, train_state
+from fliqs_jax.training import task as objectives
 
 VARIANTS = ('float', 'fixed_int8', 'search')
 NUM_CLASSES = 1000

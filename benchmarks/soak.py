@@ -1,4 +1,4 @@
-"""Whether a long run leaks or slows down: the digits search, watched from outside.
+"""Memory and speed of a long run: the digits search, watched from outside.
 
     python benchmarks/soak.py [--minutes=60]
 

@@ -21,8 +21,8 @@ os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-
 import resnet_steps
+
 from fliqs_jax.training import sharding as meshes
 
 

@@ -31,10 +31,10 @@ os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-
 import resnet_steps
-from fliqs_jax.search import controller as controller_lib
+
 from fliqs_jax.linen import discovery
+from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import cost_models, devices, rewards
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import sharding as meshes

@@ -10,201 +10,26 @@ of the searches in --workdir, or of those that entropy made. Each leaves a PNG a
 numbers as JSON in the folder.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from absl import flags
-from etils import epath
-from flax import traverse_util
-import jax
-import ml_collections
-import numpy as np
 
 from fliqs_jax import command_line
-from fliqs_jax.reporting import analysis_figures
-from fliqs_jax.reporting import page as report_page
-from fliqs_jax.runs import assembly
-from fliqs_jax.runs import result as results
-from fliqs_jax.numerics import quantization_error
-from fliqs_jax.reporting import quality
-from fliqs_jax.reporting import figures as report_figures
-from fliqs_jax.reporting import finished_runs as runs
-from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs.config import resolve
-from fliqs_jax.training.train_state import create_train_state
-
-FIGURES = ('switching', 'clipping', 'entropy', 'formats')
-ENTROPY_WEIGHTS = (0.0, 0.01, 0.1, 1.0)
+from fliqs_jax.reporting import analysis
 
 _CONFIG = command_line.define_config_flag()
 _FOLDER = flags.DEFINE_string('folder', None, 'Folder for figures, numbers and runs.')
-_FIGURE = flags.DEFINE_enum('figure', 'all', ('all', *FIGURES), 'Which one.')
+_FIGURE = flags.DEFINE_enum('figure', 'all', ('all', *analysis.FIGURES), 'Which one.')
 _WORKDIR = flags.DEFINE_multi_string(
   'workdir', [], 'Finished runs: weights of the first, formats of all.'
 )
 
 
-def network_weights(
-  config: ml_collections.ConfigDict, workdir: str | None
-) -> dict[str, jax.Array]:
-  """Returns the weights of the searched layers, by path.
-
-  Args:
-    config: resolved.
-    workdir: of a run of the same network; None for the weights before training.
-
-  Raises:
-    ValueError: where the workdir holds no checkpoint of this network.
-  """
-  if workdir:
-    workdirs.check_model(config, epath.Path(workdir))
-  setup = assembly.build(config, jax.device_count(), 'float32')
-
-  def init(key):
-    return create_train_state(setup.model, setup.example, setup.optimizer, None, key)
-
-  state = jax.jit(init)(jax.random.key(config.seed))
-  if workdir:
-    with Checkpoints(epath.Path(workdir), read_only=True) as checkpoints:
-      if checkpoints.latest_step() is None:
-        raise ValueError(f'{workdir!r} holds no checkpoint')
-      state = checkpoints.restore_variables(state)
-  params = traverse_util.flatten_dict(state.params, sep='/')
-  return {layer.path: params[f'{layer.path}/kernel'] for layer in setup.space.layers}
-
-
-def switching(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, Any]:
-  """Returns the switching errors between formats, ready for JSON."""
-  errors = quantization_error.switching_errors(list(weights.values()), names)
-  return {'formats': list(names), 'errors': errors.tolist()}
-
-
-def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, Any]:
-  """Returns errors against thresholds, of normal data and the weights, for JSON."""
-  thresholds = np.geomspace(0.6, 20, 120)
-  data = {
-    'Normal data': [quantization_error.normal_values()],
-    'The network’s weights': list(weights.values()),
-  }
-  panels = {}
-  for title, tensors in data.items():
-    panels[title] = {}
-    for name in names:
-      if formats_lib.get_format(name).clip > 0:
-        errors = quantization_error.clipping_errors(tensors, name, thresholds)
-        best = quantization_error.best_threshold(errors)
-        panels[title][name] = {
-          'thresholds': thresholds.tolist(),
-          'errors': errors.tolist(),
-          'best': best,
-          'best_threshold': float(thresholds[best]),
-          'threshold_in_use': float(formats_lib.get_format(name).clip),
-        }
-  return panels
-
-
-def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]:
-  """Searches with several entropy weights, and returns how each went, for JSON."""
-  from fliqs_jax.runs import loop as train
-
-  rows = []
-  for weight in ENTROPY_WEIGHTS:
-    changed = config.copy_and_resolve_references()
-    changed.controller.entropy_weight = weight
-    workdir = _entropy_workdir(folder, weight)
-    result = train.run(changed, workdir)
-    history = runs.read_run(workdir).history
-    rows.append(
-      {
-        'weight': weight,
-        'steps': [row['step'] for row in history],
-        'entropy': [row['entropy'] for row in history],
-        'accuracy': result['eval']['accuracy'],
-        'standard_error': quality.of(result['eval']).error,
-        'cost_ratio': result['cost'] / result['target'],
-      }
-    )
-  return rows
-
-
-def formats_by_depth(found: Sequence[runs.Run]) -> list[dict[str, Any]]:
-  """Returns the mean bits of each layer over finished runs of one network, for JSON.
-
-  Raises:
-    ValueError: where a run is not finished, or of other layers than the first.
-  """
-  for run in found:
-    if not run.result:
-      raise ValueError(f'{str(run.workdir)!r} holds no finished run')
-    if list(run.result['formats']) != list(found[0].result['formats']):
-      raise ValueError(f'{str(run.workdir)!r} holds a run of another network')
-  return [
-    {
-      'path': path,
-      'kind': found[0].result.get('layers', {}).get(path, {}).get('kind', 'layer'),
-      'bits': float(
-        np.mean(
-          [
-            report_figures.counted_bits(run.result['formats'][path]['weights'])
-            for run in found
-          ]
-        )
-      ),
-    }
-    for path in found[0].result['formats']
-  ]
-
-
-def _entropy_workdir(folder, weight):
-  return str(folder / f'entropy_weight_{weight:g}')
-
-
-def _make(name, config, folder, given):
-  """Returns the numbers of a figure and the figure."""
-  names = formats_lib.parse_names(config.search.formats)
-  if name in ('switching', 'clipping'):
-    weights = network_weights(config, given[0] if given else None)
-    if name == 'switching':
-      numbers = switching(weights, names)
-      errors = np.array(numbers['errors'])
-      return numbers, analysis_figures.switching(names, errors)
-    numbers = clipping(weights, names)
-    return numbers, analysis_figures.clipping(numbers)
-  if name == 'entropy':
-    numbers = entropy(config, folder)
-    return numbers, analysis_figures.entropy(numbers)
-  searched = given or [
-    workdir
-    for weight in ENTROPY_WEIGHTS
-    if epath.Path(workdir := _entropy_workdir(folder, weight)).exists()
-  ]
-  if not searched:
-    raise ValueError('formats: expected finished searches, as --workdir=runs/digits')
-  numbers = formats_by_depth([runs.read_run(workdir) for workdir in searched])
-  return numbers, analysis_figures.formats_by_depth(numbers)
-
-
 def main(argv):
   """Makes the figures that --figure names."""
   del argv
-  config, folder = resolve(_CONFIG.value), epath.Path(_FOLDER.value)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f'--folder={_FOLDER.value}: {error.strerror or error}') from None
-  for name in FIGURES if _FIGURE.value == 'all' else (_FIGURE.value,):
-    try:
-      numbers, figure = _make(name, config, folder, _WORKDIR.value)
-    except ConfigError:
-      raise
-    except ValueError as error:
-      raise ConfigError(str(error)) from None
-    results.write_json(folder / f'{name}.json', numbers)
-    path = folder / f'{name}.png'
-    path.write_bytes(report_page.to_png(figure))
+  names = analysis.FIGURES if _FIGURE.value == 'all' else (_FIGURE.value,)
+  for name, path in analysis.write_figures(
+    _CONFIG.value, _FOLDER.value, names, _WORKDIR.value
+  ):
     print(f'{name}: {path}', flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the config flag, and errors in one line with status 2."""
+"""The config flag of all commands, and errors in one line with status 2."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -7,16 +7,13 @@ import os
 import sys
 import threading
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from absl import logging as absl_logging
 import jax
 import ml_collections
 from ml_collections import config_flags
 
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.errors import Preempted, RunError
-from fliqs_jax.errors import not_among
+from fliqs_jax.errors import ConfigError, Preempted, RunError, not_among
 
 # Flags that are defined here belong to the command, whose --help lists them.
 flags.disclaim_key_flags()

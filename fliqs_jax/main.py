@@ -14,7 +14,7 @@ from absl import flags
 import jax
 
 from fliqs_jax import command_line
-from fliqs_jax.reporting import terminal as display
+from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import distributed
 
 _CONFIG = command_line.define_config_flag()
@@ -42,20 +42,20 @@ def main(argv):
   )
   _cache_compilations(_CONFIG.value.compilation_cache)
   # After the flags, whose errors need no TensorFlow.
-  from fliqs_jax.runs import loop as train
+  from fliqs_jax.runs import loop
 
-  result = train.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
+  result = loop.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:
-    display.print_result(result, _WORKDIR.value)
+    terminal.print_result(result, _WORKDIR.value)
     if result['config']['mode'] != 'eval':
       _write_report()
 
 
 def _write_report():
-  from fliqs_jax.reporting import page as report_page  # imports matplotlib
+  from fliqs_jax.reporting import page  # imports matplotlib
 
   try:
-    print(f'Report: {report_page.write([_WORKDIR.value])}')
+    print(f'Report: {page.write([_WORKDIR.value])}')
   except Exception as error:  # the run is done, whatever a picture of it may lack
     _logger.warning('No report was written: %s: %s', type(error).__name__, error)
 

@@ -15,7 +15,6 @@ import sys
 from absl import flags
 
 from fliqs_jax import command_line
-from fliqs_jax.reporting import terminal as display
 
 _CONFIG = command_line.define_config_flag()
 _FOLDER = flags.DEFINE_string('folder', None, 'Folder of all runs of the sweep.')
@@ -29,12 +28,17 @@ def main(argv):
   """Runs the sweep and prints its points."""
   del argv
   # After the flags, whose errors need no TensorFlow.
-  from fliqs_jax.reporting import sweep as pareto
+  from fliqs_jax.reporting import pareto_figure, terminal
+  from fliqs_jax.runs import sweep
 
-  points, failed = pareto.sweep(
-    _CONFIG.value, _FOLDER.value, _TARGETS.value, _WIDTHS.value
+  points, failed = sweep.sweep(
+    _CONFIG.value,
+    _FOLDER.value,
+    _TARGETS.value,
+    _WIDTHS.value,
+    draw=pareto_figure.write_sweep,
   )
-  display.print_points(points, failed, _FOLDER.value)
+  terminal.print_points(points, failed, _FOLDER.value)
   if failed:
     sys.exit(1)
 

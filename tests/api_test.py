@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 
+from conftest import ROOT
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
 
 import fliqs_jax
 from fliqs_jax.data import batches
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import page as report_page
-from fliqs_jax.reporting import terminal as display
+from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import networks, pretrained
 from fliqs_jax.runs import result as results
-from fliqs_jax.training import train_state
 from fliqs_jax.training import own_task as tasks
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.training import train_state
 
 LENGTH, SYMBOLS = 8, 5
 
@@ -143,7 +143,7 @@ def test_the_result_is_read_without_the_network(searched, capsys):
   assert [layer.macs for layer in layers] == [
     layer.macs for layer in result.coverage.layers
   ]
-  display.print_result(result.content, 'DIR')
+  terminal.print_result(result.content, 'DIR')
   shown = f'quality: {result.eval["quality"]:.6g}'
   assert shown in capsys.readouterr().out
 

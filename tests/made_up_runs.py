@@ -45,6 +45,9 @@ def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
         'kind': 'conv', 'macs': 10**9, 'params': 9,
         'cost': float(bits[formats[name]['weights']] ** 2),
         'uniform_costs': {option: float(bits[option] ** 2) for option in OPTIONS},
+        'decisions': dict.fromkeys(
+          ('weights', 'activations'), name if mode == 'search' else None
+        ),
       }
       for name in names
     },

@@ -3,21 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib import colors, ticker
-import matplotlib
 from matplotlib.figure import Figure
 import numpy as np
 
-from fliqs_jax.reporting import figures as report_figures
-from fliqs_jax.reporting.figures import LINES, PALETTE, STYLE
-
-_styled = matplotlib.rc_context(STYLE)
+from fliqs_jax.reporting.figure_style import LINES, PALETTE, new_figure, shorten, styled
 
 
-@_styled
+@styled
 def switching(names: Sequence[str], errors: np.ndarray) -> Figure:
   """Draws switching errors float[F, F] as a table."""
   size = 1.6 + 0.55 * len(names)
-  figure = Figure(figsize=(max(size, 4), max(size, 4)), layout='constrained')
+  figure = new_figure(max(size, 4), max(size, 4))
   axes = figure.subplots()
   shades = colors.LinearSegmentedColormap.from_list(
     'errors', [PALETTE['surface'], PALETTE['accent']]
@@ -40,7 +36,7 @@ def switching(names: Sequence[str], errors: np.ndarray) -> Figure:
   return figure
 
 
-@_styled
+@styled
 def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
   """Draws errors against clipping thresholds, a panel for each kind of data.
 
@@ -48,7 +44,7 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     panels: by title and format, `thresholds`, `errors` and `best`, the index of the
       smallest error.
   """
-  figure = Figure(figsize=(5.2 * len(panels), 4), layout='constrained')
+  figure = new_figure(5.2 * len(panels), 4)
   grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
   for axes, (title, curves) in zip(grid, panels.items()):
     for place, (name, curve) in enumerate(curves.items()):
@@ -71,14 +67,14 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
   return figure
 
 
-@_styled
+@styled
 def entropy(rows: Sequence[Mapping]) -> Figure:
   """Draws the entropy over the steps and the accuracy at the end, by entropy weight.
 
   Args:
     rows: `weight`, `steps`, `entropy`, `accuracy` and `standard_error` of each run.
   """
-  figure = Figure(figsize=(10.4, 3.8), layout='constrained')
+  figure = new_figure(10.4, 3.8)
   left, right = figure.subplots(1, 2)
   for place, row in enumerate(rows):
     colour = PALETTE[LINES[place % len(LINES)]]
@@ -99,21 +95,21 @@ def entropy(rows: Sequence[Mapping]) -> Figure:
   return figure
 
 
-@_styled
+@styled
 def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   """Draws the bits of layers against their depth.
 
   Args:
     rows: `path`, `kind`, and `bits`, the mean over runs, of each layer in order.
   """
-  figure = Figure(figsize=(max(5, 1.5 + 0.26 * len(rows)), 4), layout='constrained')
+  figure = new_figure(max(5, 1.5 + 0.26 * len(rows)), 4)
   axes = figure.subplots()
   kinds = list(dict.fromkeys(row['kind'] for row in rows))
   axes.plot([row['bits'] for row in rows], color=PALETTE['axis'], linewidth=1)
   for kind, colour, marker in zip(kinds, LINES, 'osD^vX'):
     these = [(i, row['bits']) for i, row in enumerate(rows) if row['kind'] == kind]
     axes.plot(*zip(*these), marker, color=PALETTE[colour], label=kind)
-  names = [report_figures.shorten(row['path'], 28) for row in rows]
+  names = [shorten(row['path'], 28) for row in rows]
   axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5)
   axes.set_ylabel('bits of the weights, mean over runs')
   axes.set_ylim(0)

@@ -3,24 +3,27 @@
 from collections.abc import Callable, Sequence
 import functools
 import importlib.resources
-import io
 import math
-import re
 from typing import Any, NamedTuple
 
 from etils import epath
 import jinja2
 import markupsafe
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fliqs_jax.reporting import pareto_figure
-from fliqs_jax.reporting import figures as report_figures
-from fliqs_jax.reporting import text as report_text
-from fliqs_jax.reporting import finished_runs as runs_lib
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.reporting.finished_runs import Run
+from fliqs_jax.reporting import (
+  alt_text,
+  comparison,
+  figure_style,
+  layer_figures,
+  pareto_figure,
+  rendering,
+  summary,
+  tables,
+  training_figures,
+)
+from fliqs_jax.reporting.recorded_run import Run, read_run
 
 REPORT_FILE = 'report.html'
 _TEMPLATE = 'report.html.jinja'
@@ -50,16 +53,16 @@ def write(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
       written; nothing is written then.
   """
   try:
-    runs = [runs_lib.read_run(workdir) for workdir in workdirs]
+    runs = [read_run(workdir) for workdir in workdirs]
   except ValueError as error:
     raise ConfigError(str(error)) from None
   path = epath.Path(out) if out else runs[0].workdir / REPORT_FILE
   sections = [_section(run, runs) for run in runs]
-  comparison = _comparison(runs) if len(runs) > 1 else None
-  page = _template().render(sections=sections, comparison=comparison)
+  together = _comparison(runs) if len(runs) > 1 else None
+  page = _template().render(sections=sections, comparison=together)
   drawings = [drawing for section in sections for drawing in section['drawings']]
-  if comparison and comparison['drawing']:
-    drawings.append(comparison['drawing'])
+  if together and together['drawing']:
+    drawings.append(together['drawing'])
   try:
     folder = path.parent / f'{path.stem}_figures'
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,13 +77,13 @@ def write(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
 
 def _template():
   environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
     lstrip_blocks=True,
-  )  # fmt: skip
-  environment.filters['number'] = report_text.number
-  environment.globals.update(
-    family=report_figures.family, palette=report_figures.PALETTE
   )
+  environment.filters['number'] = summary.number
+  environment.globals.update(family=figure_style.family, palette=figure_style.PALETTE)
   source = importlib.resources.files('fliqs_jax.reporting').joinpath(_TEMPLATE)
   return environment.from_string(source.read_text(encoding='utf-8'))
 
@@ -88,20 +91,20 @@ def _template():
 def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
   """Returns what the template shows of one run."""
   draw = functools.partial(_draw, f'{runs.index(run)}_')
-  uniform = runs_lib.uniform_runs(run, runs)
+  uniform = comparison.uniform_runs(run, runs)
   section = {
     'run': run,
-    'headline': report_text.headline(run, uniform),
-    'tiles': report_text.tiles(run),
-    'marks': report_text.marks(run),
+    'headline': summary.headline(run, uniform),
+    'tiles': summary.tiles(run),
+    'milestones': tables.milestones(run),
     'models': [],
     'layers': [],
-    'architecture': report_text.architecture(run),
-    'decisions': report_text.decisions(run),
+    'architecture': tables.architecture(run),
+    'decisions': tables.decisions(run),
     'reference': None,
     'separate': False,
-    'settings': report_text.settings(run.config),
-    'command': report_text.command(run),
+    'settings': tables.settings(run.config),
+    'command': tables.command(run),
   }
   section |= _found(run, uniform, draw) if run.result else {'found': {}}
   section['progress'] = _progress(run, section, draw)
@@ -110,31 +113,31 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _found(run, uniform, draw):
-  """What a result tells: models beside each other, and layers."""
+  """Returns what the template shows of a result: models by cost, and layers."""
   result = run.result
-  reference = runs_lib.reference_format(result)
-  models = report_text.models(run, uniform)
-  layers = report_text.layers(result, reference)
+  reference = comparison.reference_format(result)
+  models = summary.models(run, uniform)
+  layers = tables.layers(result, reference)
   unit, target = result['cost_unit'], result.get('target')
   found = {}
   if len(models) > 1:
     found['scale'] = draw(
       'cost',
-      report_text.scale_alt(models, target, unit),
-      functools.partial(report_figures.cost_scale, models, target or math.nan, unit),
+      alt_text.scale(models, target, unit),
+      functools.partial(layer_figures.cost_scale, models, target or math.nan, unit),
     )
   if layers:
     found['formats'] = draw(
       'formats',
-      report_text.formats_alt(layers),
-      functools.partial(report_figures.layer_formats, layers),
+      alt_text.formats(layers),
+      functools.partial(layer_figures.layer_formats, layers),
     )
   if layers and all(layer['reference_cost'] is not None for layer in layers):
     found['costs'] = draw(
       'layer_costs',
-      report_text.costs_alt(layers, reference),
+      alt_text.costs(layers, reference),
       functools.partial(
-        report_figures.layer_costs, layers, f'uniform {reference}', unit
+        layer_figures.layer_costs, layers, f'uniform {reference}', unit
       ),
     )
   return {
@@ -147,7 +150,7 @@ def _found(run, uniform, draw):
 
 
 def _progress(run, section, draw):
-  """What a history tells: the policy and scalars over the steps."""
+  """Returns figures of a history: of the policy and of scalars over the steps."""
   if not run.history:
     return {}
   steps = [row['step'] for row in run.history]
@@ -155,33 +158,36 @@ def _progress(run, section, draw):
   if section['decisions']:
     progress['policy'] = draw(
       'policy',
-      report_text.policy_alt(section['decisions'], steps),
+      alt_text.policy(section['decisions'], steps),
       functools.partial(
-        report_figures.policy_heat_map, steps, section['decisions'], section['marks']
+        training_figures.policy_heat_map,
+        steps,
+        section['decisions'],
+        section['milestones'],
       ),
     )
-  panels = report_text.panels(run)
+  panels = tables.panels(run)
   if panels:
     progress['curves'] = draw(
       'curves',
-      report_text.curves_alt(panels, steps),
-      functools.partial(report_figures.curves, steps, panels, section['marks']),
+      alt_text.curves(panels, steps),
+      functools.partial(training_figures.curves, steps, panels, section['milestones']),
     )
   return progress
 
 
 def _comparison(runs):
-  """What the template shows of several runs, and of those left out of the picture."""
-  finished = runs_lib.comparable(runs)
+  """Returns what the template shows of several runs, also of those not drawn."""
+  finished = comparison.comparable(runs)
   quality = finished[0].quality.name if finished else ''
-  points = runs_lib.points(finished)
+  points = comparison.points(finished)
   drawing = None
   if len(points) > 1:
     unit = finished[0].result['cost_unit']
     drawing = _draw(
       '',
       'pareto',
-      report_text.pareto_alt(points, unit, quality),
+      alt_text.pareto(points, unit, quality),
       functools.partial(pareto_figure.pareto, points, unit, quality),
     )
   rows = [
@@ -194,63 +200,12 @@ def _comparison(runs):
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:
   """Returns a drawing of a figure that takes a width."""
   name = prefix + name
-  wide = _laid_out(figure(width=report_figures.WIDE))
-  narrow = _laid_out(figure(width=report_figures.NARROW))
+  wide = rendering.lay_out(figure(width=figure_style.WIDE))
+  narrow = rendering.lay_out(figure(width=figure_style.NARROW))
   return Drawing(
     name=name,
     alt=alt,
-    wide=to_svg(wide, f'{name}-wide', alt),
-    narrow=to_svg(narrow, f'{name}-narrow', alt),
-    png=to_png(wide),
+    wide=rendering.to_svg(wide, f'{name}-wide', alt),
+    narrow=rendering.to_svg(narrow, f'{name}-narrow', alt),
+    png=rendering.to_png(wide),
   )
-
-
-def _laid_out(figure):
-  """Lays a figure out once, and not again for every file that is written of it."""
-  FigureCanvasAgg(figure)
-  with matplotlib.rc_context(report_figures.STYLE):
-    figure.get_layout_engine().execute(figure)
-  figure.set_layout_engine('none')
-  return figure
-
-
-def to_svg(figure: Figure, salt: str, alt: str) -> markupsafe.Markup:
-  """Returns a figure as an SVG element whose colours are the page's.
-
-  Args:
-    figure: with the colours of `report_figures.PALETTE`.
-    salt: unlike that of any other figure of the page, for the ids within.
-    alt: what it shows, for those who cannot see it.
-  """
-  buffer = io.StringIO()
-  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  with matplotlib.rc_context({**report_figures.STYLE, 'svg.hashsalt': salt}):
-    figure.savefig(buffer, format='svg', metadata=nothing)
-  text = buffer.getvalue()
-  text = text[text.index('<svg') :]
-  # The page has this rule, which would hold for all of it.
-  text = re.sub(r'<style type="text/css">.*?</style>', '', text, flags=re.S)
-  text = re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), text)
-  # Names of groups, which come again in every figure, and names in comments.
-  text = re.sub(r'(?<=<g) id="[^"]*"|<!--.*?-->', '', text, flags=re.S)
-  size = re.search(r'viewBox="[^"]*"', text)[0]
-  label = markupsafe.escape(alt)
-  opening = f'<svg role="img" aria-label="{label}" {size} class="figure">'
-  return markupsafe.Markup(opening + text[text.index('>') + 1 :])
-
-
-def _themed(style):
-  for name, colour in report_figures.PALETTE.items():
-    style = style.replace(colour, f'var(--{name})')
-  return style
-
-
-def to_png(figure: Figure) -> bytes:
-  """Returns a figure as a PNG file, on a light ground."""
-  buffer = io.BytesIO()
-  with matplotlib.rc_context(report_figures.STYLE):
-    figure.savefig(
-      buffer, format='png', dpi=140, facecolor=report_figures.PALETTE['surface'],
-      metadata={'Software': None},
-    )  # fmt: skip
-  return buffer.getvalue()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import itertools
 from typing import Any
 
-import matplotlib
+from etils import epath
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +12,18 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from fliqs_jax.reporting.figures import LINES, PALETTE, SMALL, STYLE, WIDE, shorten
+from fliqs_jax.reporting.figure_style import (
+  LINES,
+  PALETTE,
+  SMALL,
+  WIDE,
+  new_figure,
+  shorten,
+  styled,
+)
+from fliqs_jax.reporting.rendering import to_png
+
+SWEEP_FILE = 'pareto.png'
 
 _MARKERS = {'searched': 'o', 'uniform': 's', 'fixed': 'D'}  # by kind of a point
 _MARKER_RADIUS = 5  # points
@@ -36,7 +47,29 @@ _PLACES = (
 )
 
 
-@matplotlib.rc_context(STYLE)
+def write_sweep(folder: epath.Path, points: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the points of a sweep into its folder.
+
+  Args:
+    folder: of the sweep.
+    points: as in `pareto.json`.
+  """
+  drawn = [
+    {
+      **point,
+      'label': point['target'],
+      'group': f'width {point["width"]:g}',
+      'quality': point['accuracy'],
+    }
+    for point in points
+  ]
+  figure = pareto(drawn, points[0]['cost_unit'], 'accuracy')
+  temporary = folder / f'.{SWEEP_FILE}'
+  temporary.write_bytes(to_png(figure))
+  temporary.replace(folder / SWEEP_FILE)
+
+
+@styled
 def pareto(
   points: Sequence[Mapping[str, Any]], unit: str, quality: str, width: float = WIDE
 ) -> Figure:
@@ -52,7 +85,7 @@ def pareto(
     width: in inches.
   """
   wide = width > 6
-  figure = Figure(figsize=(width, 4.8 if wide else 3.6), layout='constrained')
+  figure = new_figure(width, 4.8 if wide else 3.6)
   axes = figure.subplots()
   _draw(axes, points, _colours(points))
   costs = [point['cost'] for point in points]
@@ -104,11 +137,17 @@ def _legend(figure, points):
   handles = [Line2D([], [], color=PALETTE['muted'], label='Pareto front')]
   handles += [
     Line2D(
-      [], [], linestyle='', marker=marker, color=PALETTE['muted'], label=kind,
+      [],
+      [],
+      linestyle='',
+      marker=marker,
+      color=PALETTE['muted'],
+      label=kind,
       markerfacecolor=PALETTE['muted' if kind == 'searched' else 'surface'],
     )
-    for kind, marker in _MARKERS.items() if kind in kinds
-  ]  # fmt: skip
+    for kind, marker in _MARKERS.items()
+    if kind in kinds
+  ]
   colours = _colours(points)
   if len(colours) > 1:
     handles += [
@@ -157,6 +196,6 @@ def _put(label: Annotation, place: tuple) -> Bbox:
 
 
 def _sticks_out(box, axes):
-  """Whether a label is cut off at the sides, or reaches the legend or the ticks."""
+  """Returns True for a label that is cut off, or reaches the legend or the ticks."""
   beside = box.x0 < 0 or box.x1 > axes.figure.bbox.x1
   return beside or box.y0 < axes.bbox.y0 or box.y1 > axes.bbox.y1

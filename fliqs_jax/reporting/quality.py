@@ -1,4 +1,4 @@
-"""How good a run is: one number of its evaluation, and how that reads."""
+"""The quality of a run: one number of its evaluation, and how that reads."""
 
 from collections.abc import Mapping
 import math
@@ -9,14 +9,14 @@ _NAMES = ('accuracy', 'quality')
 
 
 class Quality(NamedTuple):
-  """What a finished run is judged by."""
+  """The number that a finished run is judged by."""
 
   name: str  # `accuracy`, `quality` or `minus the loss`
   value: float  # the more, the better; an accuracy is a fraction
   error: float | None  # the standard error over examples; None where it is unknown
 
   def __str__(self) -> str:
-    return text(self.name, self.value)
+    return to_text(self.name, self.value)
 
   def against(self, other: 'Quality') -> str:
     """Returns how the other, of the same name, compares to this, in words."""
@@ -33,10 +33,10 @@ class Quality(NamedTuple):
     return words
 
 
-def of(evaluation: Mapping[str, float]) -> Quality:
-  """Returns what an evaluation is judged by.
+def from_evaluation(evaluation: Mapping[str, float]) -> Quality:
+  """Returns the quality that an evaluation measured.
 
-  That is its accuracy where it has one, else what a task of the user's own calls
+  It is the accuracy where there is one, else what a task of the user's own calls
   `quality`, else minus the loss.
 
   Args:
@@ -52,11 +52,11 @@ def of(evaluation: Mapping[str, float]) -> Quality:
   return Quality('minus the loss', -evaluation['loss'], None)
 
 
-def logged(row: Mapping[str, float]) -> str | None:
+def logged_name(row: Mapping[str, float]) -> str | None:
   """Returns the name under which a line of a history has the quality, if it does."""
   return next((name for name in _NAMES if name in row), None)
 
 
-def text(name: str, value: float) -> str:
+def to_text(name: str, value: float) -> str:
   """Returns how a quality of this name reads."""
   return f'{value:.2%}' if name == 'accuracy' else f'{value:.4g}'

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fliqs_jax.linen import discovery
+from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import assembly, networks
-from fliqs_jax.search import budget
 from fliqs_jax.search import space as search_space
 
 
@@ -23,18 +22,12 @@ def make_console() -> Console:
 
 
 def layer_table(
-  layers: tuple[discovery.Layer, ...],
-  formats: Mapping[str, Mapping[str, str]],
-  costs: np.ndarray,
-  total: float,
-  confidence: Mapping[str, str],
+  layers: Mapping[str, Mapping[str, Any]], total: float, confidence: Mapping[str, str]
 ) -> Table:
   """Returns the table with a row for each layer.
 
   Args:
-    layers: the L layers.
-    formats: of each layer's operands, by path.
-    costs: float[L].
+    layers: `macs`, `params`, `weights`, `activations` and `cost` of each, by path.
     total: the network's cost, of which shares are shown.
     confidence: text for each layer path; empty for no such column.
   """
@@ -48,15 +41,15 @@ def layer_table(
     table.add_column('policy', justify='right', no_wrap=True)
   table.add_column('cost share', justify='right', no_wrap=True)
   total = max(total, np.finfo(float).tiny)
-  for layer, cost in zip(layers, costs):
+  for path, layer in layers.items():
     row = [
-      layer.path,
-      f'{layer.macs:,}',
-      f'{layer.params:,}',
-      formats[layer.path]['weights'],
-      formats[layer.path]['activations'],
-      *([confidence[layer.path]] if confidence else []),
-      f'{cost / total:.1%}',
+      path,
+      f'{layer["macs"]:,}',
+      f'{layer["params"]:,}',
+      layer['weights'],
+      layer['activations'],
+      *([confidence[path]] if confidence else []),
+      f'{layer["cost"] / total:.1%}',
     ]
     table.add_row(*map(Text, row))
   return table
@@ -84,24 +77,16 @@ def architecture_table(
 
 def print_result(result: Mapping[str, Any], workdir: str) -> None:
   """Prints what a run found, from its result alone."""
-  config = ml_collections.ConfigDict(result['config'])
-  architecture = result['architecture']
-  layers = networks.discover_layers(
-    config, networks.choose_architecture(config, architecture)
-  )
-  space = search_space.fixed_space(layers, result['formats'])
-  costs = assembly.build_cost_model(config).per_layer(space, np.zeros(0, np.int32))
   console = make_console()
-  confidence = _confidence(config, result)
-  table = layer_table(layers, result['formats'], costs, result['cost'], confidence)
-  console.print(table)
-  if architecture:
-    console.print(architecture_table(architecture, result['policy']))
-  for line in summary_lines(result):
+  layers = {
+    path: {**result['layers'][path], **formats}
+    for path, formats in result['formats'].items()
+  }
+  console.print(layer_table(layers, result['cost'], _confidence(result)))
+  if result['architecture']:
+    console.print(architecture_table(result['architecture'], result['policy']))
+  for line in (*summary_lines(result), *_cap_lines(result)):
     console.print(line, markup=False)
-  if config.mode == 'search':
-    for cap in assembly.search_caps(config, networks.discover_layers(config)):
-      console.print(cap_line(cap, space), markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
 
@@ -156,33 +141,40 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def cap_line(cap: budget.Budget, space: search_space.SearchSpace) -> str:
-  """Returns the line on a cap below the table, for a space of fixed formats."""
-  cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
-  return (
-    f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '
-    f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
+def _cap_lines(result):
+  """Returns a line for each cap of a search on another cost than the target's."""
+  config = ml_collections.ConfigDict(result['config'])
+  if config.mode != 'search' or not config.search.cap_cost_model:
+    return []
+  standard = networks.discover_layers(config)
+  found = networks.discover_layers(
+    config, networks.choose_architecture(config, result['architecture'])
   )
+  space = search_space.fixed_space(found, result['formats'])
+  lines = []
+  for cap in assembly.search_caps(config, standard):
+    cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
+    lines.append(
+      f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '
+      f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
+    )
+  return lines
 
 
-def _confidence(config, result):
-  """The policy's probability of each layer's formats, weights' / activations'."""
+def _confidence(result):
+  """Returns the policy's probability of each layer's formats, by path.
+
+  Of weights and activations where they are decided separately; empty without a policy.
+  """
   if not result['policy']:
     return {}
-  layers = networks.searched_layers(config, result['architecture'])
-  space = assembly.build_space(config, layers)
   texts = {}
-  for i, layer in enumerate(layers):
-    if layer.path not in result['formats']:
-      continue  # skipped
-    operands = {}  # decision name -> format name
-    for operand in search_space.OPERANDS:
-      assigned = getattr(space, operand)[i]
-      if not isinstance(assigned, str):
-        operands[space.decisions[assigned].name] = result['formats'][layer.path][
-          operand
-        ]
-    texts[layer.path] = ' / '.join(
-        f'{result["policy"][decision][name]:.2f}' for decision, name in operands.items()
-    ) or 'pinned'  # fmt: skip
+  for path, operands in decisions_by_layer(result).items():
+    chosen = {  # decision -> format, once where it governs both operands
+      decision: result['formats'][path][operand]
+      for operand, decision in operands.items()
+      if decision is not None
+    }
+    probabilities = [result['policy'][name][chosen[name]] for name in chosen]
+    texts[path] = ' / '.join(f'{p:.2f}' for p in probabilities) or 'pinned'
   return texts

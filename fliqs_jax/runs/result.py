@@ -68,6 +68,7 @@ def make_result(
 def _layers(space, cost_model, choices, compared):
   """What each layer is and costs, and would cost in uniform models, by path."""
   layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
+  decisions = _decisions_by_layer(space)
   fixed = search_space.fixed_space(layers, space.formats_of(choices))
   costs = cost_model.per_layer(fixed, no_choices)
   uniform = {
@@ -79,10 +80,27 @@ def _layers(space, cost_model, choices, compared):
       'kind': layer.kind,
       'macs': layer.macs,
       'params': layer.params,
+      'decisions': decisions[layer.path],
       'cost': float(costs[i]),
       'uniform_costs': {name: float(values[i]) for name, values in uniform.items()},
     }
     for i, layer in enumerate(layers)
+  }
+
+
+def _decisions_by_layer(
+  space: search_space.SearchSpace,
+) -> dict[str, dict[str, str | None]]:
+  """Returns `{path: {operand: decision}}`; None where the operand's format is fixed."""
+
+  def name(assigned):
+    return None if isinstance(assigned, str) else space.decisions[assigned].name
+
+  return {
+    layer.path: {'weights': name(weights), 'activations': name(activations)}
+    for layer, weights, activations in zip(
+      space.layers, space.weights, space.activations
+    )
   }
 
 

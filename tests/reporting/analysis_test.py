@@ -1,4 +1,4 @@
-"""What the analysis computes, against arithmetic and the table of thresholds."""
+"""The analysis, against arithmetic and the table of thresholds."""
 
 import importlib.util
 import json
@@ -14,11 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fliqs_jax import analysis
-from fliqs_jax.numerics import quantization_error
-from fliqs_jax.reporting import analysis_figures
-from fliqs_jax.reporting import finished_runs as runs
 from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.numerics import quantization_error
+from fliqs_jax.reporting import analysis, analysis_figures
+from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.runs.config import resolve
 
 NAMES = ('int2', 'int3', 'int4', 'int8', 'e2m1', 'e4m3', 'bf16', 'float32')
@@ -112,8 +111,8 @@ def test_scaling_a_channel_changes_no_relative_error():
 
 def test_bits_by_depth(tmp_path):
   names = ['a', 'b', 'c', 'd']
-  one = runs.read_run(str(write_run(tmp_path / 'one', names)))
-  other = runs.read_run(str(write_run(tmp_path / 'other', names, formats={
+  one = read_run(str(write_run(tmp_path / 'one', names)))
+  other = read_run(str(write_run(tmp_path / 'other', names, formats={
       name: dict.fromkeys(('weights', 'activations'), option)
       for name, option in zip(names, reversed(OPTIONS))
   })))  # fmt: skip
@@ -122,7 +121,7 @@ def test_bits_by_depth(tmp_path):
   assert [row['bits'] for row in rows] == [9, 6, 6, 9]
   figure = analysis_figures.formats_by_depth(rows)
   assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
-  another = runs.read_run(str(write_run(tmp_path / 'another', ['x'])))
+  another = read_run(str(write_run(tmp_path / 'another', ['x'])))
   with pytest.raises(ValueError, match='another network'):
     analysis.formats_by_depth([one, another])
 

@@ -12,13 +12,19 @@ from etils import epath
 from made_up_runs import OPTIONS, write_run
 import pytest
 
-from fliqs_jax.reporting import figures as report_figures
-from fliqs_jax.reporting import finished_runs as runs
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.reporting import (
+  comparison,
+  figure_style,
+  layer_figures,
+  summary,
+  tables,
+  training_figures,
+)
 from fliqs_jax.reporting import page as report_page
-from fliqs_jax.reporting import text as report_text
+from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
@@ -92,23 +98,23 @@ def test_figures_are_files_too(page):
 
 def test_two_hundred_layers_are_drawn_in_rows_with_every_name(tmp_path):
   names = [f'stage{i // 20}_block{i % 20}/conv' for i in range(200)]
-  run = runs.read_run(write_run(tmp_path / 'run', names))
-  layers = report_text.layers(run.result, 'int4')
-  for width in (report_figures.WIDE, report_figures.NARROW):
+  run = read_run(write_run(tmp_path / 'run', names))
+  layers = tables.layers(run.result, 'int4')
+  for width in (figure_style.WIDE, figure_style.NARROW):
     drawn = [
       label.get_text()
-      for axes in report_figures.layer_formats(layers, width).axes
+      for axes in layer_figures.layer_formats(layers, width).axes
       for label in axes.get_xticklabels()
     ]
     assert [text for text in drawn if text] == [
-      report_figures.shorten(name, 28 if width == report_figures.WIDE else 20)
+      figure_style.shorten(name, 28 if width == figure_style.WIDE else 20)
       for name in names
     ]
 
 
 def test_bars_are_as_high_as_formats_have_bits(tmp_path):
-  run = runs.read_run(write_run(tmp_path / 'run', ['a', 'b', 'c', 'd']))
-  layers = report_text.layers(run.result, 'int4')
+  run = read_run(write_run(tmp_path / 'run', ['a', 'b', 'c', 'd']))
+  layers = tables.layers(run.result, 'int4')
   # Costs are bits squared: 4 + 16 + 64 + 256.
   assert [layer['share'] for layer in layers] == [
     4 / 340,
@@ -116,7 +122,7 @@ def test_bars_are_as_high_as_formats_have_bits(tmp_path):
     64 / 340,
     256 / 340,
   ]
-  (axes,) = report_figures.layer_formats(layers).axes
+  (axes,) = layer_figures.layer_formats(layers).axes
   heights = [bar.get_height() for bar in axes.patches]
   assert heights[1::2] == [2, 4, 8, 16]  # before each, the one of its share
   assert heights[::2] == [0.25, 1, 4, 16]  # the largest share as high as 16 bits
@@ -126,8 +132,9 @@ def heat_map(num_decisions):
   """The texts right of the policy of decisions whose third option was found."""
   decision = {'options': OPTIONS, 'probabilities': [[0.25] * 4], 'found': OPTIONS[2]}
   decisions = [{**decision, 'name': f'layer{i}'} for i in range(num_decisions)]
-  marks = [report_figures.Mark(s, c, '') for s, c in ((10, 'a'), (11, 'p'), (90, 'c'))]
-  (axes,) = report_figures.policy_heat_map([100], decisions, marks).axes
+  steps = {'a': 10, 'p': 11, 'c': 90}
+  milestones = [training_figures.Milestone(s, c, '') for c, s in steps.items()]
+  (axes,) = training_figures.policy_heat_map([100], decisions, milestones).axes
   return [text.get_text() for text in axes.texts]
 
 
@@ -139,28 +146,28 @@ def test_a_heat_map_names_every_option_or_at_least_what_was_found():
 
 def test_models_of_one_cost_share_a_bar(tmp_path):
   costs = {'int4': 16.0, 'e2m1': 16.0, 'e3m0': 16.0, 'int8': 64.0, 'e4m3': 64.0}
-  run = runs.read_run(write_run(tmp_path / 'run', ['a'], uniform_costs=costs))
-  labels = [row['label'] for row in report_text.models(run, {}) if not row['found']]
+  run = read_run(write_run(tmp_path / 'run', ['a'], uniform_costs=costs))
+  labels = [row['label'] for row in summary.models(run, {}) if not row['found']]
   assert labels == ['uniform int4, e2m1, …', 'uniform int8, e4m3']
 
 
 def write_uniform_run(folder, name, cost, **fields):
   formats = {layer: dict.fromkeys(('weights', 'activations'), name) for layer in 'ab'}
   fixed = {'mode': 'train', 'target': None, 'uniform_costs': {}, 'formats': formats}
-  return runs.read_run(write_run(folder, ['a', 'b'], cost=cost, **fixed, **fields))
+  return read_run(write_run(folder, ['a', 'b'], cost=cost, **fixed, **fields))
 
 
 def test_uniform_models_stand_beside_the_search(tmp_path):
-  search = runs.read_run(write_run(tmp_path / 'search', ['a', 'b']))
+  search = read_run(write_run(tmp_path / 'search', ['a', 'b']))
   evaluation = {'accuracy': 0.70, 'loss': 1.0, 'num_examples': 300}
   uniform = write_uniform_run(tmp_path / 'int4', 'int4', 32.0, eval=evaluation)
   another = {'model': {'width': 0.5}}
   wider = write_uniform_run(tmp_path / 'wider', 'int2', 32.0, config=another)
-  found = runs.uniform_runs(search, [search, uniform, wider])
+  found = comparison.uniform_runs(search, [search, uniform, wider])
   assert {name: run.label for name, run in found.items()} == {'int4': 'int4'}
-  assert 'gets 70.00%: 5.00 points less.' in report_text.headline(search, found)
-  assert 'No uniform model' in report_text.headline(search, {})
-  notes = {row['label']: row['note'] for row in report_text.models(search, found)}
+  assert 'gets 70.00%: 5.00 points less.' in summary.headline(search, found)
+  assert 'No uniform model' in summary.headline(search, {})
+  notes = {row['label']: row['note'] for row in summary.models(search, found)}
   assert notes == {
     'found': '75.00%', 'uniform int2': 'not trained', 'uniform int4': '70.00%',
     'uniform e4m3': 'not trained', 'uniform bf16': 'not trained',
@@ -212,18 +219,28 @@ def test_a_damaged_result_is_named_in_one_line(tmp_path, field, value):
   assert len(error.value.problems) == 1
 
 
-def test_architecture_and_groups_have_what_was_found(tmp_path):
+@pytest.mark.parametrize('written', [True, False])
+def test_architecture_and_groups_have_what_was_found(tmp_path, written):
   folder = write_run(tmp_path / 'run', ['g/a', 'g/b'], architecture={'width': 24})
+  path = folder / results.RESULT_FILE
+  result = json.loads(path.read_text())
+  for layer in result['layers'].values():
+    layer['decisions'] = dict.fromkeys(('weights', 'activations'), 'group')
+    if not written:  # as before results had it; names said it
+      del layer['decisions']
+  group = 'group' if written else 'g'
+  result['policy'] = {group: {'int8': 0.9, 'int2': 0.05, 'int4': 0.05}}
+  path.write_text(json.dumps(result))
   path = folder / workdirs.HISTORY_FILE
   decisions = {
     'width': {'16': 0.2, '8': 0.5, '24': 0.3},
-    'g': {'int8': 0.9, 'int2': 0.1},
+    group: {'int8': 0.9, 'int2': 0.1},
   }
   path.write_text(json.dumps({'step': 10, 'policy': decisions}) + '\n')
-  width, group = report_text.decisions(runs.read_run(folder))
+  width, shared = tables.decisions(read_run(folder))
   assert width['options'] == ['8', '16', '24']
   assert width['found'] == '24' and width['likeliest'] == '8'
-  assert group['options'] == ['int2', 'int8'] and group['found'] == 'int2'
+  assert shared['options'] == ['int2', 'int8'] and shared['found'] == 'int2'
 
 
 def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
@@ -241,9 +258,7 @@ def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
 
   config = results.config_to_json(resolve(again.get_config(str(folder))))
   assert config == json.loads((folder / workdirs.CONFIG_FILE).read_text())
-  assert f'--config=configs/again.py:{folder}' in report_text.command(
-    runs.read_run(folder)
-  )
+  assert f'--config=configs/again.py:{folder}' in tables.command(read_run(folder))
 
 
 def test_the_command(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax.reporting import pareto_figure
-from fliqs_jax.reporting import figures as report_figures
+from fliqs_jax.reporting.figure_style import NARROW, WIDE
 
 COSTS = {'int2': 2.0, 'int3': 5.0, '0.75*int4': 6.5, 'int4': 8.7, 'int8': 35.0}
 
@@ -59,12 +59,12 @@ def test_nine_and_27_points_have_their_labels(widths):
 
 def test_labels_without_a_place_are_left_out():
   points = [p | {'cost': 3.0} for p in make_points((0.125, 0.25, 0.5))]
-  figure = pareto_figure.pareto(points, 's', 'quality', report_figures.NARROW)
+  figure = pareto_figure.pareto(points, 's', 'quality', NARROW)
   assert 3 < len(labels_of(figure)) < len(points)
   assert figure.axes[0].get_ylabel() == 'quality'
 
 
-@pytest.mark.parametrize('width', [report_figures.WIDE, report_figures.NARROW])
+@pytest.mark.parametrize('width', [WIDE, NARROW])
 def test_an_axis_of_costs_has_several_ticks_that_stand_apart(width):
   figure = pareto_figure.pareto(make_points([1.0]), 'GBOPs', 'accuracy', width)
   figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""What a run is judged by: which number, its standard error, and how they read."""
+"""The quality of a run: which number, its standard error, and how they read."""
 
 import math
 
@@ -20,14 +20,16 @@ LOSS = {'loss': 2.5, 'num_examples': 400}
   ],
 )
 def test_what_a_run_is_judged_by(evaluation, name, value, text):
-  found = quality.of({**LOSS, **evaluation})
+  found = quality.from_evaluation({**LOSS, **evaluation})
   assert (found.name, found.value, str(found)) == (name, value, text)
   assert (found.error is None) == (name != 'accuracy')
 
 
 def test_the_standard_error_is_that_of_a_proportion():
   # sqrt(0.9 · 0.1 / 400) = 0.3 / 20.
-  assert quality.of({**LOSS, 'accuracy': 0.9}).error == pytest.approx(0.015)
+  assert quality.from_evaluation({**LOSS, 'accuracy': 0.9}).error == pytest.approx(
+    0.015
+  )
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,6 @@ def test_the_standard_error_is_that_of_a_proportion():
   ],
 )  # fmt: skip
 def test_differences_in_words(name, other, words):
-  one, two = (quality.of({**LOSS, name: value}) for value in (0.9, other))
+  one, two = (quality.from_evaluation({**LOSS, name: value}) for value in (0.9, other))
   assert one.against(two) == words
   assert math.isclose(one.value, 0.9)

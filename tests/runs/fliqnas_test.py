@@ -9,10 +9,9 @@ import pytest
 import fliqs_jax
 from fliqs_jax import models
 from fliqs_jax.layers import architecture
-from fliqs_jax.reporting import terminal as display
+from fliqs_jax.reporting import overview, terminal
 from fliqs_jax.runs import assembly, networks
 from fliqs_jax.search import budget
-from fliqs_jax import overview
 from fliqs_jax.runs import loop as train
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import space as search_space
@@ -101,14 +100,14 @@ def test_found_network_is_trained_and_evaluated_again(found, run, tmp_path):
 
 def test_overview_and_result_show_the_architecture(found, joint_config, capsys):
   workdir, result = found
-  content = overview.overview(
+  content = overview.describe(
     resolve(joint_config), result['formats'], 'found', result['architecture']
   )
   assert content['total'] == pytest.approx(result['cost'], rel=1e-12)
   assert content['architecture'] == result['architecture']
   assert [layer['name'] for layer in content['layers']] == list(result['formats'])
-  overview.print_overview(resolve(joint_config), content)
-  display.print_result(result, str(workdir))
+  overview.print_table(resolve(joint_config), content)
+  terminal.print_result(result, str(workdir))
   shown = capsys.readouterr().out
   for name, size in result['architecture'].items():
     rows = [line.split() for line in shown.splitlines() if name in line.split()]

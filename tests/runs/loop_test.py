@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY_LAYERS
 
-from fliqs_jax.reporting import terminal as display
+from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import assembly, networks
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import budget, rewards
@@ -178,7 +178,13 @@ def test_held_out_reward_separate_decisions_and_pins(run, capsys):
   assert result['formats']['conv_init'] == {'weights': 'int8', 'activations': 'int8'}
   assert result['cost'] <= result['target']
 
-  display.print_result(result, 'DIR')
+  decided = {path: layer['decisions'] for path, layer in result['layers'].items()}
+  assert decided['conv_init'] == {'weights': None, 'activations': None}
+  assert decided['stage1_block1/conv1'] == {
+    'weights': 'stage1_block1:weights', 'activations': 'stage1_block1:activations'
+  }  # fmt: skip
+
+  terminal.print_result(result, 'DIR')
   rows = [line.split() for line in capsys.readouterr().out.splitlines()]
   (stem,) = (row for row in rows if row[:1] == ['conv_init'])
   assert stem[3:6] == ['int8', 'int8', 'pinned']
@@ -221,7 +227,7 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
   space = search_space.fixed_space(layers, result['formats'])
   assert size(space, np.zeros(0, np.int32)) <= limit
   assert limit == pytest.approx(1.1 * size.uniform(layers, 'int3'))
-  display.print_result(result, str(tmp_path))
+  terminal.print_result(result, str(tmp_path))
   assert f'of the cap {limit:.6g}' in capsys.readouterr().out
 
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax import measure
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import assembly, latency_measurement, networks
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import devices, latency
 from fliqs_jax.errors import ConfigError
@@ -29,7 +28,7 @@ def config():
 
 @pytest.fixture(scope='module')
 def measured(config):
-  return measure.measure(config, BATCH_SIZE, repeats=1)
+  return latency_measurement.measure(config, BATCH_SIZE, repeats=1)
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_native_types_are_timed_where_the_device_has_them(config, monkeypatch):
   monkeypatch.setattr(devices, 'find_device', lambda kind: devices.DEVICES['h200'])
   narrow = copy.deepcopy(config)
   narrow.search.formats = 'int4,e4m3,e5m2'
-  entries = measure.measure(narrow, BATCH_SIZE, repeats=1)['entries']
+  entries = latency_measurement.measure(narrow, BATCH_SIZE, repeats=1)['entries']
   for entry in entries:
     if entry['kind'] == 'dense':
       found = {

@@ -6,14 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from fliqs_jax.reporting import finished_runs as runs
-from fliqs_jax.reporting import sweep as pareto
+from fliqs_jax.errors import ConfigError, Preempted
+from fliqs_jax.reporting import pareto_figure
 from fliqs_jax.runs import loop as train
 from fliqs_jax.runs import result as results
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.errors import Preempted
+from fliqs_jax.runs import sweep as sweeps
+from fliqs_jax.runs.pareto import pareto_front
 
 LEVELS = st.integers(0, 6)  # few, so that ties are frequent
+
+
+def sweep(*args):
+  return sweeps.sweep(*args, draw=pareto_figure.write_sweep)
 
 
 @given(st.lists(st.tuples(LEVELS, LEVELS), max_size=12))
@@ -22,7 +26,7 @@ def test_front_is_what_no_point_beats(pairs):
     return p != q and p[0] <= q[0] and p[1] >= q[1]
 
   expected = [not any(beats(p, q) for p in pairs) for q in pairs]
-  assert runs.pareto_front(pairs) == expected
+  assert pareto_front(pairs) == expected
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_front_is_what_no_point_beats(pairs):
   ],
 )
 def test_targets(text, fields):
-  assert pareto.parse_target(text) == fields
+  assert sweeps.parse_target(text) == fields
 
 
 @pytest.mark.parametrize(
@@ -43,12 +47,12 @@ def test_targets(text, fields):
 )
 def test_malformed_targets(text):
   with pytest.raises(ValueError):
-    pareto.parse_target(text)
+    sweeps.parse_target(text)
 
 
 def test_plan(tiny_config):
-  targets = [pareto.parse_target(t) for t in ('int3', '0.5*e4m3', '0.01')]
-  runs = pareto.plan(tiny_config, targets, [0.0625, 0.125])
+  targets = [sweeps.parse_target(t) for t in ('int3', '0.5*e4m3', '0.01')]
+  runs = sweeps.plan(tiny_config, targets, [0.0625, 0.125])
   names = [
     f'{kind}-width{width}'
     for width in (0.0625, 0.125)
@@ -104,7 +108,7 @@ def test_sweep_that_is_asked_to_stop_stops(tiny_config, tmp_path, monkeypatch):
 
   monkeypatch.setattr(train, 'run', run)
   with pytest.raises(Preempted):
-    pareto.sweep(tiny_config, str(tmp_path / 'sweep'), ['int3', 'int4'], [])
+    sweep(tiny_config, str(tmp_path / 'sweep'), ['int3', 'int4'], [])
   assert len(started) == 1
 
 
@@ -114,7 +118,7 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
   config.search.formats = 'int2,int4'
   folder = tmp_path / 'sweep'
   failing.add('uniform-int4-width0.0625')
-  points, failed = pareto.sweep(config, str(folder), ['0.5*int4'], [])
+  points, failed = sweep(config, str(folder), ['0.5*int4'], [])
   assert failed == ['uniform-int4-width0.0625']
   assert [(p['kind'], p['target'], p['width'], p['on_front']) for p in points] == [
     ('uniform', 'int2', 0.0625, True),
@@ -128,7 +132,7 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
 
   failing.clear()
   ran.clear()
-  points, failed = pareto.sweep(config, str(folder), ['0.75*int4'], ['0.0625', '0.125'])
+  points, failed = sweep(config, str(folder), ['0.75*int4'], ['0.0625', '0.125'])
   assert not failed
   assert ran == [
     'uniform-int4-width0.0625',
@@ -142,7 +146,7 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
 
   config.num_steps += 1
   with pytest.raises(ConfigError, match='another'):
-    pareto.sweep(config, str(folder), ['0.6*int4'], ['0.25'])
+    sweep(config, str(folder), ['0.6*int4'], ['0.25'])
   assert len(json.loads((folder / 'pareto.json').read_text())) == len(points)
 
 
@@ -153,7 +157,7 @@ def test_all_that_is_wrong_is_said_before_the_first_run(
   config.seed = -1
   config.search.formats = 'int4,int8'
   with pytest.raises(ConfigError) as error:
-    pareto.sweep(
+    sweep(
       config, str(tmp_path / 'sweep'), ['int9', '0.01*int4', 'int4'], ['wide', '0.125']
     )
   problems = error.value.problems
@@ -167,16 +171,16 @@ def test_all_that_is_wrong_is_said_before_the_first_run(
 
   config.seed = 0
   with pytest.raises(ConfigError) as error:
-    pareto.sweep(config, str(tmp_path / 'sweep'), ['0.01*int4', 'int4'], [])
+    sweep(config, str(tmp_path / 'sweep'), ['0.01*int4', 'int4'], [])
   (problem,) = error.value.problems
   assert problem.startswith('searched-0.01xint4-width0.0625: the target of')
 
   config.mode = 'train'
   with pytest.raises(ConfigError, match='mode='):
-    pareto.sweep(config, str(tmp_path / 'sweep'), ['int4'], [])
+    sweep(config, str(tmp_path / 'sweep'), ['int4'], [])
 
 
 def test_a_folder_that_cannot_be_made_ends_before_the_first_run(tiny_config, fake_runs):
   with pytest.raises(ConfigError, match='/proc/sweep.* cannot be made'):
-    pareto.sweep(tiny_config, '/proc/sweep', ['int3'], [])
+    sweep(tiny_config, '/proc/sweep', ['int3'], [])
   assert not fake_runs[0]

@@ -1,12 +1,12 @@
-"""Runs as their workdirs tell of them, and how several compare."""
+"""A run as its workdir records it, finished or not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import math
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from fliqs_jax.reporting import quality as quality_lib
+from fliqs_jax.reporting.quality import Quality, from_evaluation
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import workdir as workdirs
 
@@ -14,24 +14,42 @@ _NUMBER = (int, float)
 
 # What a report needs of a result: fields by type, of the entries of a mapping too.
 _RESULT_FIELDS = {
-  'model': str, 'dataset': str, 'cost_model': str, 'cost_unit': str, 'cost': _NUMBER,
-  'formats': dict, 'eval': {'loss': _NUMBER, 'num_examples': int},
-  'uniform_costs': dict, 'policy': dict, 'versions': dict, 'config': dict,
-}  # fmt: skip
+  'model': str,
+  'dataset': str,
+  'cost_model': str,
+  'cost_unit': str,
+  'cost': _NUMBER,
+  'formats': dict,
+  'eval': {'loss': _NUMBER, 'num_examples': int},
+  'uniform_costs': dict,
+  'policy': dict,
+  'versions': dict,
+  'config': dict,
+}
 _LAYER_FIELDS = {
-  'kind': str, 'macs': int, 'params': int, 'cost': _NUMBER, 'uniform_costs': dict
-}  # fmt: skip
+  'kind': str,
+  'macs': int,
+  'params': int,
+  'cost': _NUMBER,
+  'uniform_costs': dict,
+}
+_DECISIONS_FIELD = dict.fromkeys(('weights', 'activations'), (str, type(None)))
 _CONFIG_FIELDS = {
-  'mode': str, 'num_steps': int, 'dataset': str, 'model': {'name': str},
+  'mode': str,
+  'num_steps': int,
+  'dataset': str,
+  'model': {'name': str},
   'search': {
-    'activation_delay': int, 'policy_delay': int, 'commit_step': int,
+    'activation_delay': int,
+    'policy_delay': int,
+    'commit_step': int,
     'hard_budget': bool,
   },
-}  # fmt: skip
+}
 
 
 class Run(NamedTuple):
-  """What the folder of a run holds."""
+  """The content of a run's folder."""
 
   workdir: epath.Path
   label: str  # the folder's name
@@ -41,27 +59,27 @@ class Run(NamedTuple):
 
   @property
   def kind(self) -> str:
-    """What the formats are: searched, uniform, or otherwise fixed."""
+    """The origin of the formats: searched, uniform, or otherwise fixed."""
     if self.config['mode'] == 'search':
       return 'searched'
     return 'uniform' if self.uniform_format else 'fixed'
 
   @property
   def network(self) -> str:
-    """What the network is called, with its width where it has one."""
+    """The name of the network, with its width where it has one."""
     model = self.config['model']
     width = None if self.made_in_python else model.get('width')
     return model['name'] + (f', width {width:g}' if width else '')
 
   @property
   def made_in_python(self) -> bool:
-    """Whether `fliqs_jax.search` made it, whose network no config can name."""
+    """True for a run of `fliqs_jax.search`, whose network no config can name."""
     return 'layers' in self.config['model']
 
   @property
-  def quality(self) -> quality_lib.Quality:
-    """What the evaluation of a finished run says of it."""
-    return quality_lib.of(self.result['eval'])
+  def quality(self) -> Quality:
+    """The quality that the evaluation of a finished run measured."""
+    return from_evaluation(self.result['eval'])
 
   @property
   def uniform_format(self) -> str | None:
@@ -91,72 +109,33 @@ def read_run(workdir: str) -> Run:
   return Run(folder, folder.absolute().name, config, history, result)
 
 
-def comparable(runs: Sequence[Run]) -> list[Run]:
-  """Returns the finished runs whose costs and qualities mean the same as the first's.
+def decisions_by_layer(
+  result: Mapping[str, Any],
+) -> dict[str, dict[str, str | None]]:
+  """Returns `{path: {operand: decision}}`; None where the operand's format is fixed.
 
-  On one dataset, in one cost model; networks and their widths may differ.
+  Results of versions that did not write it have it by the names of their decisions: a
+  decision is called after a layer, or after a folder of layers that share it, and
+  `:weights` or `:activations` where these are decided separately.
   """
-  finished = [run for run in runs if run.result]
-  return [run for run in finished if _measure(run) == _measure(finished[0])]
-
-
-def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Returns the points of comparable runs, as `pareto_figure.pareto` takes them."""
-  values = [(run.result['cost'], run.quality.value) for run in runs]
-  return [
-    {
-      'kind': run.kind,
-      'label': run.label,
-      'group': run.network,
-      'cost': cost,
-      'quality': quality,
-      'on_front': on_front,
-    }
-    for run, (cost, quality), on_front in zip(runs, values, pareto_front(values))
-  ]
-
-
-def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
-  """Returns which pairs (cost, quality) are on the Pareto front.
-
-  On it is what no other pair beats in one of the two and at least equals in the other;
-  equal pairs are on it together.
-  """
-  best = set()  # pairs on the front, from the cheapest on
-  highest = -math.inf
-  for cost, quality in sorted(pairs, key=lambda pair: (pair[0], -pair[1])):
-    if quality > highest:
-      highest = quality
-      best.add((cost, quality))
-  return [tuple(pair) in best for pair in pairs]
-
-
-def uniform_runs(run: Run, runs: Sequence[Run]) -> dict[str, Run]:
-  """Returns the runs of the same network with one format in all layers, by format."""
-  return {
-    other.uniform_format: other
-    for other in comparable([run, *runs])
-    if other.kind == 'uniform' and other.config['model'] == run.config['model']
+  written = {
+    path: layer['decisions']
+    for path, layer in result.get('layers', {}).items()
+    if 'decisions' in layer
+  }
+  return written or {
+    path: {operand: _decision_named_after(path, operand, result) for operand in formats}
+    for path, formats in result['formats'].items()
   }
 
 
-def reference_format(result: Mapping[str, Any]) -> str | None:
-  """Returns the uniform model whose cost is nearest to the target's, if there is one.
-
-  Formats of one width cost the same; the first of them that is named is taken.
-  """
-  costs, target = result['uniform_costs'], result.get('target')
-  if not costs or target is None:
-    return None
-  return min(costs, key=lambda name: abs(costs[name] - target))
-
-
-def _measure(run):
-  result = run.result
-  device = run.config['search'].get('device')
-  on_device = device if result['cost_model'] == 'roofline' else None
-  costs = result['cost_model'], result['cost_unit'], on_device
-  return result['dataset'], run.quality.name, *costs
+def _decision_named_after(path, operand, result):
+  """Returns the decision of the smallest group that its name says, None without one."""
+  parts = path.split('/')
+  groups = ['/'.join(parts[:end]) for end in range(len(parts), 0, -1)]
+  names = (name for group in groups for name in (f'{group}:{operand}', group))
+  format_name = result['formats'][path][operand]
+  return next((n for n in names if format_name in result['policy'].get(n, ())), None)
 
 
 def _check_fields(content, fields, path, prefix=''):
@@ -181,6 +160,8 @@ def _check_tables(result, path):
     if not isinstance(layer, dict):
       raise ValueError(f'{str(path)!r} is damaged: layer {name!r} is no object')
     _check_fields(layer, _LAYER_FIELDS, path, f'layers.{name}.')
+    if 'decisions' in layer:
+      _check_fields(layer, {'decisions': _DECISIONS_FIELD}, path, f'layers.{name}.')
     tables.append(layer['uniform_costs'])
   for table in tables:
     if not _is_table(table) or not all(map(math.isfinite, table.values())):

@@ -9,19 +9,15 @@ from etils import epath
 import jax
 import ml_collections
 
-from fliqs_jax.reporting import pareto_figure
-from fliqs_jax.reporting import page as report_page
+from fliqs_jax.errors import ConfigError, Preempted
+from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.runs import loop as train
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import setup as plans
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.reporting import finished_runs as runs_lib
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.errors import Preempted
+from fliqs_jax.runs.pareto import pareto_front
 
 PARETO_FILE = 'pareto.json'
-FIGURE_FILE = 'pareto.png'
 
 # What the runs of a folder must share, for one figure to show them.
 _SHARED = ('model', 'dataset', 'cost_model', 'steps')
@@ -36,6 +32,7 @@ def sweep(
   folder: str,
   targets: Sequence[str],
   widths: Sequence[str],
+  draw: Callable[[epath.Path, Sequence[Point]], None],
 ) -> tuple[list[Point], list[str]]:
   """Runs what is not finished yet, and rewrites the files of the sweep after each run.
 
@@ -44,6 +41,7 @@ def sweep(
     folder: in which each run has its workdir, made if it is not there.
     targets: each a format, SCALE*FORMAT, or a number in the cost model's unit.
     widths: multipliers as text; none for the config's own.
+    draw: draws the points into the folder.
 
   Returns:
     The points of all finished runs in the folder, as in `pareto.json`, and the names of
@@ -67,7 +65,10 @@ def sweep(
       _logger.error('error: %s failed: %s', name, reason)
       failed.append(name)
     else:
-      _write(folder)
+      if jax.process_index() == 0:
+        points = read_points(folder)
+        results.write_json(folder / PARETO_FILE, points)
+        draw(folder, points)
   return read_points(folder), failed
 
 
@@ -246,29 +247,5 @@ def read_points(folder: epath.Path) -> list[Point]:
       }
     )
   points.sort(key=lambda point: (point['cost'], -point['accuracy']))
-  front = runs_lib.pareto_front(
-    [(point['cost'], point['accuracy']) for point in points]
-  )
+  front = pareto_front([(point['cost'], point['accuracy']) for point in points])
   return [point | {'on_front': on} for point, on in zip(points, front)]
-
-
-def _write(folder):
-  if jax.process_index() == 0:
-    points = read_points(folder)
-    results.write_json(folder / PARETO_FILE, points)
-    temporary = folder / f'.{FIGURE_FILE}'
-    temporary.write_bytes(report_page.to_png(_figure(points)))
-    temporary.replace(folder / FIGURE_FILE)
-
-
-def _figure(points):
-  drawn = [
-    {
-      **point,
-      'label': point['target'],
-      'group': f'width {point["width"]:g}',
-      'quality': point['accuracy'],
-    }
-    for point in points
-  ]
-  return pareto_figure.pareto(drawn, points[0]['cost_unit'], 'accuracy')

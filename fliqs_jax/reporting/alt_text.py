@@ -1,0 +1,65 @@
+"""Figures in words, for those who cannot see them."""
+
+from collections.abc import Mapping, Sequence
+
+from fliqs_jax.reporting import quality
+from fliqs_jax.reporting.summary import number
+from fliqs_jax.reporting.tables import option_order
+
+
+def scale(models: Sequence[Mapping], target: float | None, unit: str) -> str:
+  """Returns the cost bars in words."""
+  bars = ', '.join(f'{m["label"]} {number(m["cost"])} ({m["note"]})' for m in models)
+  aim = f' The target is {number(target)}.' if target else ''
+  return f'Bars of cost in {unit}, with what they reach where known: {bars}.{aim}'
+
+
+def formats(layers: Sequence[Mapping]) -> str:
+  """Returns the figure of formats in words."""
+  counts = {}
+  for layer in layers:
+    counts[layer['weights']] = counts.get(layer['weights'], 0) + 1
+  names = sorted(counts, key=option_order)
+  named = ', '.join(f'{name} in {counts[name]}' for name in names)
+  return (
+    f'Bars of the bits of {len(layers)} layers in network order. Weights: {named}. '
+    'The table of layers has every number.'
+  )
+
+
+def costs(layers: Sequence[Mapping], reference: str) -> str:
+  """Returns the figure of costs in words."""
+  largest = max(layers, key=lambda layer: layer['cost'])
+  share = '' if largest['share'] is None else f', {largest["share"]:.0%} of the total'
+  return (
+    f'Bars of the cost of {len(layers)} layers, uniform {reference} beside the formats '
+    f'found. The most expensive layer is {largest["path"]}{share}.'
+  )
+
+
+def policy(decisions: Sequence[Mapping], steps: Sequence[int]) -> str:
+  """Returns the heat map in words."""
+  sure = sum(decision['probability'] > 0.9 for decision in decisions)
+  return (
+    f'Heat map of the probability of every option of {len(decisions)} decisions over '
+    f'{steps[-1]:,} steps. At the end {sure} of them have an option above 90 %.'
+  )
+
+
+def curves(panels: Mapping[str, Mapping], steps: Sequence[int]) -> str:
+  """Returns the curves in words."""
+  ends = ', '.join(
+    f'{title} {panel["format"].format(panel["values"][-1])}'
+    for title, panel in panels.items()
+  )
+  return f'Curves over {steps[-1]:,} steps, which end at: {ends}.'
+
+
+def pareto(points: Sequence[Mapping], unit: str, name: str) -> str:
+  """Returns the picture of several runs in words."""
+  named = ', '.join(
+    f'{p["label"]} ({number(p["cost"])} {unit}, {quality.to_text(name, p["quality"])}'
+    f'{", on the front" if p["on_front"] else ""})'
+    for p in points
+  )
+  return f'{name.capitalize()} against cost: {named}.'

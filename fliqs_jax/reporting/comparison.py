@@ -1,0 +1,60 @@
+"""Runs beside each other: which compare, and by what."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fliqs_jax.reporting.recorded_run import Run
+from fliqs_jax.runs.pareto import pareto_front
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+  """Returns the finished runs whose costs and qualities mean the same as the first's.
+
+  On one dataset, in one cost model; networks and their widths may differ.
+  """
+  finished = [run for run in runs if run.result]
+  return [run for run in finished if _yardstick(run) == _yardstick(finished[0])]
+
+
+def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Returns the points of comparable runs, as `pareto_figure.pareto` takes them."""
+  values = [(run.result['cost'], run.quality.value) for run in runs]
+  return [
+    {
+      'kind': run.kind,
+      'label': run.label,
+      'group': run.network,
+      'cost': cost,
+      'quality': quality,
+      'on_front': on_front,
+    }
+    for run, (cost, quality), on_front in zip(runs, values, pareto_front(values))
+  ]
+
+
+def uniform_runs(run: Run, runs: Sequence[Run]) -> dict[str, Run]:
+  """Returns the runs of the same network with one format in all layers, by format."""
+  return {
+    other.uniform_format: other
+    for other in comparable([run, *runs])
+    if other.kind == 'uniform' and other.config['model'] == run.config['model']
+  }
+
+
+def reference_format(result: Mapping[str, Any]) -> str | None:
+  """Returns the uniform model whose cost is nearest to the target's, if there is one.
+
+  Formats of one width cost the same; the first of them that is named is taken.
+  """
+  costs, target = result['uniform_costs'], result.get('target')
+  if not costs or target is None:
+    return None
+  return min(costs, key=lambda name: abs(costs[name] - target))
+
+
+def _yardstick(run):
+  result = run.result
+  device = run.config['search'].get('device')
+  on_device = device if result['cost_model'] == 'roofline' else None
+  costs = result['cost_model'], result['cost_unit'], on_device
+  return result['dataset'], run.quality.name, *costs

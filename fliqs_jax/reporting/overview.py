@@ -1,0 +1,141 @@
+"""Overview of a config's network: its layers and their costs, without training it."""
+
+from collections.abc import Mapping
+import functools
+import json
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.reporting import terminal
+from fliqs_jax.runs import assembly, networks, subnetwork
+from fliqs_jax.runs.config import resolve
+from fliqs_jax.search import assignments
+from fliqs_jax.search.budget import cost_range
+
+
+def print_overview(
+  config: ml_collections.ConfigDict, format_name: str | None, as_json: bool
+) -> None:
+  """Prints a network's layers, as a table with what the search could reach.
+
+  Args:
+    config: unresolved.
+    format_name: of all layers; None for the formats that the config names, else bf16.
+    as_json: print what `describe` returns instead.
+
+  Raises:
+    ConfigError: where the config, or a file that it names, is unusable.
+  """
+  config = resolve(config)
+  if format_name and config.formats:
+    raise ConfigError('--format and --config.formats: expected one of the two')
+  label = format_name or config.formats or 'bf16'
+  try:
+    assignment = assignments.read(label)
+    architecture = subnetwork.read_architecture(config)
+    content = describe(config, assignment, label, architecture)
+    if as_json:
+      print(json.dumps(content))
+    else:
+      print_table(config, content)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+
+
+def describe(
+  config: ml_collections.ConfigDict,
+  assignment: str | assignments.Assignment,
+  label: str,
+  architecture: networks.Architecture = MappingProxyType({}),
+) -> dict[str, Any]:
+  """Returns the layers and totals of a config's network, ready for JSON.
+
+  Args:
+    config: resolved.
+    assignment: the formats.
+    label: what to call them.
+    architecture: empty for the standard one.
+  """
+  setup = assembly.build(config, 1, assignment, architecture=architecture)
+  variables = jax.eval_shape(
+    functools.partial(setup.model.init, **setup.example.kwargs),
+    jax.random.key(0),
+    *setup.example.args,
+  )
+  layers = setup.space.layers
+  fixed = np.zeros(0, np.int32)
+  formats = setup.space.formats_of(fixed)
+  costs = setup.cost_model.per_layer(setup.space, fixed)
+  return {
+    'model': config.model.name,
+    'cost_model': setup.cost_model.name,
+    'cost_unit': setup.cost_model.unit,
+    'format': label,
+    'architecture': setup.architecture,
+    'total': float(setup.cost_model.total(costs)),
+    'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+    'macs': sum(layer.macs for layer in layers),
+    'layers': [
+      {
+        'name': layer.path,
+        'kind': layer.kind,
+        'macs': layer.macs,
+        'params': layer.params,
+        **formats[layer.path],
+        'cost': float(cost),
+      }
+      for layer, cost in zip(layers, costs)
+    ],
+  }
+
+
+def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -> None:
+  """Prints an overview as a table, with what the search could reach."""
+  lines = [
+    f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
+    f'Cost in {content["format"]}: {content["total"]:.6g} {content["cost_unit"]} '
+    f'({content["cost_model"]})',
+  ]
+  if config.mode == 'search':
+    lines += _reachable_costs(config, content['architecture'])
+  layers = {layer['name']: layer for layer in content['layers']}
+  console = terminal.make_console()
+  console.print(terminal.layer_table(layers, content['total'], confidence={}))
+  if content['architecture']:
+    console.print(terminal.architecture_table(content['architecture'], policy={}))
+  for line in lines:
+    console.print(line, markup=False)
+
+
+def _reachable_costs(config, architecture):
+  """Returns lines on the costs of uniform models and on those that a search reaches."""
+  cost_model = assembly.build_cost_model(config)
+  layers = networks.discover_layers(config)
+  space = assembly.build_space(config, networks.searched_layers(config, architecture))
+  unit = cost_model.unit
+  uniform = ', '.join(
+    f'{name} {cost_model.uniform(layers, name):.6g}'
+    for name in formats_lib.parse_names(config.search.formats)
+  )
+  low, high = cost_range(space, cost_model)
+  lines = [
+    f'Uniform models: {uniform} {unit}',
+    f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
+    f'{assembly.search_target(config, layers):.6g} {unit}',
+  ]
+  for cap in assembly.search_caps(config, layers):
+    low, high = cost_range(space, cap.cost_model)
+    unit = cap.cost_model.unit
+    lines.append(
+      f'Its cap is {cap.limit:.6g} {unit} ({cap.cost_model.name}), of which it '
+      f'reaches {low:.6g} to {high:.6g} {unit}'
+    )
+  return lines

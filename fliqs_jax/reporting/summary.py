@@ -1,0 +1,134 @@
+"""A run in few words and numbers, and its cost among those of uniform models."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from fliqs_jax.reporting import quality
+from fliqs_jax.reporting.figure_style import counted_bits
+from fliqs_jax.reporting.recorded_run import Run
+
+
+def number(value: float | None) -> str:
+  """Returns a number as a person reads it, at four digits."""
+  if value is None:
+    return '–'
+  if not math.isfinite(value):
+    return str(value)
+  if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
+    return f'{int(value):,}'
+  return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+
+
+def headline(run: Run, uniform: Mapping[str, Run]) -> str:
+  """Returns what a run found, in a sentence or two.
+
+  Args:
+    run: the run.
+    uniform: runs of uniform models of the same network, by format.
+  """
+  result = run.result
+  if not result:
+    return _unfinished(run)
+  examples = f'{result["eval"]["num_examples"]:,} examples'
+  reached = f'a {run.quality.name} of {run.quality} on {examples}'
+  if run.quality.name == 'accuracy':
+    reached = f'{run.quality} of {examples} right'
+  cost = f'{number(result["cost"])} {result["cost_unit"]}'
+  if run.kind != 'searched':
+    name = run.uniform_format
+    what = f'The uniform {name} model' if name else 'The model with these fixed formats'
+    return f'{what} gets {reached}, at a cost of {cost}.'
+  text = f'The formats found get {reached}, at a cost of {cost}'
+  if result.get('target'):
+    text += f', {result["cost"] / result["target"]:.1%} of the target'
+  nearest = _nearest_uniform(result, uniform)
+  if nearest is None:
+    return f'{text}. No uniform model was trained beside it.'
+  other = uniform[nearest].result
+  return (
+    f'{text}. The uniform {nearest} model, at {number(other["cost"])} '
+    f'{other["cost_unit"]}, gets {uniform[nearest].quality}: '
+    f'{run.quality.against(uniform[nearest].quality)}.'
+  )
+
+
+def _nearest_uniform(result, uniform):
+  aim = result.get('target') or result['cost']
+  return min(
+    uniform, key=lambda name: abs(uniform[name].result['cost'] - aim), default=None
+  )
+
+
+def _unfinished(run):
+  if not run.history:
+    return 'This run has not finished, and has written no line of its history yet.'
+  last = run.history[-1]
+  text = f'This run has not finished: step {last["step"]:,} of '
+  text += f'{run.config["num_steps"]:,}'
+  name = quality.logged_name(last)
+  if name:
+    text += f', {quality.to_text(name, last[name])} training {name}'
+  if run.kind == 'searched' and 'cost_ratio' in last:
+    text += f', sampled costs {last["cost_ratio"]:.3f} of the target'
+  return text + '.'
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+  """Returns the numbers at the top: what, how much, and a remark."""
+  result = run.result
+  if not result:
+    done = run.history[-1]['step'] if run.history else 0
+    return [('Steps', f'{done:,}', f'of {run.config["num_steps"]:,}')]
+  reached, remark = run.quality, f'{result["eval"]["num_examples"]:,} examples'
+  if reached.error is not None:
+    remark = f'± {100 * reached.error:.2f} points, the standard error of {remark}'
+  name = f'One-shot {reached.name}' if run.kind == 'searched' else reached.name
+  found = [
+    (name[0].upper() + name[1:], str(reached), remark),
+    ('Cost', number(result['cost']), f'{result["cost_unit"]} ({result["cost_model"]})'),
+  ]
+  target = result.get('target')
+  if target:
+    ratio = result['cost'] / target
+    remark = f'{number(target)} {result["cost_unit"]}'
+    found.append(('Share of the target', f'{ratio:.1%}', f'of {remark}'))
+  bits = [counted_bits(operands['weights']) for operands in result['formats'].values()]
+  if bits:
+    mean = sum(bits) / len(bits)
+    found.append(
+      ('Mean bits of a weight format', f'{mean:.2f}', f'over {len(bits)} layers')
+    )
+  return found
+
+
+def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
+  """Returns the found model among uniform ones, by cost: label, cost, note, found.
+
+  Formats that cost the same are one row, unless their accuracies are known.
+  """
+  result = run.result
+  rows = [
+    {
+      'label': 'found' if run.kind == 'searched' else 'this run',
+      'cost': result['cost'],
+      'note': str(run.quality),
+      'found': True,
+    }
+  ]
+  unknown = {}  # cost -> names
+  for name, cost in result['uniform_costs'].items():
+    if name not in uniform:
+      unknown.setdefault(cost, []).append(name)
+  for name, other in uniform.items():
+    if other != run:
+      note = str(other.quality)
+      rows.append(_model(f'uniform {name}', other.result['cost'], note))
+  for cost, names in unknown.items():
+    label = f'uniform {", ".join(names[:2])}' + (', …' if names[2:] else '')
+    rows.append(_model(label, cost, 'not trained'))
+  return sorted(rows, key=lambda row: (row['cost'], row['found']))
+
+
+def _model(label, cost, note):
+  return {'label': label, 'cost': cost, 'note': note, 'found': False}
