@@ -19,12 +19,11 @@ import time
 from etils import epath
 import jax
 
-from fliqs_jax.data import pipeline as input_pipeline
-from fliqs_jax.runs import assembly, evaluation
-from fliqs_jax.runs import loop as train
+from fliqs_jax.data import pipeline
+from fliqs_jax.runs import assembly, evaluation, loop
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import sharding
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 _STEPS = 100
@@ -40,13 +39,13 @@ def main():
   config.model.width = args.width
   config = resolve(config)
   setup = assembly.build(config, jax.device_count())
-  builder = input_pipeline.find_builder(config)
-  input_pipeline.prepare(config, builder)
-  mesh = meshes.make_mesh(config.search.num_samples)
+  builder = pipeline.find_builder(config)
+  pipeline.prepare(config, builder)
+  mesh = sharding.make_mesh(config.search.num_samples)
   state = evaluation.initial_state(setup, mesh, config.seed)
-  step_fn = train._make_step(config, setup, mesh)
-  sharding = meshes.batch_sharding(mesh)
-  batches = input_pipeline.train_batches(config, builder, config.seed, sharding)
+  step_fn = loop._make_step(config, setup, mesh)
+  batch_sharding = sharding.batch_sharding(mesh)
+  batches = pipeline.train_batches(config, builder, config.seed, batch_sharding)
 
   def stretch(state, checkpoints=None):
     began = time.perf_counter()
@@ -54,7 +53,7 @@ def main():
       checkpoints.save(state, batches)
       calls.append(time.perf_counter() - began)
     for _ in range(_STEPS):
-      batch = jax.make_array_from_process_local_data(sharding, next(batches))
+      batch = jax.make_array_from_process_local_data(batch_sharding, next(batches))
       state, _ = step_fn(state, batch)
     jax.block_until_ready(state)
     return state, time.perf_counter() - began

@@ -18,8 +18,8 @@ import tempfile
 
 import jax
 
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import result as results
+from fliqs_jax.runs import loop
+from fliqs_jax.runs.result import RESULT_FILE
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 UNIFORM = 'int3'
@@ -37,10 +37,10 @@ def load_config(seed, mode='search', formats=''):
 
 def run_seed(folder, seed):
   """Returns the results of the search, the uniform model and the retraining."""
-  search = train.run(load_config(seed), folder / f'search-{seed}')
-  found = folder / f'search-{seed}' / results.RESULT_FILE
-  uniform = train.run(load_config(seed, 'train', UNIFORM), folder / f'uniform-{seed}')
-  again = train.run(load_config(seed, 'train', found), folder / f'retrained-{seed}')
+  search = loop.run(load_config(seed), folder / f'search-{seed}')
+  found = folder / f'search-{seed}' / RESULT_FILE
+  uniform = loop.run(load_config(seed, 'train', UNIFORM), folder / f'uniform-{seed}')
+  again = loop.run(load_config(seed, 'train', found), folder / f'retrained-{seed}')
   return {
     'seed': seed,
     'one_shot': search['eval']['accuracy'],

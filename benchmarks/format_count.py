@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import resnet_steps
 
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import sharding
 
 FORMATS = (
     'int4', 'int8', 'int3', 'int6', 'e2m1', 'e4m3', 'int2', 'bf16',
@@ -41,7 +41,7 @@ def main():
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
-  mesh = meshes.make_mesh(1)
+  mesh = sharding.make_mesh(1)
   batch = resnet_steps.random_batch(args.batch_size, args.image_size, jnp.float32)
   runs = {count: prepare(count, mesh, args, batch) for count in COUNTS}
   seconds = {count: [] for count in COUNTS}

@@ -20,7 +20,7 @@ import photographs  # noqa: F401, registers the dataset
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from fliqs_jax.data import pipeline as input_pipeline
+from fliqs_jax.data import pipeline
 from fliqs_jax.runs import recipes
 
 IMAGE_SIZE = 224
@@ -117,7 +117,7 @@ def main():
   config = make_config(args.batch_size, args.threads)
   ours = prepare(args.data_dir, 'array_record')
   theirs = prepare(args.data_dir, 'tfrecord')
-  pipelines = {'fliqs_jax': input_pipeline.train_batches(config, ours, seed=0)}
+  pipelines = {'fliqs_jax': pipeline.train_batches(config, ours, seed=0)}
   for name, normalized in (('tf.data, uint8', False), ('tf.data, float32', True)):
     pipelines[name] = tf_data_batches(theirs, args.batch_size, args.threads, normalized)
   turns = {name: [] for name in pipelines}

@@ -21,8 +21,8 @@ import tempfile
 
 import jax
 
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import result as results
+from fliqs_jax.runs import loop
+from fliqs_jax.runs.result import RESULT_FILE, read_result
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 DECIDE = ('both', 'formats', 'architecture')
@@ -86,14 +86,14 @@ def main():
         for decide in DECIDE:
           run = folder / f'{decide}-{scale}-{seed}'
           if not args.finished:
-            result = train.run(
+            result = loop.run(
               load_config(
                 decide, scale, seed, args.num_steps, args.width, args.formats
               ),
               run,
             )
-          elif (run / results.RESULT_FILE).exists():
-            result = results.read_result(run / results.RESULT_FILE)
+          elif (run / RESULT_FILE).exists():
+            result = read_result(run / RESULT_FILE)
           else:
             continue
           rows.append({

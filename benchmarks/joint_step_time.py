@@ -3,7 +3,7 @@
     python benchmarks/joint_step_time.py [--json]
 
 Both on one supernet, the second with the largest network that it holds. Compiled first
-and then timed in turns; the figures are medians.
+and then timed in turns; the numbers are medians.
 """
 
 import argparse
@@ -20,10 +20,8 @@ from fliqs_jax import models
 from fliqs_jax.layers import architecture
 from fliqs_jax.linen import discovery
 from fliqs_jax.search import controller, cost_models
-from fliqs_jax.search import space as search_space
-from fliqs_jax.training import sharding as meshes
-from fliqs_jax.training import steps
-from fliqs_jax.training import task as objectives
+from fliqs_jax.search.space import build_space
+from fliqs_jax.training import sharding, steps, task
 from fliqs_jax.training.train_state import Arguments, create_train_state
 
 
@@ -38,7 +36,7 @@ def prepare(choose, args):
   model = models.create_model(args.model, 1000, choose=choose, width=args.width)
   inputs = jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32)
   layers = discovery.discover(model, inputs, train=False)
-  space = search_space.build_space(layers, ('int4', 'int8', 'bf16'))
+  space = build_space(layers, ('int4', 'int8', 'bf16'))
   policy = controller.policy_gradient_controller(space.valid, lambda step: 0.1)
   problem = steps.SearchProblem(
     space=space,
@@ -49,10 +47,8 @@ def prepare(choose, args):
     activation_delay=0,
     held_out=False,
   )
-  mesh = meshes.make_mesh(1, jax.devices()[:1])
-  step = steps.make_search_step(
-    problem, objectives.classification(), args.samples, mesh
-  )
+  mesh = sharding.make_mesh(1, jax.devices()[:1])
+  step = steps.make_search_step(problem, task.classification(), args.samples, mesh)
   example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(
     model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0)

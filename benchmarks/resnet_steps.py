@@ -9,11 +9,10 @@ import optax
 
 from fliqs_jax import models
 from fliqs_jax.linen import discovery
-from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import cost_models, rewards
-from fliqs_jax.search import space as search_space
-from fliqs_jax.training import steps, train_state
-from fliqs_jax.training import task as objectives
+from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
+from fliqs_jax.search.space import build_space, uniform_space
+from fliqs_jax.training import steps, task, train_state
 
 VARIANTS = ('float', 'fixed_int8', 'search')
 NUM_CLASSES = 1000
@@ -33,7 +32,7 @@ def make_step(
 
   Args:
     variant: one of `VARIANTS`.
-    mesh: from `meshes.make_mesh`.
+    mesh: from `sharding.make_mesh`.
     image_size: pixels a side.
     dtype: of the computation.
     formats: the options of the search.
@@ -51,30 +50,15 @@ def make_step(
   if wrap:
     model = wrap(model)
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
-  objective = objectives.classification(label_smoothing=0.1)
+  objective = task.classification(label_smoothing=0.1)
   layers = discovery.discover(model, inputs, train=False)
   controller = None
   if variant == 'search':
-    space = search_space.build_space(layers, formats)
-    cost_model = cost_models.get_cost_model('bops')
-    target = cost_model.uniform(layers, formats[0])
-    controller = controller_lib.policy_gradient_controller(
-      space.valid,
-      controller_lib.entropy_weight('cosine', 0.1, 0, 1000),
-      baseline='leave_one_out' if num_samples > 1 else 'moving',
-    )
-    problem = steps.SearchProblem(
-      space=space,
-      cost_model=cost_model,
-      target=target,
-      reward=functools.partial(rewards.absolute, target=target, beta=1.0),
-      controller=controller,
-      activation_delay=0,
-      held_out=False,
-    )
+    problem = _problem(layers, formats, num_samples)
+    controller = problem.controller
     step = steps.make_search_step(problem, objective, num_samples, mesh)
   else:
-    space = search_space.uniform_space(layers, 'int8')
+    space = uniform_space(layers, 'int8')
     step = steps.make_train_step(space, objective, 0, mesh)
   optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
 
@@ -84,6 +68,26 @@ def make_step(
     return train_state.create_train_state(model, example, optimizer, controller, key)
 
   return step, init
+
+
+def _problem(layers, formats, num_samples):
+  """Returns the search over layers, for the cost of the first of the formats."""
+  space = build_space(layers, formats)
+  cost_model = cost_models.get_cost_model('bops')
+  target = cost_model.uniform(layers, formats[0])
+  return steps.SearchProblem(
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    reward=functools.partial(rewards.absolute, target=target, beta=1.0),
+    controller=policy_gradient_controller(
+      space.valid,
+      entropy_weight('cosine', 0.1, 0, 1000),
+      baseline='leave_one_out' if num_samples > 1 else 'moving',
+    ),
+    activation_delay=0,
+    held_out=False,
+  )
 
 
 def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):

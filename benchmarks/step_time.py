@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import qwix
 import resnet_steps
 
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import sharding
 
 QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
 
@@ -51,7 +51,7 @@ def main():
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
-  mesh = meshes.make_mesh(1)
+  mesh = sharding.make_mesh(1)
   batch = resnet_steps.random_batch(args.batch_size, args.image_size, args.dtype)
   variants = (*resnet_steps.VARIANTS, *QWIX_TYPES)
   runs = {variant: prepare(variant, mesh, args, batch) for variant in variants}

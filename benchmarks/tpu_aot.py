@@ -23,13 +23,13 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import resnet_steps
 
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import sharding
 
 
 def compile_step(variant, topology, image_size, batch_per_chip, num_samples, formats):
   """Returns the compiled step of a variant, for all chips of the topology."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  mesh = meshes.make_mesh(num_samples, devices)
+  mesh = sharding.make_mesh(num_samples, devices)
   step, init = resnet_steps.make_step(
     variant, mesh, image_size, jnp.bfloat16, formats, num_samples
   )

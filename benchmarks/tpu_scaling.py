@@ -34,10 +34,10 @@ import jax.numpy as jnp
 import resnet_steps
 
 from fliqs_jax.linen import discovery
-from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import cost_models, devices, rewards
-from fliqs_jax.search import space as search_space
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
+from fliqs_jax.search.space import build_space
+from fliqs_jax.training import sharding
 
 FORMATS = (
     'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8', 'bf16',
@@ -114,7 +114,7 @@ def traffic(program):
 def compile_step(network, image_size, topology, batch_per_chip):
   """Returns the compiled search step, the bytes of its gradients and the chip."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  mesh = meshes.make_mesh(NUM_SAMPLES, chips)
+  mesh = sharding.make_mesh(NUM_SAMPLES, chips)
   step, init = resnet_steps.make_step(
     'search', mesh, image_size, jnp.bfloat16, num_samples=NUM_SAMPLES, network=network
   )
@@ -153,19 +153,19 @@ def controller_figures(topology, num_decisions, num_samples):
   formats, compiled alone for one chip: every chip does the whole of it.
   """
   chip = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-  mesh = meshes.make_mesh(1, [chip])
+  mesh = sharding.make_mesh(1, [chip])
   layers = tuple(
     discovery.Layer(
       f'layer{i}', 'op', 'dense', (1, 64), (64, 64), (1, 64), 64 * 64, 64 * 64
     )
     for i in range(num_decisions)
   )
-  space = search_space.build_space(layers, FORMATS)
+  space = build_space(layers, FORMATS)
   assert space.valid.shape == (num_decisions, len(FORMATS)) and space.valid.all()
   cost_model = cost_models.get_cost_model('bops')
   target = cost_model.uniform(layers, 'int4')
-  controller = controller_lib.policy_gradient_controller(
-    space.valid, controller_lib.entropy_weight('cosine', 0.1, 0, 1000)
+  controller = policy_gradient_controller(
+    space.valid, entropy_weight('cosine', 0.1, 0, 1000)
   )
 
   def control(state, keys, quality, step):
@@ -180,7 +180,7 @@ def controller_figures(topology, num_decisions, num_samples):
     jax.ShapeDtypeStruct((num_samples,), jnp.float32),
     jax.ShapeDtypeStruct((), jnp.int32),
   )
-  replicated = meshes.replicated(mesh)
+  replicated = sharding.replicated(mesh)
   cost = (
     jax.jit(control, in_shardings=replicated, out_shardings=replicated)
     .lower(*shapes)

@@ -1,0 +1,1 @@
+"""Reports of runs, as pages, figures and tables, from the files that runs leave."""
