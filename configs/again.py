@@ -6,8 +6,8 @@ python -m fliqs_jax.main --config=configs/again.py:runs/digits --workdir=runs/ag
 from etils import epath
 import ml_collections
 
-from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.config import default_config
+from fliqs_jax.runs.workdir import read_config
 
 
 def get_config(workdir: str = '') -> ml_collections.ConfigDict:
@@ -18,7 +18,7 @@ def get_config(workdir: str = '') -> ml_collections.ConfigDict:
   """
   if not workdir:
     raise ValueError('expected the folder of a run, as configs/again.py:runs/digits')
-  found = workdirs.read_config(epath.Path(workdir))
+  found = read_config(epath.Path(workdir))
   if 'layers' in found.model:
     raise ValueError(
       f'{workdir!r} was made by fliqs_jax.search, whose network and data it does not '

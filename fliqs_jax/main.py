@@ -55,7 +55,7 @@ def _write_report():
   from fliqs_jax.reporting import page  # imports matplotlib
 
   try:
-    print(f'Report: {page.write([_WORKDIR.value])}')
+    print(f'Report: {page.write_report([_WORKDIR.value])}')
   except Exception as error:  # the run is done, whatever a picture of it may lack
     _logger.warning('No report was written: %s: %s', type(error).__name__, error)
 

@@ -21,7 +21,7 @@ def main(argv):
   # After the flags, whose errors need no matplotlib.
   from fliqs_jax.reporting import page
 
-  print(f'Report: {page.write(_WORKDIR.value, _OUT.value)}')
+  print(f'Report: {page.write_report(_WORKDIR.value, _OUT.value)}')
 
 
 if __name__ == '__main__':

@@ -20,8 +20,8 @@ import pytest
 import fliqs_jax
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.reporting import page as report_page
 from fliqs_jax.reporting import terminal
+from fliqs_jax.reporting.page import write_report
 from fliqs_jax.runs import networks, pretrained
 from fliqs_jax.runs import result as results
 from fliqs_jax.training import own_task as tasks
@@ -156,7 +156,7 @@ def test_the_report_of_a_loss_of_its_own(searched, tmp_path, monkeypatch):
   path = folders[1] + '/' + results.RESULT_FILE
   better = {'eval': {**result.eval, 'quality': result.eval['quality'] + 0.25}}
   pathlib.Path(path).write_text(json.dumps({**result.content, **better}))
-  page = report_page.write(folders).read_text()
+  page = write_report(folders).read_text()
   quality = f'{result.eval["quality"]:.4g}'
   assert f'The formats found get a quality of {quality} on 37 examples' in page
   assert f'<dt>One-shot quality</dt><dd>{quality}<small>37 examples' in page

@@ -4,9 +4,9 @@ import json
 
 from conftest import load_config
 
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs.result import RESULT_FILE, config_to_json
+from fliqs_jax.runs.workdir import CONFIG_FILE, HISTORY_FILE
 
 OPTIONS = ('int2', 'int4', 'e4m3', 'bf16')
 
@@ -15,7 +15,7 @@ def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
   """Writes the workdir of a run that nobody made: layer `i` has format `i mod 4`."""
   config = load_config('resnet18', 'digits')
   config.update(mode=mode, num_steps=30, **fields.pop('config', {}))
-  config = results.config_to_json(resolve(config))
+  config = config_to_json(resolve(config))
   formats = {
     name: dict.fromkeys(('weights', 'activations'), OPTIONS[i % len(OPTIONS)])
     for i, name in enumerate(names)
@@ -25,15 +25,13 @@ def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
     for name in names
   }
   folder.mkdir()
-  (folder / workdirs.CONFIG_FILE).write_text(json.dumps(config))
+  (folder / CONFIG_FILE).write_text(json.dumps(config))
   scalars = {'loss': 0.5, 'accuracy': 0.9, 'reward': 0.8, 'cost_ratio': 1.1}
   rows = [
     {'step': step, **scalars, 'policy': policy if mode == 'search' else {}}
     for step in steps
   ]
-  (folder / workdirs.HISTORY_FILE).write_text(
-    ''.join(json.dumps(row) + '\n' for row in rows)
-  )
+  (folder / HISTORY_FILE).write_text(''.join(json.dumps(row) + '\n' for row in rows))
   bits = {'int2': 2, 'int4': 4, 'e4m3': 8, 'bf16': 16}
   result = {
     'model': 'resnet18', 'dataset': 'digits', 'cost_model': 'bops', 'seed': 0,
@@ -56,5 +54,5 @@ def write_run(folder, names, mode='search', steps=(10, 20, 30), **fields):
     'policy': policy if mode == 'search' else {}, 'config': config,
   }  # fmt: skip
   result |= fields
-  (folder / results.RESULT_FILE).write_text(json.dumps(result))
+  (folder / RESULT_FILE).write_text(json.dumps(result))
   return folder

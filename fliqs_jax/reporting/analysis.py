@@ -11,17 +11,17 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics import quantization_error
+from fliqs_jax.numerics.formats import get_format, parse_names
 from fliqs_jax.reporting import analysis_figures
 from fliqs_jax.reporting.figure_style import counted_bits
 from fliqs_jax.reporting.quality import from_evaluation
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
 from fliqs_jax.runs import assembly
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs.result import write_json
+from fliqs_jax.runs.workdir import check_model
 from fliqs_jax.training.sharding import make_mesh
 
 FIGURES = ('switching', 'clipping', 'entropy', 'formats')
@@ -57,7 +57,7 @@ def write_figures(
       raise
     except ValueError as error:
       raise ConfigError(str(error)) from None
-    results.write_json(folder / f'{name}.json', numbers)
+    write_json(folder / f'{name}.json', numbers)
     path = folder / f'{name}.png'
     path.write_bytes(to_png(figure))
     yield name, path
@@ -65,7 +65,7 @@ def write_figures(
 
 def _make(name, config, folder, given) -> tuple[Any, Figure]:
   """Returns the numbers of a figure and the figure."""
-  names = formats_lib.parse_names(config.search.formats)
+  names = parse_names(config.search.formats)
   if name in ('switching', 'clipping'):
     weights = network_weights(config, given[0] if given else None)
     if name == 'switching':
@@ -83,7 +83,7 @@ def _make(name, config, folder, given) -> tuple[Any, Figure]:
     if epath.Path(workdir := _entropy_workdir(folder, weight)).exists()
   ]
   if not searched:
-    raise ValueError('formats: expected finished searches, as --workdir=runs/digits')
+    raise ConfigError('formats: expected finished searches, as --workdir=runs/digits')
   numbers = formats_by_depth([read_run(workdir) for workdir in searched])
   return numbers, analysis_figures.formats_by_depth(numbers)
 
@@ -98,12 +98,12 @@ def network_weights(
     workdir: of a run of the same network; None for the weights before training.
 
   Raises:
-    ValueError: where the workdir holds no checkpoint of this network.
+    ConfigError: where the workdir holds no checkpoint of this network.
   """
   from fliqs_jax.runs import evaluation  # imports TensorFlow
 
   if workdir:
-    workdirs.check_model(config, epath.Path(workdir))
+    check_model(config, epath.Path(workdir))
   setup = assembly.build(config, jax.device_count(), 'float32')
   if workdir:
     state, _ = evaluation.restored_state(setup, epath.Path(workdir))
@@ -130,7 +130,7 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
   for title, tensors in data.items():
     panels[title] = {}
     for name in names:
-      if formats_lib.get_format(name).clip > 0:
+      if get_format(name).clip > 0:
         errors = quantization_error.clipping_errors(tensors, name, thresholds)
         best = quantization_error.best_threshold(errors)
         panels[title][name] = {
@@ -138,7 +138,7 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
           'errors': errors.tolist(),
           'best': best,
           'best_threshold': float(thresholds[best]),
-          'threshold_in_use': float(formats_lib.get_format(name).clip),
+          'threshold_in_use': float(get_format(name).clip),
         }
   return panels
 
@@ -171,13 +171,13 @@ def formats_by_depth(found: Sequence[Run]) -> list[dict[str, Any]]:
   """Returns the mean bits of each layer over finished runs of one network, for JSON.
 
   Raises:
-    ValueError: where a run is not finished, or of other layers than the first.
+    ConfigError: where a run is not finished, or of other layers than the first.
   """
   for run in found:
     if not run.result:
-      raise ValueError(f'{str(run.workdir)!r} holds no finished run')
+      raise ConfigError(f'{str(run.workdir)!r} holds no finished run')
     if list(run.result['formats']) != list(found[0].result['formats']):
-      raise ValueError(f'{str(run.workdir)!r} holds a run of another network')
+      raise ConfigError(f'{str(run.workdir)!r} holds a run of another network')
   return [
     {
       'path': path,

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import assembly, networks, subnetwork
 from fliqs_jax.runs.config import resolve
@@ -123,7 +123,7 @@ def _reachable_costs(config, architecture):
   unit = cost_model.unit
   uniform = ', '.join(
     f'{name} {cost_model.uniform(layers, name):.6g}'
-    for name in formats_lib.parse_names(config.search.formats)
+    for name in parse_names(config.search.formats)
   )
   low, high = cost_range(space, cost_model)
   lines = [

@@ -39,7 +39,7 @@ class Drawing(NamedTuple):
   png: bytes
 
 
-def write(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
+def write_report(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
   """Writes the report of the runs in these folders and returns where.
 
   Args:
@@ -113,7 +113,7 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _found(run, uniform, draw):
-  """Returns what the template shows of a result: models by cost, and layers."""
+  """Returns rows and figures of a result: of models by cost, and of layers."""
   result = run.result
   reference = comparison.reference_format(result)
   models = summary.models(run, uniform)

@@ -6,9 +6,15 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting.quality import Quality, from_evaluation
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.runs.result import RESULT_FILE, read_result
+from fliqs_jax.runs.workdir import (
+  CONFIG_FILE,
+  HISTORY_FILE,
+  read_config,
+  read_history,
+)
 
 _NUMBER = (int, float)
 
@@ -93,17 +99,17 @@ def read_run(workdir: str) -> Run:
   """Returns the run in a folder, finished or not.
 
   Raises:
-    ValueError: where the folder holds none, or a file in it is damaged; one line.
+    ConfigError: where the folder holds none, or a file in it is damaged; one line.
   """
   folder = epath.Path(workdir)
-  config = workdirs.read_config(folder).to_dict()
-  _check_fields(config, _CONFIG_FIELDS, folder / workdirs.CONFIG_FILE)
-  history = workdirs.read_history(folder)
+  config = read_config(folder).to_dict()
+  _check_fields(config, _CONFIG_FIELDS, folder / CONFIG_FILE)
+  history = read_history(folder)
   for row in history:
-    _check_row(row, folder / workdirs.HISTORY_FILE)
-  path, result = folder / results.RESULT_FILE, None
+    _check_row(row, folder / HISTORY_FILE)
+  path, result = folder / RESULT_FILE, None
   if path.exists():
-    result = results.read_result(path)
+    result = read_result(path)
     _check_fields(result, _RESULT_FIELDS, path)
     _check_tables(result, path)
   return Run(folder, folder.absolute().name, config, history, result)
@@ -139,13 +145,13 @@ def _decision_named_after(path, operand, result):
 
 
 def _check_fields(content, fields, path, prefix=''):
-  """Raises ValueError where a field is missing or of another type."""
+  """Raises ConfigError where a field is missing or of another type."""
   for name, expected in fields.items():
     value = content.get(name)
     nested = isinstance(expected, dict)
     usable = isinstance(value, dict if nested else expected)
     if not usable or (isinstance(value, float) and not math.isfinite(value)):
-      raise ValueError(f'{str(path)!r} is damaged: it has no usable {prefix + name!r}')
+      raise ConfigError(f'{str(path)!r} is damaged: it has no usable {prefix + name!r}')
     if nested:
       _check_fields(value, expected, path, f'{prefix}{name}.')
 
@@ -154,18 +160,18 @@ def _check_tables(result, path):
   """Checks what is there for each layer, decision or format, and what may be absent."""
   for name in ('layers', 'architecture'):
     if not isinstance(result.get(name, {}), dict):
-      raise ValueError(f'{str(path)!r} is damaged: it has no usable {name!r}')
+      raise ConfigError(f'{str(path)!r} is damaged: it has no usable {name!r}')
   tables = [result['uniform_costs'], *result['policy'].values()]
   for name, layer in result.get('layers', {}).items():
     if not isinstance(layer, dict):
-      raise ValueError(f'{str(path)!r} is damaged: layer {name!r} is no object')
+      raise ConfigError(f'{str(path)!r} is damaged: layer {name!r} is no object')
     _check_fields(layer, _LAYER_FIELDS, path, f'layers.{name}.')
     if 'decisions' in layer:
       _check_fields(layer, {'decisions': _DECISIONS_FIELD}, path, f'layers.{name}.')
     tables.append(layer['uniform_costs'])
   for table in tables:
     if not _is_table(table) or not all(map(math.isfinite, table.values())):
-      raise ValueError(f'{str(path)!r} is damaged: expected numbers by format')
+      raise ConfigError(f'{str(path)!r} is damaged: expected numbers by format')
   if result.get('target') is not None:
     _check_fields(result, {'target': _NUMBER}, path)
 
@@ -175,7 +181,7 @@ def _check_row(row, path):
   scalars = {name: value for name, value in row.items() if name != 'policy'}
   usable = isinstance(policy, dict) and all(map(_is_table, policy.values()))
   if not usable or not _is_table(scalars):
-    raise ValueError(f'{str(path)!r} is damaged: step {row["step"]!r} is unusable')
+    raise ConfigError(f'{str(path)!r} is damaged: step {row["step"]!r} is unusable')
 
 
 def _is_table(value):

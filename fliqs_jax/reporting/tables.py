@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.numerics.formats import NAMES
 from fliqs_jax.reporting import quality
 from fliqs_jax.reporting.figure_style import counted_bits
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
@@ -86,7 +86,7 @@ def decisions(run: Run) -> list[dict[str, Any]]:
 
 def option_order(option: str) -> tuple:
   """Returns what options are sorted by: formats by bits, then sizes, then others."""
-  if option in formats_lib.NAMES:
+  if option in NAMES:
     return (0, counted_bits(option), option)
   try:
     return (1, float(option), option)

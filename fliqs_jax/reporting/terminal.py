@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import assembly, networks
-from fliqs_jax.search import space as search_space
+from fliqs_jax.search.space import fixed_space
 
 
 def make_console() -> Console:
@@ -150,7 +150,7 @@ def _cap_lines(result):
   found = networks.discover_layers(
     config, networks.choose_architecture(config, result['architecture'])
   )
-  space = search_space.fixed_space(found, result['formats'])
+  space = fixed_space(found, result['formats'])
   lines = []
   for cap in assembly.search_caps(config, standard):
     cost = float(cap.cost_model(space, np.zeros(0, np.int32)))

@@ -42,15 +42,13 @@ def policy_heat_map(
     steps: of the T lines of a history.
     decisions: `name`, `options`, `probabilities` `[T][K]` and `found` (an option, or
       None) of each. The options are drawn in their order, the last one on top.
-    milestones: steps to milestone.
+    milestones: where the run changed.
     width: in inches.
   """
   image, bands = _heat_image(np.asarray(steps), decisions)
   fewest = min(len(decision['options']) for decision in decisions)
   # Type needs its height: of every option where there is room, else of decisions.
   row = max(min(SMALL + 1, 1500 / len(image)), (SMALL + 1.5) / fewest)
-  labelled = row >= SMALL
-  half = SMALL / row / 2  # of a name's height, in rows: names stay with their decision
   figure = new_figure(width, 0.8 + row * len(image) / POINTS)
   axes = figure.subplots()
   axes.imshow(
@@ -64,34 +62,45 @@ def policy_heat_map(
   axes.spines['left'].set_visible(False)
   axes.grid(visible=False)
   for top, decision in zip(bands, decisions):
-    for place, option in enumerate(reversed(decision['options'])):
-      middle = top + place + 0.5
-      if option == decision['found']:
-        axes.plot(
-          steps[-1],
-          middle,
-          '<',
-          color=PALETTE['ink'],
-          markersize=min(5, row),
-          clip_on=False,
-        )
-      if labelled or option == decision['found']:
-        near = np.clip(middle, top + half, top + len(decision['options']) - half)
-        axes.annotate(
-          shorten(option, 8),
-          (steps[-1], near),
-          (8, 0),
-          fontsize=SMALL - 1,
-          textcoords='offset points',
-          va='center',
-          color=PALETTE['muted'],
-          annotation_clip=False,
-        )
+    _name_options(axes, decision, top, row, steps[-1])
   _draw_milestones(axes, milestones, steps[-1])
   _step_axis(axes, 8 if width > 6 else 4)
   options = {option for decision in decisions for option in decision['options']}
-  add_legend(figure, sorted(map(family, options)), extra=[])
+  add_legend(figure, sorted(map(family, options)))
   return figure
+
+
+def _name_options(axes, decision, top, row, last):
+  """Marks the option found, and names it, or all options where there is room.
+
+  Args:
+    axes: the heat map's, with a unit of height for each option.
+    decision: as `policy_heat_map` takes it.
+    top: its first row.
+    row: height of a row, in points.
+    last: the last step.
+  """
+  labelled = row >= SMALL
+  half = SMALL / row / 2  # of a name's height, in rows: names stay with their decision
+  options = decision['options']
+  for place, option in enumerate(reversed(options)):
+    middle, found = top + place + 0.5, option == decision['found']
+    if found:
+      axes.plot(
+        last, middle, '<', color=PALETTE['ink'], markersize=min(5, row), clip_on=False
+      )
+    if labelled or found:
+      near = np.clip(middle, top + half, top + len(options) - half)
+      axes.annotate(
+        shorten(option, 8),
+        (last, near),
+        (8, 0),
+        fontsize=SMALL - 1,
+        textcoords='offset points',
+        va='center',
+        color=PALETTE['muted'],
+        annotation_clip=False,
+      )
 
 
 def _heat_image(steps, decisions, columns=400):
@@ -124,7 +133,7 @@ def curves(
     steps: of the T lines of a history.
     panels: by title, `values` `[T]`, `format` (of a number), and `reference`, a value
       to draw a line at, or None.
-    milestones: steps to milestone.
+    milestones: where the run changed.
     width: in inches.
   """
   columns = min(3 if width > 6 else 1, len(panels))

@@ -22,10 +22,10 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.variants import variants
 from fliqs_jax.linen import operators
 from fliqs_jax.linen.discovery import Layer
-from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.numerics.formats import NumericFormat, get_format, parse_names
 from fliqs_jax.runs import networks
-from fliqs_jax.runs import result as results
 from fliqs_jax.runs.config import resolve, validate
+from fliqs_jax.runs.result import write_json
 from fliqs_jax.search import devices, latency
 from fliqs_jax.search.space import UNQUANTIZED
 
@@ -63,7 +63,7 @@ def write_latencies(
     content = measure(config, batch_size, repeats)
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  results.write_json(epath.Path(path), content)
+  write_json(epath.Path(path), content)
   return content
 
 
@@ -112,7 +112,7 @@ def _format_names(config):
   """Returns the formats that the layers can have, and bf16 for unquantized ones."""
   search = config.search
   named = [
-    *formats_lib.parse_names(search.formats),
+    *parse_names(search.formats),
     *(name for _, name in search.pins),
     *([search.target_format] if search.target is None else []),
     *([search.cap_format] if search.cap_cost_model and search.cap is None else []),
@@ -131,7 +131,7 @@ def _time_layer(layer, names, batch_size, repeats, dtype):
   for name in names:
     timed[name] = _native(layer, name, x, w) or (
       _EMULATED,
-      functools.partial(emulated, formats_lib.get_format(name)),
+      functools.partial(emulated, get_format(name)),
     )
   seconds = _interleaved([call for _, call in timed.values()], repeats)
   return {
@@ -178,14 +178,14 @@ def _native(layer, name, x, w):
 def _dtype(type_name, format_name):
   if type_name == 'fp8':
     # Integers of few bits and up to four exponent bits: e4m3; five: e5m2.
-    wide = formats_lib.get_format(format_name).exponent_max > 8
+    wide = get_format(format_name).exponent_max > 8
     return jnp.float8_e5m2 if wide else jnp.float8_e4m3fn
   return {
     'int4': jnp.int4, 'fp4': jnp.float4_e2m1fn, 'int8': jnp.int8, 'bf16': jnp.bfloat16
   }[type_name]  # fmt: skip
 
 
-def _emulated(layer: Layer, x, w) -> Callable[[formats_lib.NumericFormat], jax.Array]:
+def _emulated(layer: Layer, x, w) -> Callable[[NumericFormat], jax.Array]:
   """Returns the quantized operator, compiled once for all formats."""
   kinds = operators.QuantizedConv, operators.QuantizedDotGeneral
   operator = {cls.kind: cls for cls in kinds}[layer.kind]()

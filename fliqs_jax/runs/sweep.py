@@ -10,12 +10,11 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import setup as plans
+from fliqs_jax.numerics.formats import get_format, parse_names
+from fliqs_jax.runs import loop, setup
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
+from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
 
 PARETO_FILE = 'pareto.json'
 
@@ -57,7 +56,7 @@ def sweep(
   for count, (name, run) in enumerate(runs.items(), 1):
     _logger.info('Run %d/%d: %s', count, len(runs), name)
     try:
-      train.run(run, folder / name)
+      loop.run(run, folder / name)
     except Preempted:
       raise  # the others are to stop too
     except Exception as error:  # whatever befell one run, the others go on
@@ -67,7 +66,7 @@ def sweep(
     else:
       if jax.process_index() == 0:
         points = read_points(folder)
-        results.write_json(folder / PARETO_FILE, points)
+        write_json(folder / PARETO_FILE, points)
         draw(folder, points)
   return read_points(folder), failed
 
@@ -91,7 +90,7 @@ def _prepare(config, folder, targets, widths):
   found = {}  # problem -> the runs that have it
   for name, run in runs.items():
     try:
-      plans.check(run, folder / name)
+      setup.check(run, folder / name)
     except ConfigError as error:
       for problem in error.problems:
         # Without the run's name, problems of many runs are one.
@@ -148,7 +147,7 @@ def parse_target(text: str) -> dict[str, Any]:
   scale, times, name = map(str.strip, text.rpartition('*'))
   if not times and not name[:1].isalpha():
     return {'target': _positive(text)}
-  formats_lib.get_format(name)
+  get_format(name)
   target_scale = _positive(scale) if times else 1.0
   return {'target': None, 'target_format': name, 'target_scale': target_scale}
 
@@ -170,7 +169,7 @@ def plan(
   """
   uniform = dict.fromkeys(
     (
-      *formats_lib.parse_names(config.search.formats),
+      *parse_names(config.search.formats),
       *(target['target_format'] for target in targets if 'target_format' in target),
     )
   )
@@ -207,7 +206,7 @@ def _check_folder(folder, config):
   ours = config.model.name, config.dataset, config.search.cost_model, config.num_steps
   for path in _finished(folder):
     try:
-      result = results.read_result(path)
+      result = read_result(path)
     except ValueError as error:
       return [str(error)]
     theirs = tuple(result[field] for field in _SHARED)
@@ -220,7 +219,7 @@ def _check_folder(folder, config):
 
 
 def _finished(folder):
-  return sorted(folder.glob(f'*-width*/{results.RESULT_FILE}'))
+  return sorted(folder.glob(f'*-width*/{RESULT_FILE}'))
 
 
 def read_points(folder: epath.Path) -> list[Point]:
@@ -232,7 +231,7 @@ def read_points(folder: epath.Path) -> list[Point]:
   """
   points = []
   for path in _finished(folder):
-    result = results.read_result(path)
+    result = read_result(path)
     config = ml_collections.ConfigDict(result['config'])
     kind, target = _describe(config)
     points.append(

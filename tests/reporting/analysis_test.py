@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics import quantization_error
+from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.reporting import analysis, analysis_figures
 from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.runs.config import resolve
@@ -75,7 +75,7 @@ def test_switching_error_by_hand():
 
 @pytest.mark.parametrize('name', ['int2', 'int4', 'int8', 'e2m1', 'e3m2', 'e4m3'])
 def test_clipping_errors_of_normal_data(name, normal_mse):
-  in_use = float(formats_lib.get_format(name).clip)
+  in_use = float(get_format(name).clip)
   thresholds = np.array([0.8, in_use, 4.0])
   data = [quantization_error.normal_values()]
   found = quantization_error.clipping_errors(data, name, thresholds)
@@ -89,7 +89,7 @@ def test_the_best_threshold_of_normal_data_is_the_one_in_use():
   for name in ('int2', 'int3', 'int4', 'int8', 'e2m1'):
     errors = quantization_error.clipping_errors(data, name, grid)
     best = grid[quantization_error.best_threshold(errors)]
-    in_use = float(formats_lib.get_format(name).clip)
+    in_use = float(get_format(name).clip)
     assert abs(np.log(best / in_use)) < np.log(grid[1] / grid[0]), name
 
 

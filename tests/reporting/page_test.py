@@ -21,11 +21,11 @@ from fliqs_jax.reporting import (
   tables,
   training_figures,
 )
-from fliqs_jax.reporting import page as report_page
+from fliqs_jax.reporting.page import REPORT_FILE, write_report
 from fliqs_jax.reporting.recorded_run import read_run
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs.result import RESULT_FILE, config_to_json
+from fliqs_jax.runs.workdir import CONFIG_FILE, HISTORY_FILE, read_history
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
 
@@ -52,9 +52,9 @@ def page(tmp_path_factory):
   write_run(folder / 'search', [f'stage1/block{i}/conv' for i in range(7)])
   write_run(folder / f'hostile {HOSTILE[:8]}', [HOSTILE, 'b', 'c', 'd'])
   unfinished = write_run(folder / 'unfinished', ['a', 'b'])
-  (unfinished / results.RESULT_FILE).unlink()
+  (unfinished / RESULT_FILE).unlink()
   write_run(folder / 'fixed', ['a'], mode='train', target=None, uniform_costs={})
-  return report_page.write([str(path) for path in sorted(folder.iterdir())[::-1]])
+  return write_report([str(path) for path in sorted(folder.iterdir())[::-1]])
 
 
 @pytest.mark.parametrize('width, dark', [(1280, False), (400, True)])
@@ -195,9 +195,9 @@ def test_damaged_files_are_named_in_one_line(tmp_path, file, content, expected):
   else:
     (folder / file).write_text(content)
   with pytest.raises(ConfigError, match=expected) as error:
-    report_page.write([str(folder)])
+    write_report([str(folder)])
   assert len(error.value.problems) == 1
-  assert not (folder / report_page.REPORT_FILE).exists()
+  assert not (folder / REPORT_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,14 @@ def test_damaged_files_are_named_in_one_line(tmp_path, file, content, expected):
 def test_a_damaged_result_is_named_in_one_line(tmp_path, field, value):
   folder = write_run(tmp_path / 'run', ['a'], **{field: value})
   with pytest.raises(ConfigError, match='is damaged: ') as error:
-    report_page.write([str(folder)])
+    write_report([str(folder)])
   assert len(error.value.problems) == 1
 
 
 @pytest.mark.parametrize('written', [True, False])
 def test_architecture_and_groups_have_what_was_found(tmp_path, written):
   folder = write_run(tmp_path / 'run', ['g/a', 'g/b'], architecture={'width': 24})
-  path = folder / results.RESULT_FILE
+  path = folder / RESULT_FILE
   result = json.loads(path.read_text())
   for layer in result['layers'].values():
     layer['decisions'] = dict.fromkeys(('weights', 'activations'), 'group')
@@ -231,7 +231,7 @@ def test_architecture_and_groups_have_what_was_found(tmp_path, written):
   group = 'group' if written else 'g'
   result['policy'] = {group: {'int8': 0.9, 'int2': 0.05, 'int4': 0.05}}
   path.write_text(json.dumps(result))
-  path = folder / workdirs.HISTORY_FILE
+  path = folder / HISTORY_FILE
   decisions = {
     'width': {'16': 0.2, '8': 0.5, '24': 0.3},
     group: {'int8': 0.9, 'int2': 0.1},
@@ -245,9 +245,9 @@ def test_architecture_and_groups_have_what_was_found(tmp_path, written):
 
 def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
   folder = write_run(tmp_path / 'run', ['a'])
-  with (folder / workdirs.HISTORY_FILE).open('a') as file:
+  with (folder / HISTORY_FILE).open('a') as file:
     file.write('{"step": 40, "lo')
-  rows = workdirs.read_history(epath.Path(folder))
+  rows = read_history(epath.Path(folder))
   assert [row['step'] for row in rows] == [10, 20, 30]
 
 
@@ -256,8 +256,8 @@ def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT / 'configs'))
   import again
 
-  config = results.config_to_json(resolve(again.get_config(str(folder))))
-  assert config == json.loads((folder / workdirs.CONFIG_FILE).read_text())
+  config = config_to_json(resolve(again.get_config(str(folder))))
+  assert config == json.loads((folder / CONFIG_FILE).read_text())
   assert f'--config=configs/again.py:{folder}' in tables.command(read_run(folder))
 
 

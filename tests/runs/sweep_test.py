@@ -8,10 +8,10 @@ import pytest
 
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.reporting import pareto_figure
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import result as results
+from fliqs_jax.runs import loop
 from fliqs_jax.runs import sweep as sweeps
 from fliqs_jax.runs.pareto import pareto_front
+from fliqs_jax.runs.result import RESULT_FILE, config_to_json
 
 LEVELS = st.integers(0, 6)  # few, so that ties are frequent
 
@@ -75,7 +75,7 @@ def fake_runs(monkeypatch):
   ran, failing = [], set()
 
   def run(config, workdir):
-    path = workdir / results.RESULT_FILE
+    path = workdir / RESULT_FILE
     if path.exists():
       return
     ran.append(workdir.name)
@@ -91,11 +91,11 @@ def fake_runs(monkeypatch):
       'cost': float(len(ran)),
       'formats': {'conv_init': 'int8'},
       'eval': {'accuracy': 0.5 if config.mode == 'train' else 0.75},
-      'config': results.config_to_json(config),
+      'config': config_to_json(config),
     }
     path.write_text(json.dumps(result))
 
-  monkeypatch.setattr(train, 'run', run)
+  monkeypatch.setattr(loop, 'run', run)
   return ran, failing
 
 
@@ -106,7 +106,7 @@ def test_sweep_that_is_asked_to_stop_stops(tiny_config, tmp_path, monkeypatch):
     started.append(workdir.name)
     raise Preempted('stopped by SIGTERM')
 
-  monkeypatch.setattr(train, 'run', run)
+  monkeypatch.setattr(loop, 'run', run)
   with pytest.raises(Preempted):
     sweep(tiny_config, str(tmp_path / 'sweep'), ['int3', 'int4'], [])
   assert len(started) == 1
