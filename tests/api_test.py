@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import pathlib
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import fliqs_jax
+from fliqs_jax import api
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
@@ -70,6 +72,11 @@ TASK = {'loss': loss, 'inputs': lambda batch: batch['tokens'][:, :-1]}
 FIELDS = {'formats': ['int2', 'int4', 'int8'], 'target_format': 'int4'}
 
 
+def test_search_is_the_function_and_has_a_folder_beside_it():
+  importlib.import_module('fliqs_jax.search.space')
+  assert fliqs_jax.search is api.search
+
+
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   readme = (ROOT / 'README.md').read_text()
@@ -91,6 +98,15 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
   }  # fmt: skip
   with pytest.raises(ConfigError, match='expected a new or empty folder'):
     result.save('runs/own')
+  # Orbax alone reads the weights, as the documentation has it.
+  page = (ROOT / 'docs/running.md').read_text()
+  (code,) = re.findall(r'```python\n(import pathlib\n.*?)```', page, re.DOTALL)
+  exec(code, names)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    names['variables']['params'],
+    result.variables['params'],
+  )
 
 
 @pytest.fixture(scope='module')

@@ -138,3 +138,16 @@ def test_the_tables_of_fields():
       assert not table[name].startswith('`'), name
     else:
       assert table[name] == (f'`{value}`' if value != '' else 'empty'), name
+
+
+def pages():
+  """Yields the name and the text of the README and of every page."""
+  for path in (ROOT / 'README.md', *PAGES):
+    yield path.relative_to(ROOT), path.read_text()
+
+
+def test_files_in_the_pages_exist():
+  folders = 'fliqs_jax|benchmarks|configs|launch|tests|docs|colabs'
+  for page, text in pages():
+    for name in re.findall(rf'\b((?:{folders})/[a-z0-9_./]*\w\.\w+)', text):
+      assert (ROOT / name).is_file(), f'{page}: {name}'
