@@ -2,7 +2,7 @@
 
     python benchmarks/clipping_thresholds.py
 
-prints the table that `fliqs_jax/formats.py` carries as constants. The data is standard
+prints the table that `fliqs_jax/numerics/formats.py` carries as constants. The data is standard
 normal; the error of each threshold is integrated in closed form, cell by cell.
 """
 
@@ -14,17 +14,17 @@ from fliqs_jax.numerics import formats
 
 def representable_values(name: str) -> np.ndarray:
   """Returns the non-negative values of a format, ascending, as float64."""
-  if name in formats.INTEGER_NAMES:
-    return np.arange(2 ** (int(name.removeprefix('int')) - 1), dtype=np.float64)
-  f = formats.get_format(name)
-  m, largest = int(f.mantissa_bits), float(f.max)
-  subnormal = np.arange(2**m) * 2.0 ** (int(f.exponent_min) - m)
+  f = formats.find_format(name)
+  if f.family == 'int':
+    return np.arange(f.largest + 1)
+  m = f.mantissa_bits
+  subnormal = np.arange(2**m) * 2.0 ** (f.exponent_min - m)
   normal = [
     (2**m + np.arange(2**m)) * 2.0 ** (e - m)
-    for e in range(int(f.exponent_min), int(f.exponent_max) + 1)
+    for e in range(f.exponent_min, f.exponent_max + 1)
   ]
   values = np.concatenate([subnormal, *normal])
-  return values[values <= largest]
+  return values[values <= f.largest]
 
 
 def normal_mse(threshold: float, values: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import resnet_steps
 
-from fliqs_jax.linen import discovery
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search import cost_models, devices, rewards
 from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
 from fliqs_jax.search.space import build_space
@@ -155,9 +155,7 @@ def controller_figures(topology, num_decisions, num_samples):
   chip = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
   mesh = sharding.make_mesh(1, [chip])
   layers = tuple(
-    discovery.Layer(
-      f'layer{i}', 'op', 'dense', (1, 64), (64, 64), (1, 64), 64 * 64, 64 * 64
-    )
+    Layer(f'layer{i}', 'op', 'dense', (1, 64), (64, 64), (1, 64), 64 * 64, 64 * 64)
     for i in range(num_decisions)
   )
   space = build_space(layers, FORMATS)

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.data import batches
-from fliqs_jax.linen import discovery
+from fliqs_jax.layers import layer
 from fliqs_jax.runs import assembly, evaluation
 from fliqs_jax.search import assignments
 from fliqs_jax.runs import networks
@@ -29,11 +29,11 @@ from fliqs_jax.runs import loop as train
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import setup as plans
 from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.search import space as search_space
+from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.training import own_task as tasks
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import default_config, resolve
-from fliqs_jax.linen.operators import FORMATS
+from fliqs_jax.linen.variables import FORMATS, nest
 from fliqs_jax.errors import not_among
 from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
@@ -164,7 +164,7 @@ def search(
   config.model = {
     'name': type(model).__name__,
     'width': 1.0,
-    'layers': discovery.layers_to_json(network.layers),
+    'layers': json.dumps(layer.to_json(network.layers)),
   }
   config = resolve(config)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
@@ -254,7 +254,7 @@ def _network(config, model, objective, first, evaluated):
     raise ConfigError(f'no layer of {type(model).__name__} can be searched', *(
         f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
     ))  # fmt: skip
-  if search_space.architecture_decisions(coverage.layers):
+  if architecture_decisions(coverage.layers):
     raise ConfigError(
       f'the architecture of {type(model).__name__} is left open: fliqs_jax.search '
       'decides formats alone, python -m fliqs_jax.main the architecture too'
@@ -266,8 +266,9 @@ def _final_variables(setup, folder, formats):
   """Returns what the found network computes with, in numpy."""
   state, _ = evaluation.restored_state(setup, folder)
   choices = setup.space.choices_of(formats)
+  formats = nest(setup.space.layers, setup.space.bind(choices))
   return jax.device_get(
-    {'params': state.params, **state.model_stats, FORMATS: setup.space.bind(choices)}
+    {'params': state.params, **state.model_stats, FORMATS: formats}
   )
 
 

@@ -107,6 +107,55 @@ def fake_quantize(x, name, mean_square, absmax, calibration='rms'):
   return scale * nearest_code(x / scale, name), np.abs(x) <= limit
 
 
+def assert_same_bits(actual, expected):
+  """Asserts equality of float32; NaNs may differ in their payload, zeros may not in their sign."""
+  actual, expected = np.asarray(actual), np.asarray(expected, np.float32)
+  assert actual.dtype == np.float32
+  np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+  number = ~np.isnan(expected)
+  np.testing.assert_array_equal(
+    actual[number].view(np.uint32), expected[number].view(np.uint32)
+  )
+
+
+def critical_values(name: str) -> np.ndarray:
+  """Returns codes, midpoints, both with their neighbours in float32, and what is special."""
+  codes = positive_codes(name)
+  middle = (codes[1:] + codes[:-1]) / 2
+  exact = np.concatenate([codes, middle]).astype(np.float32)
+  np.testing.assert_array_equal(exact, np.concatenate([codes, middle]))
+  info = np.finfo(np.float32)
+  special = np.array(
+    [np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal], np.float32
+  )
+  # From half of the largest code to past it, where float32 has such values.
+  factors = np.float32([0.50005, 0.625, 0.75, 0.875, 0.99995])
+  beyond = factors * exact[len(codes) - 1]
+  if name != 'bf16':
+    beyond = np.concatenate([beyond, 2 * beyond])
+  positive = np.concatenate(
+    [
+      exact,
+      np.nextafter(exact, np.float32(np.inf)),
+      np.nextafter(exact, np.float32(-np.inf)),
+      beyond,
+      special,
+    ]
+  )
+  return np.concatenate([positive, -positive])
+
+
+def random_values(name: str, size: int = 500_000) -> np.ndarray:
+  """Returns any bit pattern, and magnitudes about the format's own."""
+  rng = np.random.default_rng(formats.NAMES.index(name))
+  patterns = rng.integers(0, 2**32, size, np.uint32).view(np.float32)
+  codes = positive_codes(name)
+  low, high = np.log2(codes[1]) - 2, np.log2(codes[-1]) + 1
+  exponents = rng.uniform(low, min(high, 127.9), size)
+  magnitudes = np.exp2(exponents) * rng.choice([-1, 1], size)
+  return np.concatenate([patterns, magnitudes.astype(np.float32)])
+
+
 def area_means(image, size):
   """Resizes `[H, W, C]` to `(width, height)`, each pixel the mean of what it covers."""
 

@@ -6,26 +6,18 @@ A network *declares* what can be decided about it by asking for each size:
 
 With `standard` it gets the default, with `Fixed` what a search has found, both plain
 integers. With `searched` it gets a `Table`, an integer for every option, builds itself
-at the largest (`largest`) and tells its layers their sizes (`tell_sizes`). Then
-`SearchSpace.bind` gives each layer the chosen sizes, traced, and the layer masks its
-kernel: channels are a prefix of the largest's, kernels its centre. So a search step is
-compiled once for all architectures.
+at the largest (`largest`) and tells its layers their sizes. Then `SearchSpace.bind`
+gives each layer the chosen sizes, traced, and the layer masks its kernel
+(`numerics.masking`). So a search step is compiled once for all architectures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from flax import linen as nn
-import jax
-
-from fliqs_jax.errors import not_among
-
-FORMATS = 'formats'  # the collection in which a network finds what is decided
-SIZES = 'sizes'  # its variables, each a `LayerSizes` or, of a gate, one of its sizes
+from fliqs_jax.errors import ConfigError, not_among
 
 
 class Decision(NamedTuple):
@@ -64,29 +56,41 @@ class Table:
 
 Size = int | Table  # an integer is a size that nothing is decided about
 
-# How a network asks for a size: (name, options, default) -> size.
-Choose = Callable[[str, Sequence[int], int], Size]
+
+class Choose(Protocol):
+  """How a network of searchable architecture is built: its answers for sizes."""
+
+  is_standard: bool  # the published network
+  is_open: bool  # sizes are tables, left to a search
+
+  def __call__(self, name: str, options: Sequence[int], default: int) -> Size:
+    """Returns the size of that name."""
 
 
-class LayerSizes(NamedTuple):
-  """The sizes of a layer, or of one operand's axes; None where it has no such axis."""
+@dataclasses.dataclass(frozen=True)
+class Standard:
+  """Chooses the defaults: the network as it is published."""
 
-  inputs: Any = None  # channels
-  outputs: Any = None  # channels
-  kernel: Any = None  # extent in space, odd
-  present: Any = None  # 1, or 0 where the layer is skipped
+  is_standard: ClassVar[bool] = True
+  is_open: ClassVar[bool] = False
 
-
-def standard(name: str, options: Sequence[int], default: int) -> int:
-  """Chooses the default: the network as it is published."""
-  del name, options
-  return default
+  def __call__(self, name: str, options: Sequence[int], default: int) -> int:
+    """Returns the default."""
+    del name, options
+    return default
 
 
-def searched(name: str, options: Sequence[int], default: int) -> Table:
-  """Leaves the choice open, among the options and the default."""
-  options = tuple(sorted({*options, default}))
-  return Table((Decision(name, options, default),), options)
+@dataclasses.dataclass(frozen=True)
+class Searched:
+  """Leaves each choice open, among the options and the default."""
+
+  is_standard: ClassVar[bool] = False
+  is_open: ClassVar[bool] = True
+
+  def __call__(self, name: str, options: Sequence[int], default: int) -> Table:
+    """Returns the table of the options."""
+    options = tuple(sorted({*options, default}))
+    return Table((Decision(name, options, default),), options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,32 +102,38 @@ class Fixed:
   """
 
   choices: tuple[tuple[str, int], ...]
+  is_standard: ClassVar[bool] = False
+  is_open: ClassVar[bool] = False
 
   def __call__(self, name: str, options: Sequence[int], default: int) -> int:
     """Returns the size of that name."""
     return dict(self.choices)[name]
 
 
+standard = Standard()
+searched = Searched()
+
+
 def fix(decisions: Sequence[Decision], architecture: Mapping[str, int]) -> Choose:
   """Returns what chooses an architecture, the standard one where it is empty.
 
   Raises:
-    ValueError: where it is not one choice for exactly these decisions; one line.
+    ConfigError: where it is not one choice for exactly these decisions; one line.
   """
   if not architecture:
     return standard
   known = {decision.name: decision for decision in decisions}
   if not known:
-    raise ValueError('the network leaves nothing of its architecture to decide')
+    raise ConfigError('the network leaves nothing of its architecture to decide')
   for name in architecture:
     if name not in known:
       given = f'the architecture is for another space: it decides {name!r}'
-      raise ValueError(not_among(given, name, known, 'a decision of this network'))
+      raise ConfigError(not_among(given, name, known, 'a decision of this network'))
   for name, decision in known.items():
     if name not in architecture:
-      raise ValueError(f'the architecture is for another space: it lacks {name!r}')
+      raise ConfigError(f'the architecture is for another space: it lacks {name!r}')
     if architecture[name] not in decision.options:
-      raise ValueError(
+      raise ConfigError(
         f'the architecture has {name}={architecture[name]!r}: expected one of '
         f'{", ".join(map(str, decision.options))}'
       )
@@ -164,44 +174,3 @@ def _spread(size, decisions):
 def largest(size: Size) -> int:
   """Returns the size to allocate."""
   return max(size.values) if isinstance(size, Table) else size
-
-
-class Gate(nn.Module):
-  """Lets a block's residual through where the block is present, else nothing."""
-
-  present: Size
-
-  @nn.compact
-  def __call__(self, y: jax.Array) -> jax.Array:
-    """Returns `y`, or zeros of its shape."""
-    if not self.has_variable(FORMATS, SIZES):
-      return y
-    return y * self.get_variable(FORMATS, SIZES).astype(y.dtype)
-
-
-def gated(y: jax.Array, present: Size) -> jax.Array:
-  """Returns a residual, gated where it is open whether its block is present.
-
-  Called in the compact method of the block, beside whose layers it is discovered.
-  """
-  return Gate(present, name='gate')(y) if isinstance(present, Table) else y
-
-
-def tell_sizes(layer: Any, **sizes: Size) -> Any:
-  """Returns a layer's class whose quantized operator is told what is decided of it.
-
-  Args:
-    layer: a partial of a linen layer, with the hooks of `layers`.
-    **sizes: fields of `LayerSizes`.
-
-  Raises:
-    ValueError: where sizes are to be searched and the layer has no hook.
-  """
-  if not any(isinstance(size, Table) for size in sizes.values()):
-    return layer
-  hooks = getattr(layer, 'keywords', {})
-  for hook in ('conv_general_dilated_cls', 'dot_general_cls'):
-    if hook in hooks:
-      operator = functools.partial(hooks[hook], sizes=LayerSizes(**sizes))
-      return functools.partial(layer, **{hook: operator})
-  raise ValueError('an architecture is searched with quantized layers alone')

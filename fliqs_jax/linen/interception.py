@@ -3,8 +3,8 @@
     model = make_searchable(UsersNetwork())
 
 The layers of Flax find their quantized operators by linen's method interceptors, which
-set for the time of a call what `layers.conv_hooks` and `layers.dense_hooks` set for
-good. Parameters keep their paths and values.
+set for the time of a call what `operators.conv_hooks` and `operators.dense_hooks` set
+for good. Parameters keep their paths and values.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,18 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding
 import jax
 
-from fliqs_jax.linen import operators as layers_lib
-from fliqs_jax.linen.operators import FORMATS, QuantizedConv, QuantizedDotGeneral
-from fliqs_jax.linen.operands import QuantizedConvTranspose, QuantizedEinsum
-from fliqs_jax.linen.discovery import Layer, discover
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.linen.discovery import discover
+from fliqs_jax.linen.operators import (
+  QuantizedConv,
+  QuantizedConvTranspose,
+  QuantizedDotGeneral,
+  QuantizedEinsum,
+  QuantizedOperator,
+  promote_all_but_kernel,
+)
+from fliqs_jax.linen.variables import FORMATS
 
 
 def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
@@ -31,18 +39,18 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
     model: a linen module. Searched are its `nn.Conv`, `nn.ConvTranspose`, `nn.Dense`,
       `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`; layers with a
       hook of their own stay as they are.
-    **attributes: of `layers.QuantizedOperator`: calibration, momentum.
+    **attributes: of `QuantizedOperator`: calibration, momentum.
 
   Raises:
-    ValueError: where the model is anything else.
+    ConfigError: where the model is anything else.
   """
   if not isinstance(model, nn.Module | Searchable):
-    raise ValueError(f'expected a linen module, as Network(), found {model!r}')
+    raise ConfigError(f'expected a linen module, as Network(), found {model!r}')
   return model if isinstance(model, Searchable) else Searchable(model, attributes)
 
 
 class Coverage(NamedTuple):
-  """What of a network is searched."""
+  """The layers of a network that are searched, and why the others are not."""
 
   layers: tuple[Layer, ...]
   skipped: Mapping[str, str]  # module path -> why its parameters are not searched
@@ -65,7 +73,7 @@ class Searchable:
   """The `init` and `apply` of a linen module, with its layers quantized.
 
   The variables are the module's own, and `quant_stats`; `apply` takes the formats in
-  the collection `formats`, from `SearchSpace.bind`, and without them is the module's.
+  the collection `formats`, made by `variables.nest`, and without them is the module's.
   """
 
   def __init__(self, model: nn.Module, attributes: Mapping[str, Any]):
@@ -182,13 +190,13 @@ def _product_hooks(layer, name, operator, attributes):
     _check_default(layer, own, default)
   return {
     f'{name}_cls': functools.partial(operator, **attributes),
-    'promote_dtype': layers_lib.promote_all_but_kernel,
+    'promote_dtype': promote_all_but_kernel,
   }
 
 
 def _makes_operators(hook):
   kind = hook.func if isinstance(hook, functools.partial) else hook
-  return isinstance(kind, type) and issubclass(kind, layers_lib.QuantizedOperator)
+  return isinstance(kind, type) and issubclass(kind, QuantizedOperator)
 
 
 def _operand_hooks(layer, operator, attributes):
@@ -209,7 +217,7 @@ def _check_default(layer, name, default):
 
 def _rounded_operands(operator, inputs, kernel, bias, *, dtype=None, inexact=True):
   """Flax's `promote_dtype`, with inputs and kernel rounded by an operator."""
-  inputs, kernel, bias = layers_lib.promote_all_but_kernel(
+  inputs, kernel, bias = promote_all_but_kernel(
     inputs, kernel, bias, dtype=dtype, inexact=inexact
   )
   return *operator()(inputs, kernel), bias

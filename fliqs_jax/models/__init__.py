@@ -1,4 +1,8 @@
-"""Networks in plain Flax. They know nothing of quantization: layers are injected."""
+"""Networks in plain Flax, one file for each family, and their names.
+
+A network takes the classes of its layers as attributes. Without quantized ones it is
+the float network.
+"""
 
 import functools
 import inspect
@@ -7,10 +11,10 @@ from typing import Any
 from flax import linen as nn
 import jax.numpy as jnp
 
-from fliqs_jax.linen import operators as layers
+from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.architecture import Choose, standard
+from fliqs_jax.linen.operators import conv_hooks, dense_hooks
 from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
-from fliqs_jax.errors import not_among
 
 MODELS = {
   'resnet18': resnet.ResNet18,
@@ -46,28 +50,28 @@ def create_model(
     num_classes: outputs of the classifier.
     quantized: whether the layers carry quantized operators; without them it is the
       float network.
-    operator: attributes of `layers.QuantizedOperator`.
+    operator: attributes of `QuantizedOperator`.
     dtype: of the computation.
     choose: how its architecture is chosen, by default as published.
     **options: attributes of the network, such as `width`.
 
   Raises:
-    ValueError: where there is no such network; the message names the nearest one. Where
+    ConfigError: where there is no such network; the message names the nearest one. Where
       its architecture is fixed, and is to be chosen.
   """
   if name not in MODELS:
-    raise ValueError(not_among(f'unknown model {name!r}', name, MODELS))
-  if choose is not standard:
+    raise ConfigError(not_among(f'unknown model {name!r}', name, MODELS))
+  if not choose.is_standard:
     if not has_choices(name):
       names = ', '.join(filter(has_choices, MODELS))
-      raise ValueError(
+      raise ConfigError(
         f'the architecture of model {name!r} cannot be chosen: expected one of {names}'
       )
     options['choose'] = choose
   if quantized:
     operator = operator or {}
-    options['conv'] = functools.partial(nn.Conv, **layers.conv_hooks(**operator))
-    options['dense'] = functools.partial(nn.Dense, **layers.dense_hooks(**operator))
+    options['conv'] = functools.partial(nn.Conv, **conv_hooks(**operator))
+    options['dense'] = functools.partial(nn.Dense, **dense_hooks(**operator))
   return MODELS[name](num_classes=num_classes, dtype=dtype, **options)
 
 

@@ -16,14 +16,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax.layers.architecture import (
-  Choose,
-  Size,
-  gated,
-  largest,
-  standard,
-  tell_sizes,
-)
+from fliqs_jax.layers.architecture import Choose, Size, largest, standard
+from fliqs_jax.linen.supernet import gated, tell_sizes
 from fliqs_jax.models.common import (
   WIDTH_MULTIPLIERS,
   ModuleDef,
@@ -183,7 +177,7 @@ class MobileNetV2(nn.Module):
     if present == 0:
       return x
     # Widths that a search makes equal by chance connect nothing.
-    by_chance = self.choose is standard and strides == 1 and inputs == filters
+    by_chance = self.choose.is_standard and strides == 1 and inputs == filters
     return InvertedResidual(
       inputs=inputs,
       hidden=inputs * expansion,

@@ -12,14 +12,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax.layers.architecture import (
-  Choose,
-  Size,
-  gated,
-  largest,
-  standard,
-  tell_sizes,
-)
+from fliqs_jax.layers.architecture import Choose, Size, largest, standard
+from fliqs_jax.linen.supernet import gated, tell_sizes
 from fliqs_jax.models.common import WIDTH_MULTIPLIERS, ModuleDef, fan_out_normal
 
 

@@ -1,0 +1,58 @@
+"""Numeric formats and the arithmetic in them: arrays in, arrays out, no Flax.
+
+formats             names, families, code ranges; a format as a row that can be traced
+rounding            one function that rounds to every format
+calibration         statistics of a tensor, clipping thresholds, scales
+masking             parts of operands that a searched architecture leaves unused
+products            what a layer computes with its formats, and its gradient
+quantization_error  errors of rounding, and of switching between formats
+"""
+
+from fliqs_jax.numerics.calibration import (
+  CALIBRATIONS,
+  Quantizer,
+  Statistics,
+  calibrate,
+  clipping_threshold,
+  tensor_statistics,
+)
+from fliqs_jax.numerics.formats import (
+  Format,
+  NumericFormat,
+  find_format,
+  get_format,
+  parse_names,
+  stack,
+)
+from fliqs_jax.numerics.products import (
+  LayerFormats,
+  Product,
+  fake_quantize,
+  quantized_layer,
+  quantized_operands,
+  quantized_product,
+)
+from fliqs_jax.numerics.rounding import is_scaled, round_to_format
+
+__all__ = [
+  'CALIBRATIONS',
+  'Format',
+  'LayerFormats',
+  'NumericFormat',
+  'Product',
+  'Quantizer',
+  'Statistics',
+  'calibrate',
+  'clipping_threshold',
+  'fake_quantize',
+  'find_format',
+  'get_format',
+  'is_scaled',
+  'parse_names',
+  'quantized_layer',
+  'quantized_operands',
+  'quantized_product',
+  'round_to_format',
+  'stack',
+  'tensor_statistics',
+]

@@ -1,16 +1,16 @@
-"""Numeric formats as data: four numbers say how a format rounds.
+"""Numeric formats: what a name means, and the same as data that can be traced.
 
 A format is not a Python branch but a row of numbers, so that a compiled step can
 choose between formats by a gather, and is compiled once for all of them.
 """
 
-import re
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from fliqs_jax.errors import not_among
+from fliqs_jax.errors import ConfigError, not_among
 
 # float32's smallest exponent. A format that reaches down to it is used unscaled.
 FLOAT32_MIN_EXPONENT = -126
@@ -33,6 +33,45 @@ class NumericFormat(NamedTuple):
   bits: jax.Array  # int32, bits that one value is stored in
   clip: jax.Array  # float32, the MSE-optimal clipping threshold for N(0, 1) data,
   # 0 for the formats that are not scaled (bf16, float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A numeric format by name.
+
+  Attributes:
+    name: as configs and results have it.
+    family: `int`, `float`, or `unscaled` for bf16 and float32.
+    bits: that one value is stored in, the sign included.
+    exponent_bits: 0 for integers.
+    mantissa_bits: explicit ones, 0 for integers.
+    exponent_min: exponent of the smallest normal value.
+    exponent_max: exponent of the largest value.
+    largest: the codes are from `-largest` to `largest`.
+    clip: the MSE-optimal clipping threshold for N(0, 1) data, 0 where not scaled.
+  """
+
+  name: str
+  family: str
+  bits: int
+  exponent_bits: int
+  mantissa_bits: int
+  exponent_min: int
+  exponent_max: int
+  largest: float
+  clip: float
+
+  @property
+  def row(self) -> NumericFormat:
+    """The same as numpy scalars, one row of a table of formats."""
+    return NumericFormat(
+      mantissa_bits=np.int32(self.mantissa_bits),
+      exponent_min=np.int32(self.exponent_min),
+      exponent_max=np.int32(self.exponent_max),
+      max=np.float32(self.largest),
+      bits=np.int32(self.bits),
+      clip=np.float32(self.clip),
+    )
 
 
 # MSE-optimal clipping thresholds of standard normal data, in units of its standard
@@ -82,15 +121,51 @@ _RESERVED_CODES = {
   'e3m4': (3, 1.9375),  # float8_e3m4: the top exponent is inf and NaN
 }
 
-_MIN_FLOAT_BITS, _MAX_FLOAT_BITS = 4, 8
 
-INTEGER_NAMES = tuple(f'int{bits}' for bits in range(2, 9))
-FLOAT_NAMES = tuple(
-  f'e{exponent_bits}m{bits - 1 - exponent_bits}'
-  for bits in range(_MIN_FLOAT_BITS, _MAX_FLOAT_BITS + 1)
-  for exponent_bits in range(1, bits)
+def _integer(bits):
+  name, largest = f'int{bits}', 2.0 ** (bits - 1) - 1
+  return Format(name, 'int', bits, 0, 0, 0, 0, largest, _NORMAL_CLIP[name])
+
+
+def _float(exponent_bits, mantissa_bits):
+  name = f'e{exponent_bits}m{mantissa_bits}'
+  bias = 2 ** (exponent_bits - 1) - 1
+  exponent_max, significand = _RESERVED_CODES.get(
+    name, (2**exponent_bits - 1 - bias, 2 - 2.0**-mantissa_bits)
+  )
+  return Format(
+    name=name,
+    family='float',
+    bits=1 + exponent_bits + mantissa_bits,
+    exponent_bits=exponent_bits,
+    mantissa_bits=mantissa_bits,
+    exponent_min=1 - bias,
+    exponent_max=exponent_max,
+    largest=2.0**exponent_max * significand,
+    clip=_NORMAL_CLIP[name],
+  )
+
+
+def _unscaled(name, bits, largest):
+  minimum = FLOAT32_MIN_EXPONENT
+  return Format(name, 'unscaled', bits, 8, bits - 9, minimum, 127, largest, 0.0)
+
+
+_ALL = (
+  *map(_integer, range(2, 9)),
+  *(
+    _float(exponent_bits, bits - 1 - exponent_bits)
+    for bits in range(4, 9)
+    for exponent_bits in range(1, bits)
+  ),
+  _unscaled('bf16', 16, 2.0**127 * (2 - 2.0**-7)),
+  _unscaled('float32', 32, np.inf),
 )
-NAMES = INTEGER_NAMES + FLOAT_NAMES + ('bf16', 'float32')
+_BY_NAME = {format.name: format for format in _ALL}
+
+NAMES = tuple(_BY_NAME)
+INTEGER_NAMES = tuple(format.name for format in _ALL if format.family == 'int')
+FLOAT_NAMES = tuple(format.name for format in _ALL if format.family == 'float')
 
 # The search spaces of the paper: FLIQS-S (few, widely supported) and FLIQS-L (many).
 SPACES = {
@@ -108,8 +183,8 @@ SPACES = {
 }  # fmt: skip
 
 
-def get_format(name: str) -> NumericFormat:
-  """Returns the format of that name, as numpy scalars.
+def find_format(name: str) -> Format:
+  """Returns the format of that name.
 
   Args:
     name: `int2` … `int8`, `eXmY` with X exponent and Y mantissa bits and a sign, of
@@ -117,31 +192,29 @@ def get_format(name: str) -> NumericFormat:
       has a type of that name; `e4m3` is `float8_e4m3fn`.
 
   Raises:
-    ValueError: for any other name; the message names the nearest one.
+    ConfigError: for any other name; the message names the nearest one.
   """
-  if name not in NAMES:
+  if name not in _BY_NAME:
     expected = 'one of int2..int8, eXmY of 4 to 8 bits, bf16, float32'
-    raise ValueError(not_among(f'unknown format {name!r}', name, NAMES, expected))
-  if name == 'float32':
-    return _make(23, FLOAT32_MIN_EXPONENT, 127, np.inf, 32, 0.0)
-  if name == 'bf16':
-    return _make(7, FLOAT32_MIN_EXPONENT, 127, 2.0**127 * (2 - 2.0**-7), 16, 0.0)
-  if name in INTEGER_NAMES:
-    bits = int(name.removeprefix('int'))
-    return _make(0, 0, 0, 2.0 ** (bits - 1) - 1, bits, _NORMAL_CLIP[name])
-  exponent_bits, mantissa_bits = map(int, re.fullmatch(r'e(\d)m(\d)', name).groups())
-  bias = 2 ** (exponent_bits - 1) - 1
-  exponent_max, significand = _RESERVED_CODES.get(
-    name, (2**exponent_bits - 1 - bias, 2 - 2.0**-mantissa_bits)
-  )
-  return _make(
-    mantissa_bits,
-    1 - bias,
-    exponent_max,
-    2.0**exponent_max * significand,
-    1 + exponent_bits + mantissa_bits,
-    _NORMAL_CLIP[name],
-  )
+    raise ConfigError(not_among(f'unknown format {name!r}', name, NAMES, expected))
+  return _BY_NAME[name]
+
+
+def get_format(name: str) -> NumericFormat:
+  """Returns the format of that name as a row of numpy scalars, ready to be traced.
+
+  Args:
+    name: as in `find_format`.
+
+  Raises:
+    ConfigError: for an unknown name; the message names the nearest one.
+
+  Example:
+
+      >>> float(get_format('e4m3').max)
+      448.0
+  """
+  return find_format(name).row
 
 
 def stack(names: tuple[str, ...]) -> NumericFormat:
@@ -153,32 +226,21 @@ def parse_names(spec: str) -> tuple[str, ...]:
   """Returns the format names of a search space's name or a comma-separated list.
 
   Raises:
-    ValueError: where a name is unknown, repeated, or none is given.
+    ConfigError: where a name is unknown, repeated, or none is given.
   """
   names = SPACES.get(spec.strip()) or tuple(
     filter(None, map(str.strip, spec.split(',')))
   )
   if not names:
-    raise ValueError(
+    raise ConfigError(
       f'no format in {spec!r}: expected one of {", ".join(SPACES)} or a '
       'comma-separated list of format names'
     )
   for name in names:
     try:
       get_format(name)
-    except ValueError as error:
-      raise ValueError(f'{error} (search spaces: {", ".join(SPACES)})') from None
+    except ConfigError as error:
+      raise ConfigError(f'{error} (search spaces: {", ".join(SPACES)})') from None
   if len(set(names)) < len(names):
-    raise ValueError(f'a format is named twice in {spec!r}')
+    raise ConfigError(f'a format is named twice in {spec!r}')
   return names
-
-
-def _make(mantissa_bits, exponent_min, exponent_max, largest, bits, clip):
-  return NumericFormat(
-    mantissa_bits=np.int32(mantissa_bits),
-    exponent_min=np.int32(exponent_min),
-    exponent_max=np.int32(exponent_max),
-    max=np.float32(largest),
-    bits=np.int32(bits),
-    clip=np.float32(clip),
-  )

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.numerics import quantizers
+from fliqs_jax.numerics.calibration import calibrate
+from fliqs_jax.numerics.formats import get_format
+from fliqs_jax.numerics.rounding import round_to_format
 
 
 def switching_errors(
@@ -30,7 +31,7 @@ def switching_errors(
   Args:
     tensors: weights, whose last axis is that of output channels.
     names: of the F formats.
-    calibration: one of `quantizers.CALIBRATIONS`.
+    calibration: one of `calibration.CALIBRATIONS`.
   """
   errors, power = np.zeros((len(names), len(names))), 0.0
   for tensor in tensors:
@@ -45,8 +46,8 @@ def switching_errors(
 
 
 def _quantize(channels, name, calibration):
-  quantizer = quantizers.calibrate(
-    formats_lib.get_format(name),
+  quantizer = calibrate(
+    get_format(name),
     jnp.mean(jnp.square(channels), axis=0),
     jnp.max(jnp.abs(channels), axis=0),
     calibration,
@@ -64,7 +65,7 @@ def clipping_errors(
     name: of a format that is scaled.
     thresholds: float[T], in units of each channel's rms.
   """
-  format = formats_lib.get_format(name)
+  format = get_format(name)
   power, errors = 0.0, np.zeros(len(thresholds))
   for tensor in tensors:
     channels = _channels(tensor)
@@ -90,7 +91,7 @@ def _squared_errors(channels, format, thresholds):
 
   def squared_error(threshold):
     scale = jnp.maximum(threshold * rms, jnp.finfo(jnp.float32).tiny) / format.max
-    rounded = quantizers.round_to_format(channels / scale, format) * scale
+    rounded = round_to_format(channels / scale, format) * scale
     return jnp.sum(jnp.square(rounded - channels))
 
   return jax.lax.map(squared_error, thresholds)

@@ -14,7 +14,6 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics import quantization_error
 from fliqs_jax.numerics.formats import get_format, parse_names
 from fliqs_jax.reporting import analysis_figures
-from fliqs_jax.reporting.figure_style import counted_bits
 from fliqs_jax.reporting.quality import from_evaluation
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
@@ -22,6 +21,7 @@ from fliqs_jax.runs import assembly
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.workdir import check_model
+from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.training.sharding import make_mesh
 
 FIGURES = ('switching', 'clipping', 'entropy', 'formats')

@@ -12,8 +12,7 @@ import matplotlib
 from matplotlib import patches
 from matplotlib.figure import Figure
 
-from fliqs_jax.numerics.formats import FLOAT_NAMES, INTEGER_NAMES, NAMES, get_format
-from fliqs_jax.search.cost_models import UNQUANTIZED_BITS
+from fliqs_jax.numerics.formats import NAMES, find_format
 
 WIDE, NARROW = 11.2, 3.6  # inches, which a page shows as 96 pixels each
 
@@ -69,16 +68,10 @@ styled = matplotlib.rc_context(STYLE)  # a decorator of what draws
 
 def family(name: str) -> str:
   """Returns what an option is, as `PALETTE` colours it."""
-  if name in INTEGER_NAMES:
-    return 'integer'
-  if name in FLOAT_NAMES:
-    return 'float'
-  return 'unquantized' if name in NAMES else 'architecture'
-
-
-def counted_bits(name: str) -> int:
-  """Returns the bits of a format as costs count them."""
-  return min(int(get_format(name).bits), UNQUANTIZED_BITS)
+  if name not in NAMES:
+    return 'architecture'
+  family = find_format(name).family
+  return {'int': 'integer', 'float': 'float', 'unscaled': 'unquantized'}[family]
 
 
 def shorten(name: str, length: int) -> str:

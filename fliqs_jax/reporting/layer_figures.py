@@ -14,12 +14,12 @@ from fliqs_jax.reporting.figure_style import (
   SMALL,
   WIDE,
   add_legend,
-  counted_bits,
   family,
   new_figure,
   shorten,
   styled,
 )
+from fliqs_jax.search.quantities import counted_bits
 
 
 @styled

@@ -13,7 +13,7 @@ import numpy as np
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import assembly, networks, subnetwork
+from fliqs_jax.runs import assembly, files, networks, subnetwork
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.search import assignments
 from fliqs_jax.search.budget import cost_range
@@ -37,7 +37,7 @@ def print_overview(
     raise ConfigError('--format and --config.formats: expected one of the two')
   label = format_name or config.formats or 'bf16'
   try:
-    assignment = assignments.read(label)
+    assignment = files.read_formats(label)
     architecture = subnetwork.read_architecture(config)
     content = describe(config, assignment, label, architecture)
     if as_json:

@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from fliqs_jax.reporting import quality
-from fliqs_jax.reporting.figure_style import counted_bits
 from fliqs_jax.reporting.recorded_run import Run
+from fliqs_jax.search.quantities import counted_bits
 
 
 def number(value: float | None) -> str:

@@ -10,16 +10,16 @@ import ml_collections
 import numpy as np
 import optax
 
-from fliqs_jax.linen import discovery
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics import formats
-from fliqs_jax.runs import networks
-from fliqs_jax.search import assignments, cost_models, latency
+from fliqs_jax.runs import files, networks
+from fliqs_jax.search import assignments, cost_models
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import rewards
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import steps
 from fliqs_jax.training import task as objectives
-from fliqs_jax.layers.architecture import searched, standard
+from fliqs_jax.layers.architecture import standard
 from fliqs_jax.search.assignments import Assignment
 from fliqs_jax.search.budget import Budget, cost_range, fits, lowest_within
 from fliqs_jax.search.budget import most_likely_within
@@ -34,7 +34,7 @@ class Setup(NamedTuple):
 
   model: Any
   example: Arguments  # shapes of one example, in a batch of one
-  standard_layers: tuple[discovery.Layer, ...]  # of the standard architecture
+  standard_layers: tuple[Layer, ...]  # of the standard architecture
   architecture: Architecture  # the fixed one, empty also where it is searched
   space: search_space.SearchSpace  # without decisions where formats are fixed
   cost_model: cost_models.CostModel
@@ -79,7 +79,7 @@ def build(
       choose = find_choose(config, architecture)
       network = networks.configured_network(config, choose)
     layers = standard_layers = network.layers
-    if choose is not standard:
+    if not choose.is_standard:
       standard_layers = networks.discover_layers(config)
     space = build_space(config, layers, assignment)
   except ValueError as error:
@@ -102,7 +102,7 @@ def build(
     model=network.model,
     example=network.example,
     standard_layers=standard_layers,
-    architecture={} if choose is searched else dict(architecture),
+    architecture={} if choose.is_open else dict(architecture),
     space=space,
     cost_model=cost_model,
     target=target,
@@ -128,12 +128,12 @@ def build_cost_model(
   name = name or search.cost_model
   settings = {'device': search.device}
   if name == 'latency_table':
-    settings['table'] = latency.read_table(search.latency_table)
+    settings['table'] = files.read_latency_table(search.latency_table)
   return cost_models.get_cost_model(name, **settings)
 
 
 def search_target(
-  config: ml_collections.ConfigDict, layers: tuple[discovery.Layer, ...]
+  config: ml_collections.ConfigDict, layers: tuple[Layer, ...]
 ) -> float:
   """Returns the target in the cost model's unit.
 
@@ -150,7 +150,7 @@ def search_target(
 
 
 def search_caps(
-  config: ml_collections.ConfigDict, layers: tuple[discovery.Layer, ...]
+  config: ml_collections.ConfigDict, layers: tuple[Layer, ...]
 ) -> tuple[Budget, ...]:
   """Returns the caps on other costs than the target's, in those costs' units."""
   search = config.search
@@ -165,7 +165,7 @@ def search_caps(
 
 def build_space(
   config: ml_collections.ConfigDict,
-  layers: tuple[discovery.Layer, ...],
+  layers: tuple[Layer, ...],
   assignment: str | Assignment | None = None,
 ) -> search_space.SearchSpace:
   """Returns the space of fixed formats, or the one that `config.search` describes.

@@ -5,7 +5,7 @@ import math
 import ml_collections
 from ml_collections import config_dict
 
-from fliqs_jax.numerics import formats, quantizers
+from fliqs_jax.numerics import calibration, formats
 from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.errors import ConfigError, not_among
@@ -176,7 +176,7 @@ def _names():
     'dtype': DTYPES,
     'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
     'optimizer.name': OPTIMIZERS,
-    'quantizer.calibration': quantizers.CALIBRATIONS,
+    'quantizer.calibration': calibration.CALIBRATIONS,
     'search.weights_and_activations': SEARCHED_OPERANDS,
     'search.decide': ('formats', 'architecture', 'both'),
     'search.cost_model': tuple(cost_models.COST_MODELS),

@@ -8,10 +8,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import assembly, files, networks
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import setup as plans
-from fliqs_jax.search import assignments
 from fliqs_jax.training import steps
 from fliqs_jax.training import sharding as meshes
 from fliqs_jax.runs import subnetwork as subnetworks
@@ -148,7 +147,7 @@ def _evaluated_formats(config, source):
   """Returns the given formats, or those of the run in `source`."""
   workdirs.check_model(config, source)
   if config.formats:
-    return assignments.read(config.formats)
+    return files.read_formats(config.formats)
   if not (source / results.RESULT_FILE).exists():
     raise ValueError(
       f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '

@@ -19,10 +19,16 @@ import jax.numpy as jnp
 import ml_collections
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.layers.variants import variants
-from fliqs_jax.linen import operators
-from fliqs_jax.linen.discovery import Layer
-from fliqs_jax.numerics.formats import NumericFormat, get_format, parse_names
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variants import find_variants
+from fliqs_jax.linen import operators, variables
+from fliqs_jax.numerics.formats import (
+  NumericFormat,
+  find_format,
+  get_format,
+  parse_names,
+)
+from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.runs import networks
 from fliqs_jax.runs.config import resolve, validate
 from fliqs_jax.runs.result import write_json
@@ -80,7 +86,7 @@ def measure(
   groups = {}
   # All that the layers can become, and those that the target is a multiple of.
   supernet = networks.searched_layers(config)
-  candidates = [v for layer in supernet for v in variants(layer).values if v.macs]
+  candidates = [layer for layer in find_variants(supernet).layers if layer.macs]
   for layer in (*networks.discover_layers(config), *candidates):
     groups.setdefault(latency.layer_key(layer), []).append(layer)
   names = _format_names(config)
@@ -159,7 +165,7 @@ def _native(layer, name, x, w):
     return None
   type_name = devices.native_type(device, name)
   dtype = _dtype(type_name, name)
-  accumulated = jnp.int32 if type_name.startswith('int') else jnp.float32
+  accumulated = jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32
   operation = {'conv': lax.conv_general_dilated, 'dense': lax.dot_general}[layer.kind]
   product = jax.jit(
     functools.partial(
@@ -178,7 +184,7 @@ def _native(layer, name, x, w):
 def _dtype(type_name, format_name):
   if type_name == 'fp8':
     # Integers of few bits and up to four exponent bits: e4m3; five: e5m2.
-    wide = get_format(format_name).exponent_max > 8
+    wide = find_format(format_name).exponent_bits > 4
     return jnp.float8_e5m2 if wide else jnp.float8_e4m3fn
   return {
     'int4': jnp.int4, 'fp4': jnp.float4_e2m1fn, 'int8': jnp.int8, 'bf16': jnp.bfloat16
@@ -187,20 +193,18 @@ def _dtype(type_name, format_name):
 
 def _emulated(layer: Layer, x, w) -> Callable[[NumericFormat], jax.Array]:
   """Returns the quantized operator, compiled once for all formats."""
-  kinds = operators.QuantizedConv, operators.QuantizedDotGeneral
-  operator = {cls.kind: cls for cls in kinds}[layer.kind]()
+  kinds = {'conv': operators.QuantizedConv, 'dense': operators.QuantizedDotGeneral}
+  operator = kinds[layer.kind]()
   arguments = dict(layer.arguments)
   statistic = jnp.ones(())
 
   @jax.jit
   def apply(format, x, w):
-    variables = {
-      operators.FORMATS: {
-        operators.LAYER_FORMATS: operators.LayerFormats(format, format)
-      },
-      operators.QUANT_STATS: {'mean_square': statistic, 'absmax': 4 * statistic},
+    collections = {
+      variables.FORMATS: {variables.LAYER_FORMATS: LayerFormats(format, format)},
+      variables.QUANT_STATS: {'mean_square': statistic, 'absmax': 4 * statistic},
     }
-    return operator.apply(variables, x, w, **arguments)
+    return operator.apply(collections, x, w, **arguments)
 
   return lambda format: apply(format, x, w)
 

@@ -1,6 +1,7 @@
 """The network that a config names: its module, its layers, and how it is trained."""
 
 from collections.abc import Mapping
+import json
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ import ml_collections
 
 from fliqs_jax.layers import architecture as architecture_lib
 from fliqs_jax import models
-from fliqs_jax.linen import discovery
-from fliqs_jax.search import space as search_space
+from fliqs_jax.layers import layer as layer_lib
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variants import architecture_decisions
+from fliqs_jax.linen.discovery import discover
 from fliqs_jax.training import preprocessing
 from fliqs_jax.training import task as objectives
 from fliqs_jax.layers.architecture import Choose, searched, standard
@@ -24,7 +27,7 @@ class Network(NamedTuple):
 
   model: Any  # a linen module, or what `searchable.make_searchable` returns
   example: Arguments  # shapes of one example, in a batch of one
-  layers: tuple[discovery.Layer, ...]
+  layers: tuple[Layer, ...]
   objective: objectives.Objective
 
 
@@ -68,7 +71,7 @@ def _tuples(value):
 
 def discover_layers(
   config: ml_collections.ConfigDict, choose: Choose = standard
-) -> tuple[discovery.Layer, ...]:
+) -> tuple[Layer, ...]:
   """Returns the quantized layers of a config's network.
 
   Those of a network that is not among `models` are in the config of its run.
@@ -81,14 +84,14 @@ def discover_layers(
     ValueError: as `build_model`, or where the network does not fit its input.
   """
   if 'layers' in config.model:
-    return discovery.layers_from_json(config.model.layers)
+    return layer_lib.from_json(json.loads(config.model.layers))
   model, inputs = build_model(config, choose=choose)
   where = (
     f'model {config.model.name!r} cannot be built for images of '
     f'{config.input.image_shape} at width {config.model.width}'
   )
   try:
-    layers = discovery.discover(model, inputs, train=False)
+    layers = discover(model, inputs, train=False)
   except (TypeError, ValueError, ArithmeticError) as error:
     # So few channels that none are left, or more than there are numbers for.
     none_left = isinstance(error, ZeroDivisionError)
@@ -115,13 +118,13 @@ def choose_architecture(
     return standard
   supernet = discover_layers(config, searched)
   return architecture_lib.fix(
-    search_space.architecture_decisions(supernet), architecture
+    architecture_decisions(supernet), architecture
   )
 
 
 def searched_layers(
   config: ml_collections.ConfigDict, architecture: Architecture = MappingProxyType({})
-) -> tuple[discovery.Layer, ...]:
+) -> tuple[Layer, ...]:
   """Returns the layers that a config's search is over.
 
   Args:

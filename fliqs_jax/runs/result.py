@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fliqs_jax.runs import files
 from fliqs_jax.search import assignments
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.search import space as search_space
@@ -131,7 +132,7 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
     ValueError: where it is missing, damaged, or not a result; one line for each
       problem.
   """
-  content = assignments.read_json(path)
+  content = files.read_json(path)
   if 'formats' not in content:
     raise ValueError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
-  return content | {'formats': assignments.parse(content['formats'], path)}
+  return content | {'formats': assignments.parse(content['formats'], str(path))}

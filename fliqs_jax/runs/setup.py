@@ -11,7 +11,7 @@ import ml_collections
 
 from fliqs_jax.data import pipeline as input_pipeline
 from fliqs_jax.runs import assembly
-from fliqs_jax.search import assignments
+from fliqs_jax.runs import files
 from fliqs_jax.training import task as objectives
 from fliqs_jax.runs import pretrained
 from fliqs_jax.runs import subnetwork as subnetworks
@@ -110,7 +110,7 @@ def _fixed_formats(config):
       'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
       'the path of a formats.json or a search_result.json'
     )
-  return assignments.read(config.formats) if config.formats else None
+  return files.read_formats(config.formats) if config.formats else None
 
 
 class Attempts:

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from fliqs_jax.runs import result as results
-from fliqs_jax.search import assignments
+from fliqs_jax.runs import files
 from fliqs_jax.runs.assembly import Architecture
 from fliqs_jax.training.train_state import TrainState
 
@@ -89,7 +89,7 @@ def _named_architecture(config):
   if not config.formats or not epath.Path(config.formats).is_file():
     return None
   try:
-    content = assignments.read_json(config.formats)
+    content = files.read_json(config.formats)
   except ValueError:
     return None  # what is wrong with the file, the reader of its formats says
   # Formats that were written by hand leave the architecture open.
@@ -97,7 +97,7 @@ def _named_architecture(config):
 
 
 def _read(path):
-  return _parse(assignments.read_json(path), path)
+  return _parse(files.read_json(path), path)
 
 
 def _parse(content, path):

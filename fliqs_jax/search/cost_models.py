@@ -18,45 +18,14 @@ import functools
 import inspect
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.errors import ConfigError, not_among
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search import devices, latency
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.errors import not_among
-from fliqs_jax.linen.discovery import Layer
+from fliqs_jax.search.quantities import Array, LayerQuantities, layer_quantities
 from fliqs_jax.search.space import SearchSpace, uniform_space
-
-UNQUANTIZED_BITS = 16
-
-Array = jax.Array | np.ndarray
-
-
-class LayerQuantities(NamedTuple):
-  """What a cost can depend on, in arrays over the L layers of a network.
-
-  Where the architecture is searched, sizes have the axes of the choices in front; a
-  layer that is skipped has sizes of 0.
-  """
-
-  macs: Array  # [..., L] multiply-accumulates for one example
-  weights: Array  # [..., L] elements of the kernel, or kernels
-  inputs: Array  # [..., L] elements of the input of one example in one call
-  outputs: Array  # [..., L] elements of the output of one example in one call
-  calls: Array  # [..., L] calls of the layer in one forward pass
-  weight_bits: Array  # [..., L] bits of one weight
-  activation_bits: Array  # [..., L] bits of one input activation
-  weight_formats: Array  # int32[..., L] index in `format_names`
-  activation_formats: Array  # int32[..., L] index in `format_names`
-  format_names: tuple[str, ...]
-  layer_ids: Array  # int32[..., L] index in `layers`
-  layers: tuple[Layer, ...]  # all that the L layers can become
-
-  def asarray(self, values: np.ndarray) -> Array:
-    """Returns constants as the other fields are: numpy float64, or jax float32."""
-    return _asarray(values, like=self.weight_formats)
-
 
 class CostModel(NamedTuple):
   """A hardware cost, from the costs of the layers."""
@@ -111,10 +80,10 @@ def get_cost_model(name: str, **settings: Any) -> CostModel:
       bound, the others ignored.
 
   Raises:
-    ValueError: where there is none; the message names the nearest one.
+    ConfigError: where there is none; the message names the nearest one.
   """
   if name not in COST_MODELS:
-    raise ValueError(not_among(f'unknown cost model {name!r}', name, COST_MODELS))
+    raise ConfigError(not_among(f'unknown cost model {name!r}', name, COST_MODELS))
   model = COST_MODELS[name]
   taken = inspect.signature(model.layer_costs).parameters.keys() & settings.keys()
   if not taken:
@@ -191,34 +160,3 @@ def latency_table(layers: LayerQuantities, table: latency.LatencyTable) -> Array
     times[layers.layer_ids, layers.weight_formats],
     times[layers.layer_ids, layers.activation_formats],
   )
-
-
-def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
-  """Returns the quantities of every layer under choices `int32[..., N]`.
-
-  In float64 for numpy choices, in float32 for (traced) jax arrays.
-  """
-  asarray = functools.partial(_asarray, like=choices)
-  stored_bits = formats_lib.stack(space.format_names).bits
-  bits = asarray(np.minimum(stored_bits, UNQUANTIZED_BITS))
-  ids = space.format_ids(choices)
-  if isinstance(choices, np.ndarray):
-    # In one memory order, so that sums round alike for one row of choices and many.
-    ids = type(ids)(*map(np.ascontiguousarray, ids))
-  layer_ids = space.variant_ids(choices)
-  return LayerQuantities(
-    *(asarray(sizes)[layer_ids] for sizes in space.variant_sizes),
-    weight_bits=bits[ids.weights],
-    activation_bits=bits[ids.activations],
-    weight_formats=ids.weights,
-    activation_formats=ids.activations,
-    format_names=space.format_names,
-    layer_ids=layer_ids,
-    layers=space.variants,
-  )
-
-
-def _asarray(values, like):
-  if isinstance(like, np.ndarray):
-    return np.asarray(values, np.float64)
-  return jnp.asarray(values, jnp.float32)

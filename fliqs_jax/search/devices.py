@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.errors import not_among
+from fliqs_jax.errors import ConfigError, not_among
+from fliqs_jax.numerics.formats import find_format
 
 # What matrix units multiply, narrowest first, and the bits that a value is stored in.
 TYPE_BITS = {'int4': 4, 'fp4': 4, 'int8': 8, 'fp8': 8, 'bf16': 16}
@@ -100,10 +100,10 @@ def get_device(name: str) -> Device:
   """Returns the device of that name.
 
   Raises:
-    ValueError: where there is none; the message names the nearest one.
+    ConfigError: where there is none; the message names the nearest one.
   """
   if name not in DEVICES:
-    raise ValueError(not_among(f'unknown device {name!r}', name, DEVICES))
+    raise ConfigError(not_among(f'unknown device {name!r}', name, DEVICES))
   return DEVICES[name]
 
 
@@ -122,13 +122,12 @@ def holding_types(format_name: str) -> tuple[str, ...]:
   floats; floats try fp4 (e2m1), fp8 (e4m3 or e5m2), then bf16. Formats with more than
   the three mantissa bits of fp8 need bf16, and float32 counts as bf16.
   """
-  row = formats_lib.get_format(format_name)
-  bits, mantissa = int(row.bits), int(row.mantissa_bits)
-  if format_name in formats_lib.INTEGER_NAMES:
+  format = find_format(format_name)
+  if format.family == 'int':
     # An integer of up to 5 bits has at most 4 significant ones, as fp8 has.
-    holds = {'int4': bits <= 4, 'int8': True, 'fp8': bits <= 5}
+    holds = {'int4': format.bits <= 4, 'int8': True, 'fp8': format.bits <= 5}
   else:
-    exponent = bits - 1 - mantissa
+    exponent, mantissa = format.exponent_bits, format.mantissa_bits
     holds = {
       'fp4': exponent <= 2 and mantissa <= 1,
       'fp8': exponent <= 4 and mantissa <= 3 or exponent <= 5 and mantissa <= 2,

@@ -7,14 +7,13 @@ layer is found by what it computes, not by its name, so networks may share a fil
 import functools
 import json
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fliqs_jax.linen.discovery import Layer
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search.space import UNQUANTIZED
 
 # What a layer that is not quantized is timed in.
@@ -52,19 +51,23 @@ def layer_times(
   A layer that an architecture skips takes none.
 
   Raises:
-    ValueError: where the table lacks a layer or a format; it names the first.
+    ConfigError: where the table lacks a layer or a format; it names the first.
   """
   return np.array([[_time(table, layer, name) for name in names] for layer in layers])
 
 
-def read_table(path: os.PathLike | str) -> LatencyTable:
+def parse_table(text: str, source: str) -> LatencyTable:
   """Returns the content of a file of latencies.
 
+  Args:
+    text: the file's.
+    source: the file's path, for messages.
+
   Raises:
-    ValueError: where it is missing, damaged, or no such file; one line.
+    ConfigError: where it is damaged, or no such file; one line.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text())
+    content = json.loads(text)
     batch_size = _positive(content['batch_size'])
     times, layers = {}, {}
     for entry in content['entries']:
@@ -74,10 +77,6 @@ def read_table(path: os.PathLike | str) -> LatencyTable:
         for name, timed in entry['formats'].items()
       }
       layers |= dict.fromkeys(entry['layers'], key)
-  except OSError as error:
-    raise ValueError(
-      f'cannot read the latency table {str(path)!r}: {error.strerror or error}'
-    ) from None
   except (
     ArithmeticError,
     AttributeError,
@@ -86,11 +85,11 @@ def read_table(path: os.PathLike | str) -> LatencyTable:
     TypeError,
     ValueError,
   ) as error:
-    raise ValueError(
-      f'{str(path)!r} is no latency table ({type(error).__name__}: {error}): expected '
+    raise ConfigError(
+      f'{source!r} is no latency table ({type(error).__name__}: {error}): expected '
       'a file from python -m fliqs_jax.measure'
     ) from None
-  return LatencyTable(str(path), times, layers)
+  return LatencyTable(source, times, layers)
 
 
 def _time(table, layer, name):
@@ -100,12 +99,12 @@ def _time(table, layer, name):
   key = layer_key(layer)
   if key not in table.times:
     measured = table.layers.get(layer.path)
-    raise ValueError(
+    raise ConfigError(
       f'the latency table {table.source!r} {_misfit(layer, measured)}: measure this '
       'config'
     )
   if name not in table.times[key]:
-    raise ValueError(
+    raise ConfigError(
       f'the latency table {table.source!r} lacks the format {name} for {layer.path}, '
       f'which was measured in {", ".join(table.times[key])}: measure this config'
     )

@@ -3,27 +3,27 @@
 A *layer* is a quantized operator of the network. A *decision* picks one format out of
 several options, for one or more operands (weights or activations) of layers, or one
 size of the network's architecture. *Choices* are one option index for each decision,
-`int32[N]`.
+`int32[N]`; the package's docstring explains the letters.
 """
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.layers import architecture as architecture_lib
-from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.layers.architecture import SIZES, LayerSizes, Table
-from fliqs_jax.linen.discovery import Layer
-from fliqs_jax.linen.operators import LAYER_FORMATS, LayerFormats
-from fliqs_jax.layers.variants import variants
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers import architecture
+from fliqs_jax.layers.architecture import Table
+from fliqs_jax.layers.layer import BoundLayer, Layer
+from fliqs_jax.layers.variants import Variants, find_variants
+from fliqs_jax.numerics import formats
+from fliqs_jax.numerics.masking import LayerSizes
+from fliqs_jax.numerics.products import LayerFormats
 
 OPERANDS = ('weights', 'activations')
 UNQUANTIZED = 'float32'
@@ -35,21 +35,6 @@ class Decision(NamedTuple):
 
   name: str
   options: tuple[str, ...]  # format names, or sizes in decimals
-
-
-def architecture_decisions(
-  layers: Sequence[Layer],
-) -> tuple[architecture_lib.Decision, ...]:
-  """Returns what decides the sizes of a network's layers, in network order."""
-  return tuple(
-    dict.fromkeys(
-      decision
-      for layer in layers
-      for size in layer.sizes or ()
-      if isinstance(size, Table)
-      for decision in size.decisions
-    )
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +55,9 @@ class SearchSpace:
   activations: tuple[int | str, ...]
 
   @functools.cached_property
-  def architecture(self) -> tuple[architecture_lib.Decision, ...]:
-    """The decisions on sizes, whose choices follow those on formats."""
-    return architecture_decisions(self.layers)
+  def architecture(self) -> tuple[architecture.Decision, ...]:
+    """The A decisions on sizes, whose choices follow those on formats."""
+    return self.variants.decisions
 
   @functools.cached_property
   def decisions(self) -> tuple[Decision, ...]:
@@ -132,15 +117,15 @@ class SearchSpace:
 
   def bind(
     self, choices: jax.Array, quantize_activations: jax.Array | bool = True
-  ) -> dict[str, Any]:
-    """Returns the variable collection `formats` in which the operators find theirs.
+  ) -> dict[str, BoundLayer]:
+    """Returns the formats of each layer, and its sizes, by path.
 
     Args:
       choices: int32[N], may be traced.
       quantize_activations: a traced scalar; where False, all activations are left
         unquantized.
     """
-    table = formats_lib.stack(self.format_names)
+    table = formats.stack(self.format_names)
     weights, activations = self.format_ids(choices)
     activations = jnp.where(
       quantize_activations, activations, self.format_names.index(UNQUANTIZED)
@@ -158,25 +143,13 @@ class SearchSpace:
       )
     )
     bound = {
-      (
-        *filter(None, layer.path.split('/')),
-        layer.operator,
-        LAYER_FORMATS,
-      ): jax.tree.map(lambda field, i=i: field[i], layer_formats)
+      layer.path: BoundLayer(jax.tree.map(lambda field, i=i: field[i], layer_formats))
       for i, layer in enumerate(self.layers)
     }
-    return traverse_util.unflatten_dict(bound | self._bound_sizes(choices))
-
-  def _bound_sizes(self, choices):
-    """The chosen sizes, `{(*path, SIZES): LayerSizes of int32[]}`, and the gates'."""
-    bound = {}
     for layer in self.layers:
-      if layer.sizes is None:
-        continue
-      chosen = LayerSizes(*(self._chosen_size(size, choices) for size in layer.sizes))
-      bound[(*layer.path.split('/'), layer.operator, SIZES)] = chosen
-      if layer.gate:
-        bound[(*layer.gate.split('/'), SIZES)] = chosen.present
+      if layer.sizes is not None:
+        sizes = LayerSizes(*(self._chosen_size(size, choices) for size in layer.sizes))
+        bound[layer.path] = bound[layer.path]._replace(sizes=sizes)
     return bound
 
   def _chosen_size(self, size, choices):
@@ -185,67 +158,25 @@ class SearchSpace:
       return None
     strides = size.strides()
     row = [strides.get(decision.name, 0) for decision in self.architecture]
-    index = choices[len(self.format_decisions) :] @ np.array(row, np.int32)
+    index = self.architecture_choices(choices) @ np.array(row, np.int32)
     return jnp.asarray(size.values, jnp.int32)[index]
 
   @functools.cached_property
-  def _variant_tables(self) -> tuple[Table, ...]:
-    return tuple(map(variants, self.layers))
+  def variants(self) -> Variants:
+    """All that the layers can become."""
+    return find_variants(self.layers)
 
-  @functools.cached_property
-  def variants(self) -> tuple[Layer, ...]:
-    """All layers that the layers can become, M of them, those of one after another."""
-    return tuple(layer for table in self._variant_tables for layer in table.values)
-
-  @functools.cached_property
-  def variant_sizes(self) -> np.ndarray:
-    """float64[5, M], what costs count of `variants`.
-
-    Multiply-accumulates, elements of the kernels, of the input and of the output, and
-    calls.
-    """
-    rows = [
-      (
-        layer.macs,
-        layer.kernels * math.prod(layer.kernel_shape),
-        math.prod(layer.input_shape),
-        math.prod(layer.output_shape),
-        layer.calls,
-      )
-      for layer in self.variants
-    ]
-    return np.array(rows, np.float64).reshape(-1, 5).T.copy()
-
-  @functools.cached_property
-  def _variant_strides(self) -> np.ndarray:
-    """int32[A, L], by how many variants the options of a decision lie apart."""
-    rows = [table.strides() for table in self._variant_tables]
-    names = [decision.name for decision in self.architecture]
-    return np.array([[row.get(name, 0) for row in rows] for name in names], np.int32)
-
-  def variant_ids(self, choices: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Returns which of `variants` each layer is.
-
-    Args:
-      choices: int32[..., N]; numpy in, numpy out.
-
-    Returns:
-      int32[..., L], or int32[L] where the architecture is fixed.
-    """
-    sizes = [len(table.values) for table in self._variant_tables]
-    first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
-    if not self.architecture:
-      return first
-    return first + choices[..., len(self.format_decisions) :] @ self._variant_strides
+  def architecture_choices(self, choices: jax.Array | np.ndarray):
+    """Returns those of choices [..., N] that decide sizes, [..., A]."""
+    return choices[..., len(self.format_decisions) :]
 
   def layers_of(self, choices: np.ndarray) -> tuple[Layer, ...]:
     """Returns the layers of the network of choices int32[N], without skipped ones."""
-    chosen = (self.variants[i] for i in self.variant_ids(np.asarray(choices)))
-    return tuple(layer for layer in chosen if any(layer.kernel_shape))
+    return self.variants.chosen(self.architecture_choices(np.asarray(choices)))
 
   def architecture_of(self, choices: np.ndarray) -> dict[str, int]:
     """Returns `{decision: size}` of choices int32[N]."""
-    chosen = np.asarray(choices)[len(self.format_decisions) :]
+    chosen = self.architecture_choices(np.asarray(choices))
     return {
       decision.name: decision.options[choice]
       for decision, choice in zip(self.architecture, chosen)
@@ -285,7 +216,7 @@ class SearchSpace:
     """The inverse of `formats_of` where the architecture is fixed: returns int32[N].
 
     Raises:
-      ValueError: where the formats are for other layers or outside the space.
+      ConfigError: where the formats are for other layers or outside the space.
     """
     check_layers(self.layers, formats)
     choices = np.full(len(self.decisions), -1, np.int32)
@@ -297,12 +228,12 @@ class SearchSpace:
         else:
           options, previous = self.decisions[assigned].options, choices[assigned]
         if name not in options:
-          raise ValueError(
+          raise ConfigError(
             f'{layer.path}: {operand} in {name} are outside the search space, '
             f'which has {", ".join(options)}'
           )
         if previous not in (-1, options.index(name)):
-          raise ValueError(
+          raise ConfigError(
             f'{layer.path}: {operand} in {name}, but the decision '
             f'{self.decisions[assigned].name!r} already has {options[previous]}'
           )
@@ -314,7 +245,7 @@ class SearchSpace:
 def check_layers(
   layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
 ) -> None:
-  """Raises ValueError where `formats` is not an assignment for exactly these layers."""
+  """Raises ConfigError where `formats` is not an assignment for exactly these layers."""
   paths = {layer.path for layer in layers}
   missing = [layer.path for layer in layers if layer.path not in formats]
   unknown = [path for path in formats if path not in paths]
@@ -324,7 +255,7 @@ def check_layers(
       for what, names in (('it lacks', missing), ('the network has no', unknown))
       if names
     ]
-    raise ValueError(f'the formats are for another network: {"; ".join(parts)}')
+    raise ConfigError(f'the formats are for another network: {"; ".join(parts)}')
 
 
 def fixed_space(
@@ -333,7 +264,7 @@ def fixed_space(
   """Returns the space without decisions in which every layer has the given formats.
 
   Raises:
-    ValueError: where `formats` is not for these layers.
+    ConfigError: where `formats` is not for these layers.
   """
   check_layers(layers, formats)
   weights, activations = (
@@ -368,11 +299,11 @@ def build_space(
       activations of the matching layers are fixed to.
 
   Raises:
-    ValueError: where a regex is invalid or matches nothing, or two match one layer;
+    ConfigError: where a regex is invalid or matches nothing, or two match one layer;
       one line for each problem.
   """
   if operands not in SEARCHED_OPERANDS:
-    raise ValueError(
+    raise ConfigError(
       f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
     )
   owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
@@ -436,7 +367,7 @@ def _match_all(regexes, layers):
         )
       owner[match.string] = match
   if problems:
-    raise ValueError('\n'.join(problems))
+    raise ConfigError('\n'.join(problems))
   return owner
 
 

@@ -19,7 +19,7 @@ import optax
 
 from fliqs_jax.search.controller import Controller
 from fliqs_jax.search.cost_models import CostModel
-from fliqs_jax.linen.operators import FORMATS, QUANT_STATS
+from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.training.sharding import batch_sharding, replicated
 from fliqs_jax.training.task import Batch, Metrics, Objective
 from fliqs_jax.search.space import SearchSpace
@@ -183,7 +183,8 @@ def make_search_step(
   space = problem.space
 
   def one_sample(state, batch, choices, key):
-    formats = space.bind(choices, state.step >= problem.activation_delay)
+    bound = space.bind(choices, state.step >= problem.activation_delay)
+    formats = nest(space.layers, bound)
     gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
     if problem.held_out:
       outputs, _, _ = _forward(
@@ -238,7 +239,8 @@ def make_train_step(
   """
 
   def train_step(state, batch):
-    formats = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
+    bound = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
+    formats = nest(space.layers, bound)
     key = jax.random.fold_in(state.key, state.step)
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
 
@@ -298,7 +300,7 @@ def make_statistics_step(
 
   def statistics_step(state, choices, batch):
     batch = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
-    formats = space.bind(choices)
+    formats = nest(space.layers, space.bind(choices))
 
     def updated(old):
       _, _, stats = _forward(
@@ -336,9 +338,8 @@ def make_eval_step(
   """
 
   def eval_step(state, choices, batch):
-    variables = {
-        'params': state.params, FORMATS: space.bind(choices), **state.model_stats
-    }  # fmt: skip
+    formats = nest(space.layers, space.bind(choices))
+    variables = {'params': state.params, FORMATS: formats, **state.model_stats}
     arguments = objective.arguments(batch, False)
     outputs = state.apply_fn(variables, *arguments.args, **arguments.kwargs)
     size = jax.tree.leaves(batch)[0].shape[0]

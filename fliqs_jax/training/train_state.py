@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fliqs_jax.search.controller import Controller, ControllerState
-from fliqs_jax.linen.operators import QUANT_STATS
+from fliqs_jax.linen.variables import QUANT_STATS
 
 BATCH_STATS = 'batch_stats'
 

@@ -10,8 +10,8 @@ import pytest
 from whole_runs import Smallest
 
 from fliqs_jax import models
+from fliqs_jax.runs import files
 from fliqs_jax.runs import loop as train
-from fliqs_jax.search import assignments
 from fliqs_jax.errors import ConfigError
 
 FORMATS = {
@@ -145,7 +145,7 @@ def test_a_damaged_result_is_explained(tmp_path_factory, damage):
   path = tmp_path_factory.getbasetemp() / 'formats.json'
   path.write_bytes(damage(json.dumps({'formats': FORMATS}).encode()))
   try:
-    assignment = assignments.read(str(path))
+    assignment = files.read_formats(str(path))
   except ValueError as error:
     assert all(line.strip() for line in str(error).split('\n'))
   else:

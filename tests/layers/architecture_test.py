@@ -18,8 +18,13 @@ from fliqs_jax.search import budget, cost_models, latency
 from fliqs_jax import models
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import task as objectives
-from fliqs_jax.layers.architecture import Decision, LayerSizes, Table
+from fliqs_jax.layers.architecture import Decision, Table
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variants import architecture_decisions
+from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES, nest
 from fliqs_jax.numerics.formats import get_format
+from fliqs_jax.numerics.masking import Axes, LayerSizes
+from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.models import resnet
 from fliqs_jax.runs.subnetwork import slice_variables
 
@@ -95,14 +100,14 @@ def conv_pass(operator, depthwise, x, w, bound):
 
   def output(x, w):
     variables = {
-      layers.FORMATS: bound,
-      layers.QUANT_STATS: {'mean_square': jnp.float32(0.7), 'absmax': jnp.float32(2)},
+      FORMATS: bound,
+      QUANT_STATS: {'mean_square': jnp.float32(0.7), 'absmax': jnp.float32(2)},
     }
     return operator.apply(
       variables, x, w, (2, 2), ((w.shape[0] // 2,) * 2,) * 2,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
       feature_group_count=x.shape[-1] if depthwise else 1,
-      mutable=[layers.QUANT_STATS],
+      mutable=[QUANT_STATS],
     )  # fmt: skip
 
   y, pullback, stats = jax.vjp(output, x, w, has_aux=True)
@@ -110,7 +115,7 @@ def conv_pass(operator, depthwise, x, w, bound):
   shape = (*y.shape[:-1], 2)
   cotangent = jnp.cos(jnp.arange(math.prod(shape), dtype=jnp.float32)).reshape(shape)
   y_bar = jnp.zeros_like(y).at[..., :2].set(cotangent)
-  return y, *pullback(y_bar), stats[layers.QUANT_STATS]
+  return y, *pullback(y_bar), stats[QUANT_STATS]
 
 
 @pytest.mark.parametrize('format', ['float32', 'int4'])
@@ -126,11 +131,11 @@ def test_masked_operator_equals_the_small_one(format, depthwise):
   w_shape = (5, 5, 1, 8) if depthwise else (5, 5, 8, 7)
   w = rng.normal(size=w_shape).astype(np.float32)
   row = jax.tree.map(jnp.asarray, get_format(format))
-  bound = {layers.LAYER_FORMATS: layers.LayerFormats(row, row)}
+  bound = {LAYER_FORMATS: LayerFormats(row, row)}
   masked = layers.QuantizedConv(sizes=sizes)
   masked_pass = jax.jit(
     lambda sizes: conv_pass(
-      masked, depthwise, x, w, bound | {architecture.SIZES: sizes}
+      masked, depthwise, x, w, bound | {SIZES: sizes}
     )
   )
   for i, o, k in ((3, 6, 5), (8, 2, 1), (5, 7, 3)):
@@ -179,7 +184,7 @@ def train_pass(model, variables, formats, images, labels):
 
   def loss(params):
     logits, stats = model.apply(
-      {'params': params, layers.FORMATS: formats, **variables},
+      {'params': params, FORMATS: formats, **variables},
       images, train=True, mutable=['batch_stats', 'quant_stats'],
     )  # fmt: skip
     return objectives.cross_entropy(logits, labels).mean(), (logits, stats)
@@ -207,7 +212,9 @@ def test_masked_supernet_equals_the_small_network(name, presences):
   images = rng.normal(size=(8, 8, 8, 1)).astype(np.float32)
   labels = rng.integers(10, size=8)
   masked = jax.jit(
-    lambda choices: train_pass(supernet, variables, space.bind(choices), images, labels)
+    lambda choices: train_pass(
+      supernet, variables, nest(space.layers, space.bind(choices)), images, labels
+    )
   )
   for present in presences:
     choices = absent_or(space, random_choices(space, rng), 'stage2_block2', present)
@@ -218,8 +225,8 @@ def test_masked_supernet_equals_the_small_network(name, presences):
       functools.partial(small.init, train=False), jax.random.key(0), IMAGE
     )
     expected = jax.jit(functools.partial(train_pass, small))(
-      slice_variables(variables, shapes), fixed.bind(jnp.zeros(0, jnp.int32)),
-      images, labels,
+      slice_variables(variables, shapes),
+      nest(fixed.layers, fixed.bind(jnp.zeros(0, jnp.int32))), images, labels,
     )  # fmt: skip
     logits, gradients, stats = masked(choices)
     np.testing.assert_allclose(logits, expected[0], atol=1e-5)
@@ -271,7 +278,7 @@ def test_mobilenets_of_other_widths_are_points(multiplier):
   build = functools.partial(
     models.create_model, 'mobilenet_v2', 10, small_images=True, last_filters=64
   )
-  decisions = search_space.architecture_decisions(
+  decisions = architecture_decisions(
     discover(build(choose=architecture.searched))
   )
   published = discover(build(width=multiplier))
@@ -342,7 +349,7 @@ def test_latencies_are_those_of_the_chosen_layers():
   bits = {'int3': 3, 'int4': 4, 'int8': 8, 'float32': 16, 'bf16': 16}
   times = {
     latency.layer_key(layer): {name: layer.macs * n for name, n in bits.items()}
-    for layer in space.variants
+    for layer in space.variants.layers
     if layer.macs
   }
   table = latency.LatencyTable('table', times, {})
@@ -377,10 +384,10 @@ def small_joint_space(seed, formats=('int2', 'int4')):
   for i in range(3):
     largest = [architecture.largest(ends[i]), architecture.largest(ends[i + 1])]
     sizes = LayerSizes(ends[i], ends[i + 1], None, present if i == 1 else 1)
-    found.append(discovery.Layer(
+    found.append(Layer(
         f'layer{i}', 'op', 'dense', (1, largest[0]), tuple(largest), (1, largest[1]),
         math.prod(largest), math.prod(largest), sizes=sizes,
-        axes=layers.Axes(1, 0, 1, ()),
+        axes=Axes(1, 0, 1, ()),
     ))  # fmt: skip
   return search_space.build_space(found, formats)
 

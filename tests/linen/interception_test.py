@@ -12,10 +12,12 @@ import references
 
 from fliqs_jax import models
 from fliqs_jax.layers import call_counts as marks
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.linen import discovery
 from fliqs_jax.search import space as search_space
 from fliqs_jax.numerics.formats import get_format
-from fliqs_jax.linen.operators import FORMATS, LAYER_FORMATS, QUANT_STATS, LayerFormats
+from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, nest
+from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.linen.interception import make_searchable
 
 NO_CHOICES = jnp.zeros(0, jnp.int32)
@@ -130,7 +132,7 @@ def apply(everything):
 
   def apply(name, quant_stats=variables[QUANT_STATS]):
     space = search_space.uniform_space(coverage.layers, name)
-    (_, (y, stats)), gradients = run(space.bind(NO_CHOICES), quant_stats)
+    (_, (y, stats)), gradients = run(nest(space.layers, space.bind(NO_CHOICES)), quant_stats)
     return y, stats, gradients
 
   apply.run = run
@@ -253,6 +255,7 @@ def test_a_scanned_layer_takes_thresholds_from_the_tensor_at_hand():
   assert QUANT_STATS not in variables
   (layer,) = discovery.discover(searchable, x[:1])
   bound = search_space.uniform_space([layer], 'int3').bind(NO_CHOICES)
+  bound = nest([layer], bound)
   actual = jax.jit(searchable.apply)({**variables, FORMATS: bound}, x)
 
   expected = np.float64(x)
@@ -285,7 +288,8 @@ def test_our_own_network_with_hooks_computes_the_same():
     jax.random.key(0), image
   )
   stats = jax.tree.map(lambda a: a + 0.7, variables[QUANT_STATS])
-  bound = {**variables, QUANT_STATS: stats, FORMATS: space.bind(choices)}
+  formats = nest(space.layers, space.bind(choices))
+  bound = {**variables, QUANT_STATS: stats, FORMATS: formats}
   outputs = [
     jax.jit(functools.partial(model.apply, train=False))(bound, image)
     for model in (hooked, searchable, make_searchable(hooked))
@@ -295,7 +299,7 @@ def test_our_own_network_with_hooks_computes_the_same():
 
 
 def test_a_loop_of_unknown_length_is_an_error():
-  layer = discovery.Layer('block/dense', '', '', (), (), (), 1, 0)
+  layer = Layer('block/dense', '', '', (), (), (), 1, 0)
 
   def network(x):
     body = lambda x: 2 * marks.marked(x, x, layer)

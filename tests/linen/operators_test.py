@@ -12,7 +12,8 @@ from flax import linen as nn
 from fliqs_jax.linen import operators as layers
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.formats import get_format
-from fliqs_jax.linen.operators import FORMATS, LAYER_FORMATS, QUANT_STATS, LayerFormats
+from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS
+from fliqs_jax.numerics.products import LayerFormats
 
 # Constructor, input shape, the axes of the kernel that one output channel spans.
 # Inputs are tiny: compilation is what takes time.

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import assembly, files, networks
 from fliqs_jax.search import assignments
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
@@ -71,7 +71,7 @@ def test_formats_of_another_network_take_few_lines(layers):
 def test_file_costs_what_its_layers_cost(tiny_config, layers, tmp_path):
   path = tmp_path / 'formats.json'
   path.write_text(json.dumps({'conv_init': 'int8', '.*': MIXED}))
-  assignment = assignments.read(str(path))
+  assignment = files.read_formats(str(path))
   setup = assembly.build(resolve(tiny_config), 1, assignment)
   expected = sum(
     layer.macs * (64 if layer.path == 'conv_init' else 12) for layer in layers
@@ -83,10 +83,10 @@ def test_file_costs_what_its_layers_cost(tiny_config, layers, tmp_path):
 def test_a_result_is_read_by_its_formats(tmp_path):
   path = tmp_path / 'search_result.json'
   path.write_text(json.dumps({'model': 'tiny', 'formats': {'conv_init': INT8}}))
-  assert assignments.read(str(path)) == {'conv_init': INT8}
-  assert assignments.read('e4m3') == 'e4m3'
+  assert files.read_formats(str(path)) == {'conv_init': INT8}
+  assert files.read_formats('e4m3') == 'e4m3'
   with pytest.raises(ValueError, match="the nearest is 'int8'"):
-    assignments.read('int88')
+    files.read_formats('int88')
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, content, expected):
   path = tmp_path / 'formats.json'
   path.write_bytes(content)
   with pytest.raises(ValueError) as error:
-    assignments.read(str(path))
+    files.read_formats(str(path))
   assert expected in str(error.value) and '\n' not in str(error.value)
 
 
@@ -129,7 +129,7 @@ def test_every_bad_layer_is_named():
 def test_folders_and_missing_files(tmp_path):
   for path in (tmp_path, tmp_path / 'none.json'):
     with pytest.raises(ValueError, match='cannot read .*: '):
-      assignments.read(str(path))
+      files.read_formats(str(path))
 
 
 def test_build_reports_them_with_the_config(tiny_config):

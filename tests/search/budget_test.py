@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fliqs_jax.linen import discovery
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search import devices
 from fliqs_jax.search import space as search_space
 from fliqs_jax.search.budget import (
@@ -32,7 +32,7 @@ def _space(seed, operands='tied', num_layers=5, round_macs=False, options=OPTION
     shape = tuple(map(int, rng.integers(1, 9, 2)))
     inputs, outputs = ((1, int(n)) for n in rng.integers(1, 999, 2))
     layers.append(
-      discovery.Layer(f'layer{i}', 'op', 'dense', inputs, shape, outputs, macs, 0)
+      Layer(f'layer{i}', 'op', 'dense', inputs, shape, outputs, macs, 0)
     )
   space = search_space.build_space(layers, options, operands)
   decisions = tuple(

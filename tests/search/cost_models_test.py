@@ -7,6 +7,7 @@ import pytest
 
 from conftest import ROOT
 from fliqs_jax import models
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.linen import discovery
 from fliqs_jax.numerics import formats
 from fliqs_jax.runs import assembly
@@ -32,7 +33,7 @@ def resnet18():
 
 
 def _layer(name, macs, kernel_shape, kind='dense'):
-  return discovery.Layer(
+  return Layer(
     name,
     f'{kind}_0',
     kind,
@@ -157,10 +158,10 @@ def test_a_model_takes_the_settings_that_it_names(monkeypatch):
 
 # A convolution of 4 to 8 channels on 5 × 5 positions, and a classifier of 4 classes.
 SIZED = (
-  discovery.Layer(
+  Layer(
     'conv', 'op', 'conv', (1, 5, 5, 4), (3, 3, 4, 8), (1, 5, 5, 8), 7200, 288
   ),
-  discovery.Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
+  Layer('dense', 'op', 'dense', (1, 200), (200, 4), (1, 4), 800, 804),
 )
 SIZED_FORMATS = {
   'conv': {'weights': 'int4', 'activations': 'int8'},
@@ -213,7 +214,7 @@ def test_roofline_bound_by_compute():
   # A convolution of 256 to 256 channels on 56² positions.
   macs = 56**2 * 9 * 256**2
   shape = (1, 56, 56, 256)
-  layer = discovery.Layer('conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0)
+  layer = Layer('conv', 'op', 'conv', shape, (3, 3, 256, 256), shape, macs, 0)
   for device, name, peak in (
     ('a100', 'int8', 624e12),
     ('a100', 'e4m3', 312e12),

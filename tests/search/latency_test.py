@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax.runs import assembly, latency_measurement, networks
+from fliqs_jax.runs import assembly, files, latency_measurement, networks
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import devices, latency
 from fliqs_jax.errors import ConfigError

@@ -17,6 +17,8 @@ from fliqs_jax import models
 from fliqs_jax.search import space as search_space
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.linen.discovery import discover
+from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, nest
+from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.search.space import build_space
 
 OPTIONS = ('int4', 'e2m1', 'int8', 'bf16')
@@ -160,7 +162,7 @@ def test_bound_formats_reach_every_layer(various):
 
   @jax.jit
   def forward(choices):
-    return model.apply({**variables, layers_lib.FORMATS: space.bind(choices)}, x)
+    return model.apply({**variables, FORMATS: nest(space.layers, space.bind(choices))}, x)
 
   plain = jax.jit(_Various(hooked=False).apply)({'params': variables['params']}, x)
   none = np.zeros(len(space.decisions), np.int32)
@@ -178,7 +180,7 @@ def test_a_network_that_is_a_single_layer():
   space = build_space(discover(layer, x), ('float32', 'int2'), 'weights')
   variables = layer.init(jax.random.key(0), x)
   outputs = [
-    layer.apply({**variables, layers_lib.FORMATS: space.bind(np.array([option]))}, x)
+    layer.apply({**variables, FORMATS: nest(space.layers, space.bind(np.array([option])))}, x)
     for option in (0, 1)
   ]
   assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
@@ -381,11 +383,11 @@ def test_choices_and_formats_are_inverse(case):
 def _bound_names(space, collection):
   """`formats_of` by what the operators read."""
   flat = traverse_util.flatten_dict(
-    collection, is_leaf=lambda _, node: isinstance(node, layers_lib.LayerFormats)
+    collection, is_leaf=lambda _, node: isinstance(node, LayerFormats)
   )
   names = {}
   for (*path, operator, variable), bound in flat.items():
-    assert variable == layers_lib.LAYER_FORMATS
+    assert variable == LAYER_FORMATS
     names['/'.join(path)] = (
       operator,
       {
@@ -410,7 +412,7 @@ def test_bound_formats_are_those_of_the_choices(name):
   def bind(choices, quantize_activations):
     nonlocal traces
     traces += 1
-    return space.bind(choices, quantize_activations)
+    return nest(space.layers, space.bind(choices, quantize_activations))
 
   sizes = space.valid.sum(axis=1)
   rng = np.random.default_rng(0)
@@ -489,5 +491,5 @@ def test_uniform_space(name):
   space = search_space.uniform_space(layers, name)
   assert space.decisions == ()
   assert space.formats_of(np.zeros(0, np.int32)) == _uniform(space, name)
-  bound = _bound_names(space, space.bind(jnp.zeros(0, jnp.int32)))
+  bound = _bound_names(space, nest(layers, space.bind(jnp.zeros(0, jnp.int32))))
   assert all(set(names.values()) == {name} for _, names in bound.values())

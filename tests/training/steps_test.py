@@ -20,7 +20,7 @@ from fliqs_jax.training import task as objectives
 from fliqs_jax.search import rewards
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import steps, train_state
-from fliqs_jax.linen.operators import FORMATS
+from fliqs_jax.linen.variables import FORMATS, nest
 
 OPTIONS = ('int2', 'int4', 'e4m3')
 CLASSES, FEATURES, EXAMPLES = 3, 5, 8
@@ -41,6 +41,10 @@ class Classifier(nn.Module):
 
 def arguments(inputs):
   return train_state.Arguments((inputs,), {'train': False})
+
+
+def bound(problem, choices):
+  return nest(problem.space.layers, problem.space.bind(choices))
 
 
 def make_problem(num_samples, activation_delay=0, held_out=False):
@@ -135,7 +139,7 @@ def test_step_takes_the_mean_gradient_of_its_samples():
   def sample_loss(params, choices, s):
     _, key = jax.random.split(jax.random.fold_in(step_key, s))
     outputs, stats = state.apply_fn(
-        {'params': params, FORMATS: problem.space.bind(choices), **state.model_stats},
+        {'params': params, FORMATS: bound(problem, choices), **state.model_stats},
         batch['image'][s], train=True, mutable=['batch_stats', 'quant_stats'],
         rngs={'dropout': key},
     )  # fmt: skip
@@ -224,7 +228,7 @@ def test_statistics_step_gives_the_batch_statistics(num_devices):
   # What batch norm sees: the first layer's outputs for all examples together.
   _, captured = state.apply_fn(
       {
-          'params': state.params, FORMATS: problem.space.bind(choices),
+          'params': state.params, FORMATS: bound(problem, choices),
           **state.model_stats,
       },
       batch['image'].reshape(EXAMPLES, FEATURES), train=False,
@@ -251,7 +255,7 @@ def test_eval_step_counts_what_is_not_padding():
   )
   logits = state.apply_fn(
       {
-          'params': state.params, FORMATS: problem.space.bind(choices),
+          'params': state.params, FORMATS: bound(problem, choices),
           **state.model_stats,
       },
       batch['image'][:5], train=False,

@@ -1,87 +1,76 @@
-"""Rounding to numeric formats, clipping thresholds and scales. All pure.
+"""Calibration: statistics of a tensor, its clipping threshold, and its scale.
 
 Notation: a tensor `x` is clipped at a threshold `t`, divided by the scale
 `s = t / format.max`, and rounded to codes `q`, values of the format; `q · s ≈ x`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fliqs_jax.numerics.formats import FLOAT32_MIN_EXPONENT, NumericFormat
+from fliqs_jax.numerics.formats import NumericFormat
+from fliqs_jax.numerics.masking import ActiveAxis
+from fliqs_jax.numerics.rounding import is_scaled, power_of_two, round_to_format
 
 CALIBRATIONS = ('rms', 'absmax')
 
-_MANTISSA_BITS, _BIAS = 23, 127  # of float32
-_MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+
+class Statistics(NamedTuple):
+  """Statistics of a tensor, or of each of its channels, from which thresholds follow."""
+
+  mean_square: jax.Array  # float32[...], the mean of the squares
+  absmax: jax.Array  # float32[...], the largest magnitude
 
 
-def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
-  """Rounds to the nearest value of a format, ties to even, saturating.
-
-      e    = clip(floor(log2|x|), e_min, e_max)
-      step = 2^(e − m)
-      q    = clip(round_half_even(x / step) · step, −max, max)
-
-  The same operations serve every format, so `format` can be traced: a compiled
-  function works for all of them. Equal to the saturating cast of `ml_dtypes` bit by
-  bit, for subnormals (also where the device flushes them), infinities and zeros too;
-  NaN stays NaN. Without mantissa bits a tie goes up, as IEEE 754 has it.
+def tensor_statistics(
+  x: jax.Array,
+  axes: Sequence[int] | None = None,
+  active: Sequence[ActiveAxis] = (),
+) -> Statistics:
+  """Returns the statistics of a tensor.
 
   Args:
-    x: any shape, a floating dtype; computed in float32.
-    format: fields broadcast against `x`; a scalar format in the usual case.
-
-  Returns:
-    The rounded values, in the shape and dtype of `x`.
+    x: any shape, with zeros outside of its active parts.
+    axes: the axes that one statistic spans, kept with length 1; None for one statistic
+      of the whole tensor, of shape `()`.
+    active: the parts of the axes of `x` that count.
   """
-  x = jnp.asarray(x)
-  value = x.astype(jnp.float32)
-  bits = lax.bitcast_convert_type(value, jnp.int32)
-  magnitude = bits & _MAGNITUDE
-  rounded = jnp.where(
-    is_scaled(format),
-    _round_to_steps(value, magnitude, format),
-    _round_mantissa(bits, magnitude, format),
-  )
-  return jnp.where(jnp.isnan(value), value, rounded).astype(x.dtype)
+  square = jnp.square(lax.stop_gradient(x).astype(jnp.float32))
+  keepdims = axes is not None
+  # Both of the squares, so that a compiler reads `x` once for the two.
+  mean = jnp.mean(square, axes, keepdims=keepdims)
+  absmax = jnp.sqrt(jnp.max(square, axes, keepdims=keepdims))
+  for axis, _, share in active:
+    if axes is None or axis in axes:
+      mean = mean / share
+  return Statistics(mean, absmax)
 
 
-def _round_to_steps(value, magnitude, format):
-  """The formula above, for formats whose steps are normal float32 numbers."""
-  exponent = jnp.clip(
-    (magnitude >> _MANTISSA_BITS) - _BIAS, format.exponent_min, format.exponent_max
-  )
-  step_exponent = exponent - format.mantissa_bits
-  steps = jnp.round(value * _power_of_two(-step_exponent))
-  return jnp.clip(steps * _power_of_two(step_exponent), -format.max, format.max)
+def moving_average(
+  old: Statistics,
+  new: Statistics,
+  momentum: float,
+  present: jax.Array | None = None,
+) -> Statistics:
+  """Returns `momentum · old + (1 − momentum) · new`, or `new` where `old` is zero.
 
-
-def _round_mantissa(bits, magnitude, format):
-  """The same for formats with float32's own exponents: drops low mantissa bits.
-
-  On the bits and not the values, because float32 subnormals, which such formats
-  represent, are flushed to zero by the arithmetic of CPUs and TPUs.
+  Args:
+    old: zeros before the first update.
+    new: of the tensor at hand.
+    momentum: of the average.
+    present: int32[], 0 where a layer is skipped, which keeps `old`; None for a layer
+      that is always there.
   """
-  dropped = _MANTISSA_BITS - format.mantissa_bits
-  unit = jnp.left_shift(1, dropped)
-  tie_to_even = (magnitude >> dropped) & jnp.minimum(dropped, 1)
-  rounded = (magnitude + ((unit - 1) >> 1) + tie_to_even) & -unit
-  largest = lax.bitcast_convert_type(jnp.float32(format.max), jnp.int32)
-  saturated = jnp.minimum(rounded, largest)
-  return lax.bitcast_convert_type(saturated | (bits & ~_MAGNITUDE), jnp.float32)
 
+  def average(old, new):
+    kept = jnp.where(old > 0, momentum, 0.0)
+    mean = kept * old + (1 - kept) * new
+    return mean if present is None else jnp.where(present > 0, mean, old)
 
-def _power_of_two(exponent):
-  """2^exponent as float32, exactly, for exponents of normal numbers."""
-  return lax.bitcast_convert_type((exponent + _BIAS) << _MANTISSA_BITS, jnp.float32)
-
-
-def is_scaled(format: NumericFormat) -> jax.Array:
-  """Whether codes of the format are scaled; bf16 and float32 are not. bool."""
-  return jnp.asarray(format.exponent_min) > FLOAT32_MIN_EXPONENT
+  return Statistics(*map(average, old, new))
 
 
 def clipping_threshold(
@@ -160,5 +149,5 @@ def _to_code_range(format):
   return format._replace(
     exponent_min=format.exponent_min - shift,
     exponent_max=format.exponent_max - shift,
-    max=format.max * _power_of_two(-shift),
+    max=format.max * power_of_two(-shift),
   )

@@ -1,0 +1,103 @@
+"""The products that Flax's layers compute, from the arguments of the lax operations."""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import opt_einsum
+
+from fliqs_jax.numerics.masking import Axes
+from fliqs_jax.numerics.products import Product
+
+
+def convolution(lhs, rhs, window_strides, padding, **kwargs) -> Product:
+  """Returns the product of `nn.Conv`; arguments are `lax.conv_general_dilated`'s."""
+  dimensions = lax.conv_dimension_numbers(
+    lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None)
+  )
+  function = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=window_strides,
+    padding=padding,
+    dimension_numbers=dimensions,
+    **kwargs,
+  )
+  out_axis, feature_axis = dimensions.rhs_spec[0], dimensions.out_spec[1]
+  scale_shape = [1] * lhs.ndim
+  scale_shape[feature_axis] = rhs.shape[out_axis]
+  axes = Axes(
+    x_inputs=dimensions.lhs_spec[1],
+    w_inputs=dimensions.rhs_spec[1],
+    w_outputs=out_axis,
+    w_space=dimensions.rhs_spec[2:],
+  )
+  return Product('conv', function, _others(rhs, out_axis), tuple(scale_shape), axes)
+
+
+def dot_general(lhs, rhs, dimension_numbers, precision=None) -> Product:
+  """Returns the product of `nn.Dense`; arguments are `lax.dot_general`'s."""
+  function = functools.partial(
+    lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
+  )
+  (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+  # The output's axes are those of the batch, then lhs's own, then rhs's own; this
+  # is also their order in rhs, as Flax lays kernels out.
+  lhs_own = lhs.ndim - len(lhs_contracting) - len(lhs_batch)
+  kept = [a for a in range(rhs.ndim) if a not in rhs_contracting]
+  own = [a for a in kept if a not in rhs_batch]
+  batch_shape = tuple(rhs.shape[a] for a in rhs_batch)
+  scale_shape = batch_shape + (1,) * lhs_own + tuple(rhs.shape[a] for a in own)
+  axes = Axes(lhs.ndim - 1, 0, rhs.ndim - 1, ())  # those of `nn.Dense`
+  return Product('dense', function, tuple(rhs_contracting), scale_shape, axes)
+
+
+def einsum(x: jax.Array, w: jax.Array, equation: str) -> Product:
+  """Returns the product of `nn.Einsum`.
+
+  Args:
+    x: the input.
+    w: the kernel.
+    equation: of these two operands.
+  """
+  operands, result, _ = opt_einsum.parser.parse_einsum_input(
+    (equation.replace(' ', ''), x, w)
+  )
+  kernel = operands.split(',')[1]
+  contracted = tuple(i for i, axis in enumerate(kernel) if axis not in result)
+  return Product('einsum', functools.partial(_einsum, equation=equation), contracted)
+
+
+def _einsum(x, w, *, equation):
+  return jnp.einsum(equation, x, w)
+
+
+def transposed_convolution(
+  w: jax.Array,
+  strides: tuple[int, ...],
+  padding: str | tuple[tuple[int, int], ...],
+  rhs_dilation: tuple[int, ...],
+  transpose_kernel: bool,
+) -> Product:
+  """Returns the product of `nn.ConvTranspose`.
+
+  Args:
+    w: the kernel.
+    strides: of the layer.
+    padding: of the layer.
+    rhs_dilation: the dilation of its kernel.
+    transpose_kernel: whether the kernel's last axis is the input's.
+  """
+  function = functools.partial(
+    lax.conv_transpose,
+    strides=strides,
+    padding=padding,
+    rhs_dilation=rhs_dilation,
+    transpose_kernel=transpose_kernel,
+  )
+  output_axis = w.ndim - (2 if transpose_kernel else 1)
+  return Product('conv_transpose', function, _others(w, output_axis))
+
+
+def _others(array, axis):
+  return tuple(a for a in range(array.ndim) if a != axis)

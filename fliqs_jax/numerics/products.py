@@ -1,0 +1,208 @@
+"""Quantized products: what a layer computes with its formats, as functions of arrays.
+
+    y, statistics = quantized_layer(product, x, w, formats, statistics)
+
+An interface of Flax keeps the state; all of its arithmetic is here.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fliqs_jax.numerics.calibration import (
+  Quantizer,
+  Statistics,
+  calibrate,
+  moving_average,
+  tensor_statistics,
+)
+from fliqs_jax.numerics.formats import NumericFormat, get_format
+from fliqs_jax.numerics.masking import Axes, LayerSizes, active_axes, masked
+
+
+class Product(NamedTuple):
+  """A bilinear product of activations and weights, and the roles of their axes."""
+
+  kind: str  # 'conv', 'dense', 'einsum' or 'conv_transpose'
+  function: Callable[..., jax.Array]  # (x, w, preferred_element_type=None) -> y
+  contracted: tuple[int, ...]  # axes of w that one output channel, and its scale, spans
+  scale_shape: tuple[int, ...] = ()  # in which these scales broadcast against y
+  axes: Axes | None = None  # None where no size of the layer can be searched
+
+
+class LayerFormats(NamedTuple):
+  """Per-layer pair of a weight and an activation format, or of what stands for each."""
+
+  weights: NumericFormat
+  activations: NumericFormat
+
+
+def quantized_layer(
+  product: Product,
+  x: jax.Array,
+  w: jax.Array,
+  formats: LayerFormats | None,
+  statistics: Statistics | None,
+  sizes: LayerSizes = LayerSizes(),
+  calibration: str = 'rms',
+  momentum: float = 0.95,
+) -> tuple[jax.Array, Statistics | None]:
+  """Returns `product(x, w)` with quantized operands, and the new statistics of `x`.
+
+  The moving averages set the clipping threshold of the *next* calls; before the first
+  update, activations stay as they are.
+
+  Where sizes of the layer are searched, what lies outside of those in use is masked in
+  the weights, in the forward and so in the backward pass, and left out of all
+  statistics. A skipped layer computes, but keeps its statistics as they are.
+
+  Args:
+    product: what is computed.
+    x: activations in the compute dtype, which is that of the result.
+    w: weights in the parameters' own dtype.
+    formats: None computes in floating point and keeps the statistics.
+    statistics: moving averages, of shape `()`; None where none are kept, and the input
+      at hand sets its own threshold.
+    sizes: those in use, int32[], of an architecture that is searched.
+    calibration: one of `calibration.CALIBRATIONS`.
+    momentum: of the moving averages.
+  """
+  x_active, w_active = active_axes(sizes, product.axes, x, w)
+  w = masked(w, w_active)
+  if formats is None:
+    return product.function(x, w.astype(x.dtype)), statistics
+  measure = functools.partial(_measured, x, x_active)
+  given = measure() if statistics is None else statistics
+  y = quantized_product(
+    product.function,
+    product.scale_shape,
+    x,
+    w,
+    _activation_quantizer(formats, given, calibration),
+    _weight_quantizer(formats, w, product, w_active, calibration),
+  )
+  if statistics is None:
+    return y, None
+  return y, moving_average(statistics, measure(), momentum, sizes.present)
+
+
+def quantized_operands(
+  product: Product,
+  x: jax.Array,
+  w: jax.Array,
+  formats: LayerFormats | None,
+  statistics: Statistics | None,
+  sizes: LayerSizes = LayerSizes(),
+  calibration: str = 'rms',
+  momentum: float = 0.95,
+) -> tuple[tuple[jax.Array, jax.Array], Statistics | None]:
+  """Returns the rounded operands of a product that is computed elsewhere.
+
+  For layers that have no hook for their product: both operands are rounded, scales
+  included, and are then multiplied as they are. The arguments are `quantized_layer`'s.
+  """
+  x_active, w_active = active_axes(sizes, product.axes, x, w)
+  w = masked(w, w_active)
+  if formats is None:
+    return (x, w.astype(x.dtype)), statistics
+  measure = functools.partial(_measured, x, x_active)
+  given = measure() if statistics is None else statistics
+  x_quantizer = _activation_quantizer(formats, given, calibration)
+  w_quantizer = _weight_quantizer(formats, w, product, w_active, calibration)
+  if statistics is not None:
+    statistics = moving_average(statistics, measure(), momentum, sizes.present)
+  rounded = fake_quantize(x, x_quantizer), fake_quantize(w, w_quantizer)
+  return tuple(operand.astype(x.dtype) for operand in rounded), statistics
+
+
+def _measured(x, active):
+  return tensor_statistics(masked(x, active), None, active)
+
+
+def _activation_quantizer(formats, statistics, calibration):
+  # Nothing is known of a tensor that was not seen yet.
+  seen = functools.partial(jnp.where, statistics.absmax > 0)
+  format = jax.tree.map(seen, formats.activations, get_format('float32'))
+  return calibrate(format, *statistics, calibration)
+
+
+def _weight_quantizer(formats, w, product, active, calibration):
+  statistics = tensor_statistics(w, product.contracted, active)
+  return calibrate(formats.weights, *statistics, calibration)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def quantized_product(
+  product,
+  scale_shape,
+  x: jax.Array,
+  w: jax.Array,
+  x_quantizer: Quantizer,
+  w_quantizer: Quantizer,
+) -> jax.Array:
+  """Returns `product(q_x, q_w) · s_x · s_w`, the codes unscaled in the matrix unit.
+
+  Codes of up to 8 bits are exact in bfloat16, so with bfloat16 operands and float32
+  accumulation the result is what low-precision hardware computes. The backward pass
+  is the clipped straight-through estimator. It saves `x` and `w`, and recomputes the
+  codes, which would cost as much memory as the activations again.
+
+  Args:
+    product: `(x, w, preferred_element_type) -> y`, bilinear.
+    scale_shape: the shape in which the weights' scales broadcast against `y`.
+    x: activations, whose dtype is the compute dtype and that of the result.
+    w: weights, float32, cast to the compute dtype as codes.
+    x_quantizer: with one scale, shape `()`.
+    w_quantizer: with one scale for each output channel, broadcastable against `w`.
+  """
+  codes = x_quantizer.codes(x).astype(x.dtype), w_quantizer.codes(w).astype(x.dtype)
+  y = product(*codes, preferred_element_type=jnp.float32)
+  scale = x_quantizer.scale * w_quantizer.scale.reshape(scale_shape)
+  return (y * scale).astype(x.dtype)
+
+
+def _quantized_product_forward(product, scale_shape, x, w, x_quantizer, w_quantizer):
+  y = quantized_product(product, scale_shape, x, w, x_quantizer, w_quantizer)
+  return y, (x, w, x_quantizer, w_quantizer)
+
+
+def _quantized_product_backward(product, scale_shape, residuals, y_bar):
+  """`∂L/∂x = 1[|x| ≤ t_x] · Pᵀ(ȳ, q_w s_w)`, `∂L/∂w = 1[|w| ≤ t_w] · s_x · Pᵀ(q_x, ȳ)`.
+
+  The output's scale cancels one operand's own scale against the derivative of its
+  codes, so that no tensor of activations is multiplied by scales.
+  """
+  del scale_shape
+  x, w, x_quantizer, w_quantizer = residuals
+  dtype = x.dtype
+  x_codes = x_quantizer.codes(x).astype(dtype)
+  w_values = (w_quantizer.codes(w) * w_quantizer.scale).astype(dtype)
+  (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), x_codes)(y_bar)
+  (w_bar,) = jax.linear_transpose(lambda b: product(x_codes, b), w_values)(y_bar)
+  x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
+  w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_quantizer.scale, 0)
+  return x_bar, w_bar.astype(w.dtype), None, None
+
+
+quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
+
+
+@jax.custom_vjp
+def fake_quantize(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+  """Returns `codes(x) · scale` in float32, with clipped straight-through gradients."""
+  return quantizer.codes(x) * quantizer.scale
+
+
+def _fake_quantize_forward(x, quantizer):
+  return fake_quantize(x, quantizer), (x, quantizer)
+
+
+def _fake_quantize_backward(residuals, y_bar):
+  x, quantizer = residuals
+  return jnp.where(quantizer.inside(x), y_bar, 0).astype(x.dtype), None
+
+
+fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)

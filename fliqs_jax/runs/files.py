@@ -1,0 +1,69 @@
+"""Files that a config names: formats, results, latency tables."""
+
+import os
+from typing import Any
+
+from etils import epath
+
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.numerics import formats
+from fliqs_jax.search import assignments, latency
+from fliqs_jax.search.assignments import Assignment
+
+# Far above the result of any network, far below what would fill the memory.
+_MAX_BYTES = 2**24
+
+
+def read_formats(spec: str) -> str | Assignment:
+  """Returns what `config.formats` names: a format for all layers, or a file's.
+
+  Raises:
+    ConfigError: where it is neither; one line for each problem.
+  """
+  if spec in formats.NAMES:
+    return spec
+  if not epath.Path(spec).exists() and os.sep not in spec and '.' not in spec:
+    formats.find_format(spec)  # names the nearest format
+  content = read_json(spec)
+  return assignments.parse(content.get('formats', content), spec)
+
+
+def read_json(path: os.PathLike | str) -> dict[str, Any]:
+  """Returns the JSON object in a file of formats or of a result.
+
+  Raises:
+    ConfigError: where there is none, or a key is given twice; one line.
+  """
+  given = str(path)
+  try:
+    with epath.Path(path).open('rb') as file:
+      content = file.read(_MAX_BYTES + 1)
+  except OSError as error:
+    reason = error.strerror or type(error).__name__
+    raise ConfigError(f'cannot read {given!r}: {reason}') from None
+  if len(content) > _MAX_BYTES:
+    raise ConfigError(
+      f'{given!r} is larger than {_MAX_BYTES >> 20} MiB: {assignments.EXPECTED}'
+    )
+  return assignments.load(content, given)
+
+
+def read_latency_table(path: os.PathLike | str) -> latency.LatencyTable:
+  """Returns the content of a file of latencies.
+
+  Raises:
+    ConfigError: where it is missing, damaged, or no such file; one line.
+  """
+  given = str(path)
+  try:
+    text = epath.Path(path).read_text()
+  except OSError as error:
+    raise ConfigError(
+      f'cannot read the latency table {given!r}: {error.strerror or error}'
+    ) from None
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f'{given!r} is no latency table ({type(error).__name__}: {error}): expected a '
+      'file from python -m fliqs_jax.measure'
+    ) from None
+  return latency.parse_table(text, given)
