@@ -1,11 +1,12 @@
-"""The policy-gradient controller (FLIQS, Section 4; TuNAS, arXiv 2008.06120).
+"""Controllers: the policy that is searched, and how it learns (FLIQS, Section 4).
 
-In optax's form: `policy_gradient_controller(...)` returns pure functions `init`,
-`sample` and `update`, and their state is a pytree that the train state carries.
+In optax's form: a controller is a NamedTuple of pure functions, and its state is a
+pytree that the train state carries. `policy_gradient_controller` is REINFORCE as the
+paper and TuNAS (arXiv 2008.06120) have it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -26,22 +27,78 @@ ENTROPY_SCHEDULES: dict[str, Schedule] = {
 BASELINES = ('leave_one_out', 'moving')
 
 
-class ControllerState(NamedTuple):
-  """The policy and what its update carries along."""
+ControllerState = Any  # a pytree of arrays, whose structure is the controller's own
 
-  logits: jax.Array  # shape=(N, K), float32; entries of options that do not exist are 0
-  opt_state: Any  # Adam's state for the logits
-  baseline: jax.Array  # shape=(), float32, moving average of the rewards
-  num_rewards: jax.Array  # shape=(), int32, steps that the baseline has averaged
-  commitment: jax.Array  # shape=(N,), int32, the final choices, -1 while there are none
+
+class Outcome(NamedTuple):
+  """What the S samples of one step chose, and what came of it."""
+
+  choices: jax.Array  # shape=(S, N), int32
+  qualities: jax.Array  # shape=(S,), float32
+  costs: jax.Array  # shape=(S,), float32, in the cost model's unit
+  target: jax.Array  # shape=(), float32, in the same unit
+
+
+class Init(Protocol):
+  """Returns the state before the first step."""
+
+  def __call__(self) -> ControllerState: ...
+
+
+class Sample(Protocol):
+  """Returns choices int32[S, N] for keys [S], each of which is consumed."""
+
+  def __call__(self, state: ControllerState, keys: jax.Array) -> jax.Array: ...
+
+
+class Update(Protocol):
+  """Returns the state after training step `step`, int32[], and the step's metrics.
+
+  Among the metrics, which are scalars, is the mean `reward` of the samples.
+  """
+
+  def __call__(
+    self, state: ControllerState, outcome: Outcome, step: jax.Array
+  ) -> tuple[ControllerState, dict[str, jax.Array]]: ...
+
+
+class Policy(Protocol):
+  """Returns `π`, float32[N, K], 0 for options that do not exist."""
+
+  def __call__(self, state: ControllerState) -> jax.Array: ...
+
+
+class Commit(Protocol):
+  """Returns the state in which every sample is `choices`, int32[N], from now on."""
+
+  def __call__(self, state: ControllerState, choices: jax.Array) -> ControllerState: ...
+
+
+class FinalChoices(Protocol):
+  """Returns the committed choices int32[N], else the likeliest ones."""
+
+  def __call__(self, state: ControllerState) -> jax.Array: ...
 
 
 class Controller(NamedTuple):
   """A policy over N independent decisions of up to K options."""
 
-  init: Callable[[], ControllerState]
-  sample: Callable[[ControllerState, jax.Array], jax.Array]
-  update: Callable[..., tuple[ControllerState, dict[str, jax.Array]]]
+  init: Init
+  sample: Sample
+  update: Update
+  policy: Policy
+  commit: Commit
+  final_choices: FinalChoices
+
+
+class PolicyGradientState(NamedTuple):
+  """The policy and what its update carries along."""
+
+  logits: jax.Array  # shape=(N, K), float32; entries of options that do not exist are 0
+  opt_state: optax.OptState  # Adam's state for the logits
+  baseline: jax.Array  # shape=(), float32, moving average of the rewards
+  num_rewards: jax.Array  # shape=(), int32, steps that the baseline has averaged
+  commitment: jax.Array  # shape=(N,), int32, the final choices, -1 while there are none
 
 
 def entropy_weight(
@@ -61,6 +118,7 @@ def entropy_weight(
 
 def policy_gradient_controller(
   valid: np.ndarray,
+  reward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   entropy_weight: Schedule,
   learning_rate: float = 5e-2,
   policy_delay: int = 0,
@@ -73,8 +131,11 @@ def policy_gradient_controller(
       A_s  = r_s − b            or, leave-one-out,   r_s − mean_{s'≠s} r_s'
       L(θ) = −mean_s [A_s · mean_i log π_i(α_s,i)] + β_H(t) · mean_i H(π_i)
 
+  Before `policy_delay` and once the policy is committed only the baseline moves.
+
   Args:
     valid: bool[N, K], which options exist.
+    reward: (qualities, costs, target) -> rewards `r`, float32[S]; see `rewards`.
     entropy_weight: `β_H(t)`, from `entropy_weight`.
     learning_rate: of Adam on the logits.
     policy_delay: the first step whose rewards update the policy.
@@ -83,10 +144,9 @@ def policy_gradient_controller(
   """
   optimizer = optax.adam(learning_rate)
 
-  def init() -> ControllerState:
-    """Returns the uniform policy."""
-    logits = jnp.zeros(valid.shape, jnp.float32)
-    return ControllerState(
+  def init() -> PolicyGradientState:
+    logits = jnp.zeros(valid.shape, jnp.float32)  # the uniform policy
+    return PolicyGradientState(
       logits=logits,
       opt_state=optimizer.init(logits),
       baseline=jnp.zeros((), jnp.float32),
@@ -94,40 +154,19 @@ def policy_gradient_controller(
       commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
     )
 
-  def sample(state: ControllerState, keys: jax.Array) -> jax.Array:
-    """Returns choices int32[S, N] for keys [S], each of which is consumed."""
+  def sample(state: PolicyGradientState, keys: jax.Array) -> jax.Array:
     logits = _log_policy(state.logits, valid)
     sampled = jax.vmap(lambda key: jax.random.categorical(key, logits))(keys)
     return jnp.where(state.commitment >= 0, state.commitment, sampled.astype(jnp.int32))
 
-  def loss(logits, choices, advantages, weight):
-    log_policy = _log_policy(logits, valid)
-    chosen = jnp.take_along_axis(log_policy[None], choices[..., None], axis=-1)
-    log_likelihood = jnp.mean(chosen, axis=(1, 2))  # [S]
-    mean_entropy = jnp.mean(policy_entropy(logits, valid))
-    return -jnp.mean(advantages * log_likelihood) + weight * mean_entropy
-
-  def update(state, choices, rewards, step):
-    """Returns the state after one step and the step's metrics.
-
-    Args:
-      state: the current state.
-      choices: int32[S, N], what `sample` returned.
-      rewards: float32[S].
-      step: int32[], the training step; before `policy_delay` and once the policy is
-        committed only the baseline moves.
-    """
+  def update(state, outcome, step):
+    choices = outcome.choices
+    rewards = reward(outcome.qualities, outcome.costs, outcome.target)
     chex.assert_shape(choices, (None, valid.shape[0]))
     chex.assert_shape(rewards, choices.shape[:1])
-    momentum = jnp.where(state.num_rewards == 0, 0.0, baseline_momentum)
-    moving = momentum * state.baseline + (1 - momentum) * jnp.mean(rewards)
-    if baseline == 'moving':
-      advantages = rewards - moving
-    else:
-      others = (jnp.sum(rewards) - rewards) / (rewards.size - 1)
-      advantages = rewards - others
+    moving, advantages = _advantages(state, rewards, baseline, baseline_momentum)
     weight = entropy_weight(step)
-    gradient = jax.grad(loss)(state.logits, choices, advantages, weight)
+    gradient = jax.grad(_loss)(state.logits, valid, choices, advantages, weight)
     updates, opt_state = optimizer.update(gradient, state.opt_state)
     logits = optax.apply_updates(state.logits, updates)
     active = (step >= policy_delay) & jnp.all(state.commitment < 0)
@@ -143,24 +182,52 @@ def policy_gradient_controller(
       num_rewards=state.num_rewards + 1,
     )
     metrics = {
+      'reward': jnp.mean(rewards),
       'entropy': jnp.mean(policy_entropy(logits, valid)),
       'entropy_weight': weight,
       'baseline': moving,
     }
     return new_state, metrics
 
-  return Controller(init, sample, update)
+  def policy(state: PolicyGradientState) -> jax.Array:
+    return _policy(state.logits, valid)
+
+  def commit(state: PolicyGradientState, choices: jax.Array) -> PolicyGradientState:
+    return state._replace(commitment=choices)
+
+  def final_choices(state: PolicyGradientState) -> jax.Array:
+    likeliest = jnp.argmax(policy(state), axis=1).astype(jnp.int32)
+    return jnp.where(state.commitment >= 0, state.commitment, likeliest)
+
+  return Controller(init, sample, update, policy, commit, final_choices)
 
 
-def policy_probabilities(logits: jax.Array, valid: np.ndarray) -> jax.Array:
-  """Returns `π`, float32[N, K], 0 for options that do not exist."""
-  return jnp.where(valid, jnp.exp(_log_policy(logits, valid)), 0.0)
+def _advantages(state, rewards, baseline, momentum):
+  """Returns the moving baseline after this step, and the advantages float32[S]."""
+  momentum = jnp.where(state.num_rewards == 0, 0.0, momentum)
+  moving = momentum * state.baseline + (1 - momentum) * jnp.mean(rewards)
+  if baseline == 'moving':
+    return moving, rewards - moving
+  others = (jnp.sum(rewards) - rewards) / (rewards.size - 1)
+  return moving, rewards - others
+
+
+def _loss(logits, valid, choices, advantages, entropy_weight):
+  log_policy = _log_policy(logits, valid)
+  chosen = jnp.take_along_axis(log_policy[None], choices[..., None], axis=-1)
+  log_likelihood = jnp.mean(chosen, axis=(1, 2))  # [S]
+  mean_entropy = jnp.mean(policy_entropy(logits, valid))
+  return -jnp.mean(advantages * log_likelihood) + entropy_weight * mean_entropy
 
 
 def policy_entropy(logits: jax.Array, valid: np.ndarray) -> jax.Array:
   """Returns the entropy of each decision in nats, float32[N]."""
   log_policy = jnp.where(valid, _log_policy(logits, valid), 0.0)
-  return -jnp.sum(policy_probabilities(logits, valid) * log_policy, axis=-1)
+  return -jnp.sum(_policy(logits, valid) * log_policy, axis=-1)
+
+
+def _policy(logits, valid):
+  return jnp.where(valid, jnp.exp(_log_policy(logits, valid)), 0.0)
 
 
 def _log_policy(logits, valid):

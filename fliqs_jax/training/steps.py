@@ -8,7 +8,7 @@ its examples.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -17,36 +17,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 import optax
 
-from fliqs_jax.search.controller import Controller
-from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
-from fliqs_jax.training.sharding import batch_sharding, replicated
-from fliqs_jax.training.task import Batch, Metrics, Objective
+from fliqs_jax.search.controller import Controller, Outcome
+from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training.sharding import batch_sharding, replicated
+from fliqs_jax.training.task import Batch, Metrics, Task
 from fliqs_jax.training.train_state import BATCH_STATS, TrainState
 
 _INTERMEDIATES = 'intermediates'
 
 
-class SearchProblem(NamedTuple):
-  """What a search step optimises, besides the weights."""
-
-  space: SearchSpace
-  cost_model: CostModel
-  target: float  # in the cost model's unit
-  reward: Callable[[jax.Array, jax.Array], jax.Array]  # (quality, cost) -> reward
-  controller: Controller
-  activation_delay: int  # first step with quantized activations
-  held_out: bool  # whether the quality is that of `batch['reward']`
-
-
-def _forward(state, objective, params, formats, batch, key):
-  """Returns what a forward pass in training gives.
-
-  Returns:
-    The outputs, the auxiliary outputs, and the updated statistics.
-  """
-  arguments = objective.arguments(batch, True)
+def _forward(state, task, params, formats, batch, key):
+  """Returns the outputs in training, the auxiliary ones, and updated statistics."""
+  arguments = task.arguments(batch, True)
   outputs, updated = state.apply_fn(
     {'params': params, FORMATS: formats, **state.model_stats},
     *arguments.args,
@@ -62,16 +46,16 @@ def _forward(state, objective, params, formats, batch, key):
   return outputs, auxiliary, updated
 
 
-def _gradients(state, objective, formats, batch, key):
+def _gradients(state, task, formats, batch, key):
   """Returns the gradients, the updated statistics and the metrics of one sample."""
   # Dropout keeps the key itself.
-  batch = objective.augment(batch, jax.random.fold_in(key, 1))
+  batch = task.augment(batch, jax.random.fold_in(key, 1))
 
   def loss_fn(params):
-    outputs, auxiliary, stats = _forward(state, objective, params, formats, batch, key)
-    loss = jnp.mean(objective.loss(outputs, batch))
+    outputs, auxiliary, stats = _forward(state, task, params, formats, batch, key)
+    loss = jnp.mean(task.loss(outputs, batch))
     for output in auxiliary:
-      loss += objective.auxiliary_weight * jnp.mean(objective.loss(output, batch))
+      loss += task.auxiliary_weight * jnp.mean(task.loss(output, batch))
     return loss, (stats, outputs)
 
   (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -79,8 +63,8 @@ def _gradients(state, objective, formats, batch, key):
   )
   metrics = {
     'loss': loss,
-    'quality': jnp.mean(objective.quality(outputs, batch)),
-    **jax.tree.map(jnp.mean, objective.metrics(outputs, batch)),
+    'quality': jnp.mean(task.quality(outputs, batch)),
+    **jax.tree.map(jnp.mean, task.metrics(outputs, batch)),
   }
   return gradients, stats, metrics
 
@@ -163,34 +147,43 @@ def _apply(state, gradients, stats):
 
 
 def make_search_step(
-  problem: SearchProblem, objective: Objective, num_samples: int, mesh: Mesh
+  task: Task,
+  space: SearchSpace,
+  cost_model: CostModel,
+  controller: Controller,
+  mesh: Mesh,
+  *,
+  num_samples: int,
+  activation_delay: int = 0,
+  held_out: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that updates weights and policy together.
 
   Sample `s` of step `t` depends on (key, t, s) alone, not on the mesh.
 
   Args:
-    problem: the search.
-    objective: loss and quality.
+    task: loss, quality, and what the network is fed.
+    space: the search space.
+    cost_model: what choices cost.
+    controller: the policy.
+    mesh: from `sharding.make_mesh`.
     num_samples: S, which the mesh's sample axis divides.
-    mesh: from `meshes.make_mesh`.
+    activation_delay: the first step with quantized activations.
+    held_out: whether the quality is that of `batch['reward']`.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
     averaged over samples, and of each sample `sample_loss`, float32[S], and `choices`,
     int32[S, N].
   """
-  space = problem.space
 
   def one_sample(state, batch, choices, key):
-    bound = space.bind(choices, state.step >= problem.activation_delay)
+    bound = space.bind(choices, state.step >= activation_delay)
     formats = nest(space.layers, bound)
-    gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
-    if problem.held_out:
-      outputs, _, _ = _forward(
-        state, objective, state.params, formats, batch['reward'], key
-      )
-      metrics['quality'] = jnp.mean(objective.quality(outputs, batch['reward']))
+    gradients, stats, metrics = _gradients(state, task, formats, batch, key)
+    if held_out:
+      outputs, _, _ = _forward(state, task, state.params, formats, batch['reward'], key)
+      metrics['quality'] = jnp.mean(task.quality(outputs, batch['reward']))
     return (gradients, stats), metrics
 
   def search_step(state, batch):
@@ -199,22 +192,21 @@ def make_search_step(
       jnp.arange(num_samples)
     )
     policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
-    choices = problem.controller.sample(state.controller, policy_keys)
+    choices = controller.sample(state.controller, policy_keys)
     (gradients, stats), metrics = _mean_over_samples(
       one_sample, mesh, state, batch, choices, model_keys
     )
-    costs = problem.cost_model(space, choices)
-    rewards = problem.reward(metrics['quality'], costs)
-    controller_state, controller_metrics = problem.controller.update(
-      state.controller, choices, rewards, state.step
+    costs = cost_model(space, choices)
+    outcome = Outcome(choices, metrics['quality'], costs, state.target)
+    controller_state, controller_metrics = controller.update(
+      state.controller, outcome, state.step
     )
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
     return new_state, {
       **jax.tree.map(jnp.mean, metrics),
       **controller_metrics,
       'cost': jnp.mean(costs),
-      'cost_ratio': jnp.mean(costs) / problem.target,
-      'reward': jnp.mean(rewards),
+      'cost_ratio': jnp.mean(costs) / state.target,
       'gradient_norm': optax.tree.norm(gradients),
       'sample_loss': metrics['loss'],
       'choices': choices,
@@ -224,15 +216,15 @@ def make_search_step(
 
 
 def make_train_step(
-  space: SearchSpace, objective: Objective, activation_delay: int, mesh: Mesh
+  space: SearchSpace, task: Task, activation_delay: int, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that trains the weights under fixed formats.
 
   Args:
     space: without decisions, from `fixed_space`.
-    objective: loss and quality.
+    task: loss, quality, and what the network is fed.
     activation_delay: the first step with quantized activations.
-    mesh: from `meshes.make_mesh`.
+    mesh: from `sharding.make_mesh`.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated.
@@ -246,7 +238,7 @@ def make_train_step(
 
     def one_sample(shared, batch, key):
       state, formats = shared
-      gradients, stats, metrics = _gradients(state, objective, formats, batch, key)
+      gradients, stats, metrics = _gradients(state, task, formats, batch, key)
       return (gradients, stats), metrics
 
     (gradients, stats), metrics = _mean_over_samples(
@@ -269,7 +261,7 @@ def skip_unsound(
 
   Args:
     step: from `make_search_step` or `make_train_step`.
-    mesh: from `meshes.make_mesh`.
+    mesh: from `sharding.make_mesh`.
   """
 
   def guarded(state, batch):
@@ -287,7 +279,7 @@ def skip_unsound(
 
 
 def make_statistics_step(
-  space: SearchSpace, objective: Objective, mesh: Mesh
+  space: SearchSpace, task: Task, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Any]:
   """Returns the jitted step that measures batch norm's statistics on one batch.
 
@@ -305,7 +297,7 @@ def make_statistics_step(
     def updated(old):
       _, _, stats = _forward(
           state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
-          objective, state.params, formats, batch, state.key,
+          task, state.params, formats, batch, state.key,
       )  # fmt: skip
       return stats.get(BATCH_STATS, {})
 
@@ -325,13 +317,13 @@ def make_statistics_step(
 
 
 def make_eval_step(
-  space: SearchSpace, objective: Objective, mesh: Mesh
+  space: SearchSpace, task: Task, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
   """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
 
   Returns:
-    `(state, choices int32[N], batch) -> sums`: of `objective.evaluation` over the
-    examples that `objective.mask` lets count, and `num_examples`.
+    `(state, choices int32[N], batch) -> sums`: of `task.evaluation` over the
+    examples that `task.mask` lets count, and `num_examples`.
 
   Raises:
     ValueError: in the first call, where a value is not of a shape that can be summed.
@@ -340,13 +332,13 @@ def make_eval_step(
   def eval_step(state, choices, batch):
     formats = nest(space.layers, space.bind(choices))
     variables = {'params': state.params, FORMATS: formats, **state.model_stats}
-    arguments = objective.arguments(batch, False)
+    arguments = task.arguments(batch, False)
     outputs = state.apply_fn(variables, *arguments.args, **arguments.kwargs)
     size = jax.tree.leaves(batch)[0].shape[0]
-    mask = objective.mask and objective.mask(batch)
+    mask = task.mask and task.mask(batch)
     sums = {
       name: _sum_over_examples(name, values, mask, size)
-      for name, values in objective.evaluation(outputs, batch).items()
+      for name, values in task.evaluation(outputs, batch).items()
     }
     counted = jnp.int32(size) if mask is None else jnp.sum(mask)
     return {**sums, 'num_examples': counted}

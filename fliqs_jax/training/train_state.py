@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fliqs_jax.search.controller import Controller, ControllerState
 from fliqs_jax.linen.variables import QUANT_STATS
+from fliqs_jax.search.controller import Controller, ControllerState
 
 BATCH_STATS = 'batch_stats'
 
 
 class Arguments(NamedTuple):
-  """What a network is called with."""
+  """Arguments that a network is called with."""
 
   args: tuple[Any, ...]
   kwargs: Mapping[str, Any]  # static: whether to train, by the name that it has there
@@ -31,6 +31,10 @@ class TrainState(train_state.TrainState):
   controller: ControllerState | None  # None where formats are fixed
   skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
+  # shape=(), float32, in the cost model's unit; None where formats are fixed. As data,
+  # so that searches for several targets share a program. A run's config says it, and
+  # its checkpoints do not.
+  target: jax.Array | None = None
   # What else the network updates: {collection: variables}.
   collections: Mapping[str, Any] = struct.field(default_factory=dict)
 
@@ -50,6 +54,7 @@ def create_train_state(
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
+  target: jax.Array | float | None = None,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -59,6 +64,7 @@ def create_train_state(
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
+    target: of the search; None for fixed formats.
   """
   init_key, run_key = jax.random.split(key)
   args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
@@ -72,6 +78,7 @@ def create_train_state(
     controller=controller and controller.init(),
     skipped=jnp.zeros((), jnp.int32),
     key=run_key,
+    target=None if target is None else jnp.asarray(target, jnp.float32),
     collections=variables,
   )
   # Flax's 0 is a Python number, whose type is weak. That of a checkpoint is not, and a

@@ -10,12 +10,12 @@ import pytest
 from scipy import stats
 
 from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import rewards as rewards_lib
 from fliqs_jax.search.controller import (
   ENTROPY_SCHEDULES,
   entropy_weight,
   policy_entropy,
   policy_gradient_controller,
-  policy_probabilities,
 )
 
 # Decisions with 4, 2, 1 and 3 options.
@@ -25,6 +25,16 @@ ALL_VALID = np.ones((3, 4), bool)
 
 def _constant(value):
   return lambda step: jnp.float32(value)
+
+
+def _quality(qualities, costs, target):
+  """The reward that leaves the cost aside."""
+  del costs, target
+  return qualities
+
+
+def _outcome(choices, rewards):
+  return controller_lib.Outcome(choices, rewards, jnp.zeros_like(rewards), 1.0)
 
 
 def _with_logits(controller, logits):
@@ -81,7 +91,7 @@ def _advantages(baseline, rewards, moving):
 def test_the_gradient_is_that_of_the_papers_loss(valid, baseline, weight):
   momentum, samples = 0.95, 5
   controller = policy_gradient_controller(
-    valid, _constant(weight), baseline=baseline, baseline_momentum=momentum
+    valid, _quality, _constant(weight), baseline=baseline, baseline_momentum=momentum
   )
   update = jax.jit(controller.update)
   for seed in range(20):
@@ -95,7 +105,7 @@ def test_the_gradient_is_that_of_the_papers_loss(valid, baseline, weight):
     state = _with_logits(controller, logits)._replace(
       baseline=jnp.float32(old), num_rewards=jnp.int32(3)
     )
-    new_state, _ = update(state, choices, rewards, 0)
+    new_state, _ = update(state, _outcome(choices, rewards), 0)
     moving = momentum * old + (1 - momentum) * rewards.mean()
     advantages = _advantages(baseline, rewards.astype(np.float64), moving)
     expected = _finite_difference(
@@ -113,7 +123,9 @@ def test_the_gradient_is_that_of_the_papers_loss(valid, baseline, weight):
 
 def test_logits_follow_adam():
   learning_rate, weight, rng = 0.03, 0.2, np.random.default_rng(0)
-  controller = policy_gradient_controller(VALID, _constant(weight), learning_rate)
+  controller = policy_gradient_controller(
+    VALID, _quality, _constant(weight), learning_rate
+  )
   adam = optax.adam(learning_rate)
   # Not at the uniform policy, where gradients may vanish and Adam scales up roundings.
   logits = rng.normal(size=VALID.shape)
@@ -134,25 +146,27 @@ def test_logits_follow_adam():
     gradient[np.abs(gradient) < 1e-8] = 0
     updates, adam_state = adam.update(jnp.asarray(gradient, jnp.float32), adam_state)
     logits = logits + np.asarray(updates, np.float64)
-    state, _ = update(state, choices, rewards, step)
+    state, _ = update(state, _outcome(choices, rewards), step)
     np.testing.assert_allclose(state.logits, logits, rtol=1e-3, atol=1e-5)
 
 
 def test_better_choices_become_likelier():
-  controller = policy_gradient_controller(ALL_VALID, _constant(0.0))
+  controller = policy_gradient_controller(ALL_VALID, _quality, _constant(0.0))
   choices = np.array([[0, 1, 2], [3, 3, 3]], np.int32)
-  state, _ = controller.update(controller.init(), choices, np.float32([1.0, 0.0]), 0)
-  policy = np.asarray(policy_probabilities(state.logits, ALL_VALID))
+  state, _ = controller.update(
+    controller.init(), _outcome(choices, np.float32([1.0, 0.0])), 0
+  )
+  policy = np.asarray(controller.policy(state))
   assert (policy[[0, 1, 2], [0, 1, 2]] > 0.25).all() and (policy[:, 3] < 0.25).all()
 
 
 def test_the_penalty_lowers_entropy():
   logits = np.random.default_rng(0).normal(size=ALL_VALID.shape)
-  controller = policy_gradient_controller(ALL_VALID, _constant(1.0))
+  controller = policy_gradient_controller(ALL_VALID, _quality, _constant(1.0))
   state = _with_logits(controller, logits)
   # Equal rewards: no advantage, the penalty alone.
   choices = np.zeros((2, 3), np.int32)
-  new_state, _ = controller.update(state, choices, np.ones(2, np.float32), 0)
+  new_state, _ = controller.update(state, _outcome(choices, np.ones(2, np.float32)), 0)
   before = np.asarray(policy_entropy(state.logits, ALL_VALID))
   after = np.asarray(policy_entropy(new_state.logits, ALL_VALID))
   assert (after < before).all()
@@ -163,14 +177,16 @@ def test_the_penalty_lowers_entropy():
 
 def test_moving_baseline_by_hand():
   controller = policy_gradient_controller(
-    ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.9
+    ALL_VALID, _quality, _constant(0.0), baseline='moving', baseline_momentum=0.9
   )
   state, choices = controller.init(), np.zeros((2, 3), np.int32)
   # The first rewards themselves; 0.9 · 2 + 0.1 · 4; 0.9 · 2.2 + 0.1 · (-1).
   for step, (rewards, expected) in enumerate(
     [([1, 3], 2.0), ([4, 4], 2.2), ([-2, 0], 1.88)]
   ):
-    state, metrics = controller.update(state, choices, np.float32(rewards), step)
+    state, metrics = controller.update(
+      state, _outcome(choices, np.float32(rewards)), step
+    )
     assert float(state.baseline) == pytest.approx(expected, rel=1e-6)
     assert float(metrics['baseline']) == pytest.approx(expected, rel=1e-6)
     assert state.num_rewards == step + 1
@@ -178,24 +194,41 @@ def test_moving_baseline_by_hand():
 
 def test_moving_baseline_with_one_sample():
   controller = policy_gradient_controller(
-    ALL_VALID, _constant(0.0), baseline='moving', baseline_momentum=0.5
+    ALL_VALID, _quality, _constant(0.0), baseline='moving', baseline_momentum=0.5
   )
   choices = np.array([[1, 2, 3]], np.int32)
-  state, _ = controller.update(controller.init(), choices, np.float32([0.7]), 0)
+  state, _ = controller.update(
+    controller.init(), _outcome(choices, np.float32([0.7])), 0
+  )
   # The first reward is its own baseline.
   np.testing.assert_array_equal(state.logits, np.zeros(ALL_VALID.shape))
   state = controller.init()._replace(baseline=jnp.float32(1), num_rewards=jnp.int32(1))
-  state, _ = controller.update(state, choices, np.float32([2.0]), 1)
+  state, _ = controller.update(state, _outcome(choices, np.float32([2.0])), 1)
   # A = 2 − 1.5; ∂L/∂θ_ik = −A · (1[k chosen] − 1/4) / 3.
   expected = -0.5 * (np.eye(4)[[1, 2, 3]] - 0.25) / 3
   np.testing.assert_allclose(_gradient_of(state), expected, rtol=1e-6)
 
 
+def test_rewards_are_of_quality_and_cost():
+  reward = functools.partial(rewards_lib.absolute, beta=2.0)
+  controller = policy_gradient_controller(ALL_VALID, reward, _constant(0.0))
+  outcome = controller_lib.Outcome(
+    choices=np.zeros((2, 3), np.int32),
+    qualities=np.float32([0.5, 0.7]),
+    costs=np.float32([6.0, 4.0]),
+    target=np.float32(4.0),
+  )
+  state, metrics = controller.update(controller.init(), outcome, 0)
+  # 0.5 − 2 · |6/4 − 1| and 0.7 − 2 · |4/4 − 1|.
+  assert float(metrics['reward']) == pytest.approx((-0.5 + 0.7) / 2, rel=1e-6)
+  assert float(state.baseline) == float(metrics['reward'])
+
+
 def test_leave_one_out_by_hand():
-  controller = policy_gradient_controller(ALL_VALID[:1], _constant(0.0))
+  controller = policy_gradient_controller(ALL_VALID[:1], _quality, _constant(0.0))
   choices = np.array([[0], [1], [2]], np.int32)
   state, _ = controller.update(
-    controller.init(), choices, np.float32([1.0, 2.0, 6.0]), 0
+    controller.init(), _outcome(choices, np.float32([1.0, 2.0, 6.0])), 0
   )
   # 1 − 4, 2 − 3.5, 6 − 1.5, which sum to 0; hence −A_k / 3 for each option chosen.
   expected = -np.array([[-3.0, -1.5, 4.5, 0.0]]) / 3
@@ -241,13 +274,13 @@ def test_a_schedule_without_steps_is_finite(schedule):
 
 def test_the_update_takes_the_weight_of_its_step():
   weight = entropy_weight('linear', 1.0, policy_delay=0, num_steps=10)
-  controller = policy_gradient_controller(ALL_VALID, weight)
+  controller = policy_gradient_controller(ALL_VALID, _quality, weight)
   logits = np.random.default_rng(0).normal(size=ALL_VALID.shape)
   state = _with_logits(controller, logits)
   choices, rewards = np.zeros((2, 3), np.int32), np.ones(2, np.float32)
-  full = _gradient_of(controller.update(state, choices, rewards, 10)[0])
+  full = _gradient_of(controller.update(state, _outcome(choices, rewards), 10)[0])
   for step in (0, 3, 5):
-    new_state, metrics = controller.update(state, choices, rewards, step)
+    new_state, metrics = controller.update(state, _outcome(choices, rewards), step)
     assert float(metrics['entropy_weight']) == pytest.approx(step / 10)
     np.testing.assert_allclose(
       _gradient_of(new_state), step / 10 * full, rtol=1e-5, atol=1e-8
@@ -255,12 +288,16 @@ def test_the_update_takes_the_weight_of_its_step():
 
 
 def test_only_the_baseline_moves_before_the_policy_starts():
-  controller = policy_gradient_controller(VALID, _constant(0.5), policy_delay=3)
+  controller = policy_gradient_controller(
+    VALID, _quality, _constant(0.5), policy_delay=3
+  )
   state = _with_logits(controller, np.random.default_rng(0).normal(size=VALID.shape))
   update, rng = jax.jit(controller.update), np.random.default_rng(1)
   for step in range(5):
     choices = rng.integers(VALID.sum(axis=1), size=(2, len(VALID))).astype(np.int32)
-    new_state, _ = update(state, choices, rng.normal(size=2).astype(np.float32), step)
+    new_state, _ = update(
+      state, _outcome(choices, rng.normal(size=2).astype(np.float32)), step
+    )
     same = [
       np.array_equal(a, b)
       for a, b in zip(
@@ -276,15 +313,21 @@ def test_only_the_baseline_moves_before_the_policy_starts():
 
 
 def test_commitment_overrides_the_policy_and_stops_it():
-  controller = policy_gradient_controller(VALID, _constant(0.5))
+  controller = policy_gradient_controller(VALID, _quality, _constant(0.5))
   logits = np.random.default_rng(0).normal(size=VALID.shape)
   commitment = np.array([3, 0, 0, 1], np.int32)
   free = _with_logits(controller, logits)
-  state = free._replace(commitment=jnp.asarray(commitment))
+  state = controller.commit(free, jnp.asarray(commitment))
   choices = jax.jit(controller.sample)(state, _keys(0, 50))
   np.testing.assert_array_equal(choices, np.tile(commitment, (50, 1)))
+  np.testing.assert_array_equal(controller.final_choices(state), commitment)
+  likeliest = np.where(VALID, logits, -np.inf).argmax(axis=1)
+  np.testing.assert_array_equal(controller.final_choices(free), likeliest)
+  np.testing.assert_array_equal(controller.policy(state), controller.policy(free))
   rewards = np.random.default_rng(1).normal(size=50).astype(np.float32)
-  new_state, _ = jax.jit(controller.update)(state, choices, rewards, 10)
+  new_state, _ = jax.jit(controller.update)(
+    state, _outcome(choices, rewards), 10
+  )
   for a, b in zip(
     jax.tree.leaves((state.logits, state.opt_state, state.commitment)),
     jax.tree.leaves((new_state.logits, new_state.opt_state, new_state.commitment)),
@@ -298,9 +341,9 @@ def test_commitment_overrides_the_policy_and_stops_it():
 
 
 def test_the_initial_policy_is_uniform_over_what_exists():
-  controller = policy_gradient_controller(VALID, _constant(0.0))
+  controller = policy_gradient_controller(VALID, _quality, _constant(0.0))
   state = controller.init()
-  policy = np.asarray(policy_probabilities(state.logits, VALID))
+  policy = np.asarray(controller.policy(state))
   np.testing.assert_allclose(
     policy, VALID / VALID.sum(axis=1, keepdims=True), rtol=1e-6
   )
@@ -309,16 +352,14 @@ def test_the_initial_policy_is_uniform_over_what_exists():
 
 @pytest.mark.parametrize('seed', range(3))
 def test_samples_follow_the_policy(seed):
-  controller = policy_gradient_controller(VALID, _constant(0.0))
+  controller = policy_gradient_controller(VALID, _quality, _constant(0.0))
   logits = np.random.default_rng(seed).normal(0, 1, VALID.shape)
   state = _with_logits(controller, np.where(VALID, logits, 50.0))
   count = 20_000
   choices = np.asarray(jax.jit(controller.sample)(state, _keys(seed, count)))
   assert choices.shape == (count, 4) and choices.dtype == np.int32
   policy = np.exp(_log_policy(logits, VALID))
-  np.testing.assert_allclose(
-    policy_probabilities(state.logits, VALID), policy, rtol=1e-5
-  )
+  np.testing.assert_allclose(controller.policy(state), policy, rtol=1e-5)
   for i in range(4):
     exists = VALID[i]
     counts = np.bincount(choices[:, i], minlength=4)
@@ -333,7 +374,7 @@ def test_samples_follow_the_policy(seed):
 
 
 def test_a_sample_depends_on_its_key_alone():
-  controller = policy_gradient_controller(VALID, _constant(0.0))
+  controller = policy_gradient_controller(VALID, _quality, _constant(0.0))
   state, keys = controller.init(), _keys(0, 6)
   together = np.asarray(controller.sample(state, keys))
   for s in range(6):
@@ -343,17 +384,19 @@ def test_a_sample_depends_on_its_key_alone():
 
 @pytest.mark.parametrize('extreme', [50.0, 1e4, 1e30])
 def test_extreme_logits_stay_finite(extreme):
-  controller = policy_gradient_controller(VALID, _constant(1.0))
+  controller = policy_gradient_controller(VALID, _quality, _constant(1.0))
   logits = np.zeros(VALID.shape)
   logits[:, 0], logits[0, 1], logits[3, 2] = extreme, extreme, -extreme
   state = _with_logits(controller, logits)
   entropy = np.asarray(policy_entropy(state.logits, VALID))
   np.testing.assert_allclose(entropy, [np.log(2), 0, 0, 0], atol=1e-6)
-  policy = np.asarray(policy_probabilities(state.logits, VALID))
+  policy = np.asarray(controller.policy(state))
   np.testing.assert_allclose(policy.sum(axis=1), 1, rtol=1e-6)
   # The options that were chosen have probability 0.
   choices = np.array([[2, 1, 0, 1], [3, 1, 0, 2]], np.int32)
-  new_state, metrics = controller.update(state, choices, np.float32([1, 0]), 0)
+  new_state, metrics = controller.update(
+    state, _outcome(choices, np.float32([1, 0])), 0
+  )
   for leaf in jax.tree.leaves((new_state, metrics)):
     assert np.isfinite(leaf).all()
 
@@ -363,7 +406,7 @@ def test_extreme_logits_stay_finite(extreme):
 
 def test_jit_equals_eager_and_steps_do_not_retrace():
   weight = entropy_weight('cosine', 0.1, policy_delay=2, num_steps=8)
-  controller = policy_gradient_controller(VALID, weight, policy_delay=2)
+  controller = policy_gradient_controller(VALID, _quality, weight, policy_delay=2)
   traces = 0
 
   def step_function(state, keys, step):
@@ -371,7 +414,7 @@ def test_jit_equals_eager_and_steps_do_not_retrace():
     traces += 1
     choices = controller.sample(state, keys)
     rewards = jnp.mean(choices, axis=1).astype(jnp.float32)
-    return controller.update(state, choices, rewards, step), choices
+    return controller.update(state, _outcome(choices, rewards), step), choices
 
   jitted = jax.jit(step_function)
   eager_state = jitted_state = controller.init()
@@ -379,8 +422,8 @@ def test_jit_equals_eager_and_steps_do_not_retrace():
     keys = _keys(step, 3)
     if step == 6:  # commitment is data too
       commitment = jnp.array([1, 1, 0, 2], jnp.int32)
-      eager_state = eager_state._replace(commitment=commitment)
-      jitted_state = jitted_state._replace(commitment=commitment)
+      eager_state = controller.commit(eager_state, commitment)
+      jitted_state = controller.commit(jitted_state, commitment)
     (jitted_state, jitted_metrics), jitted_choices = jitted(
       jitted_state, keys, jnp.int32(step)
     )
@@ -408,6 +451,7 @@ def _final_policies(baseline, num_samples, num_seeds=100, num_steps=1500):
   delay = num_steps // 4
   controller = policy_gradient_controller(
     valid,
+    _quality,
     entropy_weight('cosine', 0.1, delay, num_steps),
     policy_delay=delay,
     baseline=baseline,
@@ -424,10 +468,10 @@ def _final_policies(baseline, num_samples, num_seeds=100, num_steps=1500):
       choices = controller.sample(state, keys)
       chosen = jnp.take_along_axis(qualities[None], choices[..., None], axis=-1)
       rewards = jnp.mean(chosen, axis=(1, 2))
-      return controller.update(state, choices, rewards, step)[0], None
+      return controller.update(state, _outcome(choices, rewards), step)[0], None
 
     state, _ = jax.lax.scan(one_step, controller.init(), jnp.arange(num_steps))
-    return policy_probabilities(state.logits, valid), qualities
+    return controller.policy(state), qualities
 
   policies, qualities = jax.jit(jax.vmap(search))(_keys(0, num_seeds))
   return np.asarray(policies), np.asarray(qualities)

@@ -1,8 +1,9 @@
-"""The steps against the same arithmetic written out, and on several meshes."""
+"""The steps against the same arithmetic written out, and on several sharding."""
 
 import functools
 import subprocess
 import sys
+from typing import NamedTuple
 
 from conftest import ROOT
 from flax import linen as nn
@@ -14,13 +15,10 @@ import pytest
 
 from fliqs_jax.linen import discovery
 from fliqs_jax.linen import operators as layers
-from fliqs_jax.search import controller, cost_models
-from fliqs_jax.training import sharding as meshes
-from fliqs_jax.training import task as objectives
-from fliqs_jax.search import rewards
-from fliqs_jax.search import space as search_space
-from fliqs_jax.training import steps, train_state
 from fliqs_jax.linen.variables import FORMATS, nest
+from fliqs_jax.search import controller, cost_models, rewards
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import classification, sharding, steps, train_state
 
 OPTIONS = ('int2', 'int4', 'e4m3')
 CLASSES, FEATURES, EXAMPLES = 3, 5, 8
@@ -43,11 +41,20 @@ def arguments(inputs):
   return train_state.Arguments((inputs,), {'train': False})
 
 
-def bound(problem, choices):
-  return nest(problem.space.layers, problem.space.bind(choices))
+def bound(search, choices):
+  return nest(search.space.layers, search.space.bind(choices))
 
 
-def make_problem(num_samples, activation_delay=0, held_out=False):
+class Search(NamedTuple):
+  """A search of the classifier's formats."""
+
+  space: search_space.SearchSpace
+  cost_model: cost_models.CostModel
+  controller: controller.Controller
+  target: float
+
+
+def make_search():
   model, inputs = Classifier(), jnp.zeros((1, FEATURES))
   found = discovery.discover(model, inputs, train=False)
   space = search_space.build_space(found, OPTIONS)
@@ -55,26 +62,19 @@ def make_problem(num_samples, activation_delay=0, held_out=False):
   target = cost_model.uniform(found, 'int4')
   policy = controller.policy_gradient_controller(
     space.valid,
+    functools.partial(rewards.absolute, beta=1.0),
     controller.entropy_weight('cosine', 0.1, 0, 10),
     baseline='moving',
   )
-  problem = steps.SearchProblem(
-    space=space,
-    cost_model=cost_model,
-    target=target,
-    reward=functools.partial(rewards.absolute, target=target, beta=1.0),
-    controller=policy,
-    activation_delay=activation_delay,
-    held_out=held_out,
-  )
 
   def init(mesh):
+    optimizer, key = optax.sgd(LEARNING_RATE), jax.random.key(1)
     state = train_state.create_train_state(
-      model, arguments(inputs), optax.sgd(LEARNING_RATE), policy, jax.random.key(1)
+      model, arguments(inputs), optimizer, policy, key, target
     )
-    return jax.device_put(state, meshes.replicated(mesh))
+    return jax.device_put(state, sharding.replicated(mesh))
 
-  return problem, init
+  return Search(space, cost_model, policy, target), init
 
 
 def make_batch(num_samples, seed=0):
@@ -88,15 +88,23 @@ def make_batch(num_samples, seed=0):
 
 def take_steps(num_samples, num_devices, count=3, **options):
   """Returns the state and the metrics of each of the first steps."""
-  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
-  problem, init = make_problem(num_samples, **options)
-  step = steps.make_search_step(problem, objectives.classification(), num_samples, mesh)
+  mesh = sharding.make_mesh(num_samples, jax.devices()[:num_devices])
+  search, init = make_search()
+  step = steps.make_search_step(
+    classification.classification(),
+    search.space,
+    search.cost_model,
+    search.controller,
+    mesh,
+    num_samples=num_samples,
+    **options,
+  )
   state, metrics = init(mesh), []
   for seed in range(count):
     batch = make_batch(num_samples, seed)
-    if problem.held_out:
+    if options.get('held_out'):
       batch['reward'] = make_batch(num_samples, seed + 100)
-    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     state, new = step(state, batch)
     metrics.append(jax.device_get(new))
   return jax.device_get(state.replace(key=None)), metrics
@@ -107,7 +115,7 @@ def take_steps(num_samples, num_devices, count=3, **options):
   [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
 )
 def test_mesh(num_samples, num_devices, shape):
-  mesh = meshes.make_mesh(num_samples, jax.devices()[:num_devices])
+  mesh = sharding.make_mesh(num_samples, jax.devices()[:num_devices])
   assert mesh.axis_names == ('sample', 'data')
   assert mesh.devices.shape == shape
 
@@ -129,27 +137,27 @@ def test_same_search_on_one_device_and_on_two(num_samples):
 
 def test_step_takes_the_mean_gradient_of_its_samples():
   num_samples = 2
-  problem, init = make_problem(num_samples)
-  mesh = meshes.make_mesh(num_samples, jax.devices()[:1])
+  search, init = make_search()
+  mesh = sharding.make_mesh(num_samples, jax.devices()[:1])
   state = init(mesh)
   batch = make_batch(num_samples)
   step_key = jax.random.fold_in(state.key, 0)
-  objective = objectives.classification()
+  task = classification.classification()
 
   def sample_loss(params, choices, s):
     _, key = jax.random.split(jax.random.fold_in(step_key, s))
     outputs, stats = state.apply_fn(
-        {'params': params, FORMATS: bound(problem, choices), **state.model_stats},
+        {'params': params, FORMATS: bound(search, choices), **state.model_stats},
         batch['image'][s], train=True, mutable=['batch_stats', 'quant_stats'],
         rngs={'dropout': key},
     )  # fmt: skip
     one = {'label': batch['label'][s]}
-    return objective.loss(outputs, one), (stats, objective.quality(outputs, one))
+    return task.loss(outputs, one), (stats, task.quality(outputs, one))
 
   policy_keys = jnp.stack(
     [jax.random.split(jax.random.fold_in(step_key, s))[0] for s in range(num_samples)]
   )
-  choices = problem.controller.sample(state.controller, policy_keys)
+  choices = search.controller.sample(state.controller, policy_keys)
   results = [
     jax.value_and_grad(sample_loss, has_aux=True)(state.params, choices[s], s)
     for s in range(num_samples)
@@ -158,7 +166,7 @@ def test_step_takes_the_mean_gradient_of_its_samples():
   gradients = mean(*(gradient for _, gradient in results))
   expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, state.params, gradients)
   expected_stats = mean(*(stats for (_, (stats, _)), _ in results))
-  costs = problem.cost_model(problem.space, np.asarray(choices))
+  costs = search.cost_model(search.space, np.asarray(choices))
   qualities = np.array([quality for (_, (_, quality)), _ in results])
 
   new_state, (metrics,) = take_steps(num_samples, 1, count=1)
@@ -166,8 +174,8 @@ def test_step_takes_the_mean_gradient_of_its_samples():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, new_state.params, expected)
   jax.tree.map(close, new_state.model_stats, expected_stats)
-  close(metrics['reward'], np.mean(qualities - abs(costs / problem.target - 1)))
-  close(metrics['cost_ratio'], np.mean(costs) / problem.target)
+  close(metrics['reward'], np.mean(qualities - abs(costs / search.target - 1)))
+  close(metrics['cost_ratio'], np.mean(costs) / search.target)
 
 
 def test_held_out_quality_leaves_the_weights_alone():
@@ -187,10 +195,10 @@ def test_activations_are_quantized_from_the_delay_on():
 
 
 def test_train_step_with_float32_is_plain_training():
-  mesh = meshes.make_mesh(1, jax.devices()[:1])
-  problem, init = make_problem(1)
-  space = search_space.uniform_space(problem.space.layers, 'float32')
-  step = steps.make_train_step(space, objectives.classification(), 0, mesh)
+  mesh = sharding.make_mesh(1, jax.devices()[:1])
+  search, init = make_search()
+  space = search_space.uniform_space(search.space.layers, 'float32')
+  step = steps.make_train_step(space, classification.classification(), 0, mesh)
   state, batch = init(mesh), make_batch(1)
   key = jax.random.split(jax.random.fold_in(state.key, 0), 1)[0]
 
@@ -206,7 +214,7 @@ def test_train_step_with_float32_is_plain_training():
   expected = jax.tree.map(
     lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(state.params)
   )
-  new_state, _ = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
+  new_state, _ = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
       jax.device_get(new_state.params), expected,
@@ -215,20 +223,20 @@ def test_train_step_with_float32_is_plain_training():
 
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_statistics_step_gives_the_batch_statistics(num_devices):
-  mesh = meshes.make_mesh(2, jax.devices()[:num_devices])
-  problem, init = make_problem(2)
-  step = steps.make_statistics_step(problem.space, objectives.classification(), mesh)
+  mesh = sharding.make_mesh(2, jax.devices()[:num_devices])
+  search, init = make_search()
+  step = steps.make_statistics_step(search.space, classification.classification(), mesh)
   state, batch = init(mesh), make_batch(2)
   choices = jnp.zeros(2, jnp.int32)
   stats = step(
     state,
-    jax.device_put(choices, meshes.replicated(mesh)),
-    jax.device_put(batch, meshes.batch_sharding(mesh)),
+    jax.device_put(choices, sharding.replicated(mesh)),
+    jax.device_put(batch, sharding.batch_sharding(mesh)),
   )
   # What batch norm sees: the first layer's outputs for all examples together.
   _, captured = state.apply_fn(
       {
-          'params': state.params, FORMATS: bound(problem, choices),
+          'params': state.params, FORMATS: bound(search, choices),
           **state.model_stats,
       },
       batch['image'].reshape(EXAMPLES, FEATURES), train=False,
@@ -241,21 +249,23 @@ def test_statistics_step_gives_the_batch_statistics(num_devices):
 
 
 def test_eval_step_counts_what_is_not_padding():
-  mesh = meshes.make_mesh(1, jax.devices()[:2])
-  problem, init = make_problem(1)
+  mesh = sharding.make_mesh(1, jax.devices()[:2])
+  search, init = make_search()
   step, state = (
-    steps.make_eval_step(problem.space, objectives.classification(), mesh),
+    steps.make_eval_step(search.space, classification.classification(), mesh),
     init(mesh),
   )
   batch = {key: value[0] for key, value in make_batch(1).items()}
   mask = np.arange(EXAMPLES) < 5
-  choices = jax.device_put(jnp.ones(2, jnp.int32), meshes.replicated(mesh))
+  choices = jax.device_put(jnp.ones(2, jnp.int32), sharding.replicated(mesh))
   sums = step(
-    state, choices, jax.device_put({**batch, 'mask': mask}, meshes.eval_sharding(mesh))
+    state,
+    choices,
+    jax.device_put({**batch, 'mask': mask}, sharding.eval_sharding(mesh)),
   )
   logits = state.apply_fn(
       {
-          'params': state.params, FORMATS: bound(problem, choices),
+          'params': state.params, FORMATS: bound(search, choices),
           **state.model_stats,
       },
       batch['image'][:5], train=False,
@@ -267,36 +277,38 @@ def test_eval_step_counts_what_is_not_padding():
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_objective_against_arithmetic(smoothing):
+def test_task_against_arithmetic(smoothing):
   logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
   batch = {'label': jnp.array([0, 1])}
   targets = np.eye(3)[[0, 1]] * (1 - smoothing) + smoothing / 3
   losses = -(targets * np.asarray(logits)).sum(axis=1)
-  objective = objectives.classification('accuracy', smoothing)
-  assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
-  assert objective.quality(logits, batch) == 0.5
-  minus_loss = objectives.classification('minus_loss', smoothing).quality(logits, batch)
+  task = classification.classification('accuracy', smoothing)
+  assert task.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
+  assert task.quality(logits, batch) == 0.5
+  minus_loss = classification.classification('minus_loss', smoothing).quality(
+    logits, batch
+  )
   assert minus_loss == pytest.approx(np.log([0.7, 0.3]).mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_objective_of_soft_labels_against_arithmetic(smoothing):
+def test_task_of_soft_labels_against_arithmetic(smoothing):
   logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
   labels = np.array([[0.8, 0.2, 0.0], [0.0, 0.9, 0.1]], np.float32)
   targets = labels * (1 - smoothing) + smoothing / 3
   losses = -(targets * np.asarray(logits)).sum(axis=1)
-  batch, objective = {'label': labels}, objectives.classification('accuracy', smoothing)
-  assert objective.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
-  assert objective.quality(logits, batch) == 0.5
-  assert objective.metrics(logits, batch) == {'accuracy': 0.5}
+  batch, task = {'label': labels}, classification.classification('accuracy', smoothing)
+  assert task.loss(logits, batch) == pytest.approx(losses.mean(), rel=1e-6)
+  assert task.quality(logits, batch) == 0.5
+  assert task.metrics(logits, batch) == {'accuracy': 0.5}
 
 
 def test_certain_soft_labels_are_labels():
   rng = np.random.default_rng(0)
   logits, labels = rng.normal(size=(20, 4)), rng.integers(4, size=20)
   for quality in ('accuracy', 'minus_loss'):
-    objective = objectives.classification(quality, 0.1)
-    for function in (objective.loss, objective.quality):
+    task = classification.classification(quality, 0.1)
+    for function in (task.loss, task.quality):
       assert function(logits, {'label': labels}) == function(
         logits, {'label': np.eye(4, dtype=np.float32)[labels]}
       )
@@ -319,12 +331,12 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
   model, inputs = WithAuxiliaryHeads(), jnp.zeros((1, FEATURES))
   found = discovery.discover(model, inputs, train=False)
   space = search_space.uniform_space(found, 'float32')
-  mesh = meshes.make_mesh(1, jax.devices()[:1])
+  mesh = sharding.make_mesh(1, jax.devices()[:1])
   state = jax.device_put(
     train_state.create_train_state(
       model, arguments(inputs), optax.sgd(LEARNING_RATE), None, jax.random.key(1)
     ),
-    meshes.replicated(mesh),
+    sharding.replicated(mesh),
   )
   params, batch, weight = jax.device_get(state.params), make_batch(1), 0.3
   images, targets = batch['image'][0], np.eye(CLASSES)[batch['label'][0]]
@@ -340,9 +352,9 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
       'kernel': params[name]['kernel'] - LEARNING_RATE * images.T @ error,
       'bias': params[name]['bias'] - LEARNING_RATE * error.sum(axis=0),
     }
-  objective = objectives.classification(auxiliary_weight=weight)
-  step = steps.make_train_step(space, objective, 0, mesh)
-  new_state, metrics = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
+  task = classification.classification(auxiliary_weight=weight)
+  step = steps.make_train_step(space, task, 0, mesh)
+  new_state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
   assert metrics['loss'] == pytest.approx(loss, rel=1e-5)
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
@@ -356,9 +368,9 @@ import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 import numpy as np
-from fliqs_jax import meshes, steps
+from fliqs_jax.training import sharding, steps
 
-mesh = meshes.make_mesh(2)
+mesh = sharding.make_mesh(2)
 assert mesh.devices.shape == (2, 2)
 rng = np.random.default_rng(0)
 x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
@@ -368,7 +380,7 @@ def mean_gradient(w, x):
     return jax.grad(lambda w: ((x @ w) ** 2).mean())(w), x.sum()
   return steps._mean_over_samples(one_sample, mesh, w, x)
 
-shardings = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+shardings = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 mean, stacked = jax.jit(mean_gradient, in_shardings=shardings)(w, x)
 assert mean.sharding.is_fully_replicated
 expected = np.mean([2 * a.T @ (a @ w) / 32 for a in x], axis=0)

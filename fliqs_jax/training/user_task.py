@@ -1,4 +1,4 @@
-"""A user's task: what feeds the network, and what its outputs are worth."""
+"""A user's own task: what feeds the network, and what its outputs are worth."""
 
 from collections.abc import Callable, Mapping
 import inspect
@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.errors import not_among
-from fliqs_jax.training.task import Batch, Metrics, Objective, classification
+from fliqs_jax.errors import ConfigError, not_among
+from fliqs_jax.training.classification import classification, mean_loss
+from fliqs_jax.training.task import Batch, Metrics, Score, Task
 from fliqs_jax.training.train_state import Arguments
-
-Score = Callable[[Any, Batch], jax.Array]  # (outputs, batch) -> [] or [B, ...]
 
 # How networks name the flag of their call that tells training, and its value then.
 _TRAIN_FLAGS = {
@@ -22,14 +20,14 @@ _TRAIN_FLAGS = {
 }  # fmt: skip
 
 
-def make_objective(
+def make_task(
   model: nn.Module,
   loss: Score | None = None,
   quality: Score | None = None,
   metrics: Callable[[Any, Batch], Metrics] | None = None,
   inputs: str | Callable[[Batch], Any] = 'image',
-) -> Objective:
-  """Returns the objective of a task.
+) -> Task:
+  """Returns the task of a user's own network and batches.
 
   Args:
     model: the network, whose call may take one of the flags `train`, `training`,
@@ -43,29 +41,44 @@ def make_objective(
     inputs: the entry of a batch that the network is called with, or a function from a
       batch to its argument or to the tuple of its arguments.
   """
-  objective = classification()
-  parts = {'loss': loss or _default_loss, 'quality': quality}
-  if quality is None:
-    parts['quality'] = objective.quality if loss is None else _minus(loss)
-  if loss is None and quality is None:
-    own_metrics, own_evaluation = objective.metrics, objective.evaluation
-  else:
-    own_metrics = lambda outputs, batch: {}
-    own_evaluation = lambda outputs, batch: {
-      name: part(outputs, batch) for name, part in parts.items()
-    }
-  more = metrics or (lambda outputs, batch: {})
-  return objective._replace(
-    **parts,
-    metrics=lambda *args: {**own_metrics(*args), **more(*args)},
-    evaluation=lambda *args: {**own_evaluation(*args), **more(*args)},
+  classifier = classification()
+  task = classifier._replace(
+    loss=loss or _default_loss,
+    quality=quality or (_minus(loss) if loss else classifier.quality),
     arguments=_arguments(model, inputs),
     mask=None,
   )
+  if loss or quality:
+
+    def scores(outputs, batch):
+      return {
+        'loss': task.loss(outputs, batch),
+        'quality': task.quality(outputs, batch),
+      }
+
+    return task._replace(
+      metrics=metrics or _no_metrics, evaluation=_together(scores, metrics)
+    )
+  return task._replace(
+    metrics=_together(classifier.metrics, metrics),
+    evaluation=_together(classifier.evaluation, metrics),
+  )
+
+
+def _no_metrics(outputs, batch):
+  del outputs, batch
+  return {}
+
+
+def _together(own, more):
+  """Returns the function to the values of two."""
+  if more is None:
+    return own
+  return lambda outputs, batch: {**own(outputs, batch), **more(outputs, batch)}
 
 
 def _default_loss(logits, batch):
-  """That of classifiers; says what it expects of outputs and batch."""
+  """Returns the classifier's loss, or says what it expects of outputs and batch."""
   labels = batch.get('label') if isinstance(batch, Mapping) else None
   shape = getattr(logits, 'shape', ())
   if getattr(labels, 'shape', None) not in (shape[:-1], shape)[: len(shape)]:
@@ -74,7 +87,7 @@ def _default_loss(logits, batch):
       f'or as the logits, found {_shapes(logits)} and {_shapes(labels)}: expected '
       'loss=... for anything else'
     )
-  return classification().loss(logits, batch)
+  return mean_loss(logits, batch)
 
 
 def _shapes(tree):
@@ -114,12 +127,12 @@ def _entry(batch, name):
   return batch[name]
 
 
-def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> None:
-  """Checks, by tracing, that a network and its objective fit batches `[B, ...]`.
+def check(model: nn.Module, task: Task, batch: Batch, evaluated: Batch) -> None:
+  """Checks, by tracing, that a network and its task fit batches `[B, ...]`.
 
   Args:
     model: the searchable network.
-    objective: from `make_objective`.
+    task: from `make_task`.
     batch: for training.
     evaluated: for the evaluation; of another size, maybe.
 
@@ -128,9 +141,9 @@ def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> N
   """
 
   def forward(batch, evaluated):
-    example = objective.arguments(batch, False)
+    example = task.arguments(batch, False)
     variables = model.init(jax.random.key(0), *example.args, **example.kwargs)
-    call = objective.arguments(batch, True)
+    call = task.arguments(batch, True)
     collections = [name for name in variables if name != 'params']
     key = jax.random.key(0)
     outputs, updated = model.apply(
@@ -141,14 +154,14 @@ def check(model: Any, objective: Objective, batch: Batch, evaluated: Batch) -> N
       **call.kwargs,
     )
     values = {
-      'loss': objective.loss(outputs, batch),
-      'quality': objective.quality(outputs, batch),
-      **objective.metrics(outputs, batch),
+      'loss': task.loss(outputs, batch),
+      'quality': task.quality(outputs, batch),
+      **task.metrics(outputs, batch),
     }
-    call = objective.arguments(evaluated, False)
+    call = task.arguments(evaluated, False)
     outputs = model.apply(variables, *call.args, **call.kwargs)
-    found = values, objective.evaluation(outputs, evaluated)
-    logits = outputs if objective.loss is _default_loss else None
+    found = values, task.evaluation(outputs, evaluated)
+    logits = outputs if task.loss is _default_loss else None
     return found, logits, {name: variables[name] for name in collections}, updated
 
   found, logits, before, after = jax.eval_shape(forward, batch, evaluated)
