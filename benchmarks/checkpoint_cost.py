@@ -20,7 +20,8 @@ from etils import epath
 import jax
 
 from fliqs_jax.data import pipeline
-from fliqs_jax.runs import assembly, evaluation, loop
+from fliqs_jax.runs import evaluation, loop
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.training import sharding
@@ -38,12 +39,12 @@ def main():
   config = runpy.run_path(str(CONFIG))['get_config']('digits')
   config.model.width = args.width
   config = resolve(config)
-  setup = assembly.build(config, jax.device_count())
+  setup = setup_lib.build(config, jax.device_count())
   builder = pipeline.find_builder(config)
   pipeline.prepare(config, builder)
   mesh = sharding.make_mesh(config.search.num_samples)
   state = evaluation.initial_state(setup, mesh, config.seed)
-  step_fn = loop._make_step(config, setup, mesh)
+  step_fn = loop.make_step(setup, mesh)
   batch_sharding = sharding.batch_sharding(mesh)
   batches = pipeline.train_batches(config, builder, config.seed, batch_sharding)
 

@@ -7,6 +7,7 @@ and then timed in turns; the numbers are medians.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -19,9 +20,10 @@ import optax
 from fliqs_jax import models
 from fliqs_jax.layers import architecture
 from fliqs_jax.linen import discovery
-from fliqs_jax.search import controller, cost_models
+from fliqs_jax.search import controller, cost_models, rewards
 from fliqs_jax.search.space import build_space
-from fliqs_jax.training import sharding, steps, task
+from fliqs_jax.training import sharding, steps
+from fliqs_jax.training.classification import classification
 from fliqs_jax.training.train_state import Arguments, create_train_state
 
 
@@ -37,21 +39,21 @@ def prepare(choose, args):
   inputs = jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32)
   layers = discovery.discover(model, inputs, train=False)
   space = build_space(layers, ('int4', 'int8', 'bf16'))
-  policy = controller.policy_gradient_controller(space.valid, lambda step: 0.1)
-  problem = steps.SearchProblem(
-    space=space,
-    cost_model=cost_models.get_cost_model('bops'),
-    target=1.0,
-    reward=lambda quality, cost: quality - jnp.abs(cost - 1),
-    controller=policy,
-    activation_delay=0,
-    held_out=False,
+  policy = controller.policy_gradient_controller(
+    space.valid, functools.partial(rewards.absolute, beta=1.0), lambda step: 0.1
   )
   mesh = sharding.make_mesh(1, jax.devices()[:1])
-  step = steps.make_search_step(problem, task.classification(), args.samples, mesh)
+  step = steps.make_search_step(
+    classification(),
+    space,
+    cost_models.get_cost_model('bops'),
+    policy,
+    mesh,
+    num_samples=args.samples,
+  )
   example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(
-    model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0)
+    model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0), 1.0
   )
   return step, state
 

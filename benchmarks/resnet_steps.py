@@ -12,7 +12,8 @@ from fliqs_jax.linen import discovery
 from fliqs_jax.search import cost_models, rewards
 from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
 from fliqs_jax.search.space import build_space, uniform_space
-from fliqs_jax.training import steps, task, train_state
+from fliqs_jax.training import steps, train_state
+from fliqs_jax.training.classification import classification
 
 VARIANTS = ('float', 'fixed_int8', 'search')
 NUM_CLASSES = 1000
@@ -50,44 +51,35 @@ def make_step(
   if wrap:
     model = wrap(model)
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
-  objective = task.classification(label_smoothing=0.1)
+  task = classification(label_smoothing=0.1)
   layers = discovery.discover(model, inputs, train=False)
-  controller = None
+  controller, target = None, None
   if variant == 'search':
-    problem = _problem(layers, formats, num_samples)
-    controller = problem.controller
-    step = steps.make_search_step(problem, objective, num_samples, mesh)
+    space = build_space(layers, formats)
+    cost_model = cost_models.get_cost_model('bops')
+    target = cost_model.uniform(layers, formats[0])
+    controller = policy_gradient_controller(
+      space.valid,
+      functools.partial(rewards.absolute, beta=1.0),
+      entropy_weight('cosine', 0.1, 0, 1000),
+      baseline='leave_one_out' if num_samples > 1 else 'moving',
+    )
+    step = steps.make_search_step(
+      task, space, cost_model, controller, mesh, num_samples=num_samples
+    )
   else:
     space = uniform_space(layers, 'int8')
-    step = steps.make_train_step(space, objective, 0, mesh)
+    step = steps.make_train_step(task, space, mesh)
   optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
 
   def init(key):
     image = jnp.zeros(inputs.shape, dtype)
     example = train_state.Arguments((image,), {'train': False})
-    return train_state.create_train_state(model, example, optimizer, controller, key)
+    return train_state.create_train_state(
+      model, example, optimizer, controller, key, target
+    )
 
   return step, init
-
-
-def _problem(layers, formats, num_samples):
-  """Returns the search over layers, for the cost of the first of the formats."""
-  space = build_space(layers, formats)
-  cost_model = cost_models.get_cost_model('bops')
-  target = cost_model.uniform(layers, formats[0])
-  return steps.SearchProblem(
-    space=space,
-    cost_model=cost_model,
-    target=target,
-    reward=functools.partial(rewards.absolute, target=target, beta=1.0),
-    controller=policy_gradient_controller(
-      space.valid,
-      entropy_weight('cosine', 0.1, 0, 1000),
-      baseline='leave_one_out' if num_samples > 1 else 'moving',
-    ),
-    activation_delay=0,
-    held_out=False,
-  )
 
 
 def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):

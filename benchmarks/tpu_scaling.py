@@ -16,6 +16,7 @@ topologies that are in it already are not compiled again.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -35,7 +36,11 @@ import resnet_steps
 
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search import cost_models, devices, rewards
-from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
+from fliqs_jax.search.controller import (
+  Outcome,
+  entropy_weight,
+  policy_gradient_controller,
+)
 from fliqs_jax.search.space import build_space
 from fliqs_jax.training import sharding
 
@@ -163,14 +168,16 @@ def controller_figures(topology, num_decisions, num_samples):
   cost_model = cost_models.get_cost_model('bops')
   target = cost_model.uniform(layers, 'int4')
   controller = policy_gradient_controller(
-    space.valid, entropy_weight('cosine', 0.1, 0, 1000)
+    space.valid,
+    functools.partial(rewards.absolute, beta=1.0),
+    entropy_weight('cosine', 0.1, 0, 1000),
   )
 
   def control(state, keys, quality, step):
     choices = controller.sample(state, keys)
     costs = cost_model(space, choices)
-    reward = rewards.absolute(quality, costs, target=target, beta=1.0)
-    return controller.update(state, choices, reward, step), costs
+    outcome = Outcome(choices, quality, costs, target)
+    return controller.update(state, outcome, step), costs
 
   shapes = (
     jax.eval_shape(controller.init),

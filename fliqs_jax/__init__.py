@@ -1,8 +1,19 @@
 """One training run that finds a numeric format for each layer of a network.
 
-fliqs_jax.search           a search over your own network, data and loss
-fliqs_jax.evaluate         of what a search left, under its formats or others
-fliqs_jax.make_searchable  a network with its layers quantized, for a loop of your own
+    result = fliqs_jax.search(model, train_batches, eval_batches, num_steps=1000)
+
+search           a search over your own network, data and loss
+SearchResult     what it returns: formats, weights, cost, history
+evaluate         the quality of what a search left, under its formats or others
+make_searchable  a network with its layers quantized, for a loop of your own
+default_config   the fields of a config, which `search` and the commands take
+ConfigError      a mistake in what was asked for
+RunError         a run that cannot go on
+Preempted        a run that was asked to stop, and goes on when it is started again
+
+The parts, for programs of their own, are the folders `numerics`, `layers`, `linen`,
+`models`, `search`, `data`, `training`, `runs` and `reporting`. Those of `search`, which
+is a function here, are imported as `from fliqs_jax.search import space`.
 
 Shapes in docstrings have the same letters everywhere: S samples of the policy in a
 step, B examples of a batch, N decisions, K options of a decision or formats of a table,
@@ -13,8 +24,17 @@ import importlib
 import sys
 import types
 
-# Imported when they are used: some need TensorFlow, for TensorBoard's files.
-_MODULES = {'search': 'api', 'evaluate': 'api', 'make_searchable': 'linen.interception'}
+# Imported when they are used, since who needs a part alone may lack what the rest needs.
+_MODULES = {
+  'ConfigError': 'errors',
+  'Preempted': 'errors',
+  'RunError': 'errors',
+  'SearchResult': 'api',
+  'default_config': 'runs.config',
+  'evaluate': 'api',
+  'make_searchable': 'linen.interception',
+  'search': 'api',
+}
 __all__ = list(_MODULES)
 
 

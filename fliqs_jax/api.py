@@ -21,23 +21,21 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.data import batches
+from fliqs_jax.errors import ConfigError, Problems, not_among
 from fliqs_jax.layers import layer
-from fliqs_jax.runs import assembly, evaluation
-from fliqs_jax.search import assignments
-from fliqs_jax.runs import networks
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import setup as plans
-from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.layers.variants import architecture_decisions
-from fliqs_jax.training import own_task as tasks
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs.config import default_config, resolve
-from fliqs_jax.linen.variables import FORMATS, nest
-from fliqs_jax.errors import not_among
-from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
-from fliqs_jax.training.own_task import Score
+from fliqs_jax.linen.variables import FORMATS, nest
+from fliqs_jax.runs import evaluation, loop, preparation
+from fliqs_jax.runs import result as result_lib
+from fliqs_jax.runs import setup as setup_lib
+from fliqs_jax.runs import workdir as workdir_lib
+from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.runs.network import Network
+from fliqs_jax.runs.setup import Data
+from fliqs_jax.search.assignments import Assignment
+from fliqs_jax.training import user_task
+from fliqs_jax.training.task import Batch, Metrics, Score, Task
 
 # Where a field that is given by its last name alone is looked for, in this order.
 _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')
@@ -105,7 +103,7 @@ class SearchResult:
     if os.path.isfile(folder) or (os.path.isdir(folder) and os.listdir(folder)):
       raise ConfigError(f'{folder!r} exists: expected a new or empty folder')
     try:
-      ignored = shutil.ignore_patterns(workdirs.LOCK_FILE)
+      ignored = shutil.ignore_patterns(workdir_lib.LOCK_FILE)
       shutil.copytree(self.workdir, folder, ignore=ignored, dirs_exist_ok=True)
     except OSError as error:
       raise ConfigError(f'cannot write to {folder!r}: {error}') from None
@@ -128,12 +126,12 @@ def search(
   """Searches the formats of a network's layers while it trains.
 
   Args:
-    model: any linen module; see `searchable.make_searchable` for what is searched.
+    model: any linen module; see `make_searchable` for what is searched.
     train_batches: dicts of numpy arrays `[B, ...]`, all of one size: an iterator, or
       a function that returns one, or a list, which start over when they end. B is a
       multiple of the samples and of the devices.
     eval_batches: the same, each example once; the last batch may be smaller.
-    loss: see `tasks.make_objective`, as for `quality`, `metrics` and `inputs`.
+    loss: see `user_task.make_task`, as for `quality`, `metrics` and `inputs`.
     quality: what the search rewards.
     metrics: what else is logged and evaluated.
     inputs: what of a batch the network is called with.
@@ -158,39 +156,47 @@ def search(
   evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   config.batch_size = batches.batch_size(first, 'train_batches')
   config.dataset = 'own batches'
-  objective = tasks.make_objective(model, loss, quality, metrics, inputs)
-  network, coverage = _network(config, model, objective, first, evaluated)
+  task = user_task.make_task(model, loss, quality, metrics, inputs)
+  own_loss = loss is not None
+  network, coverage = _network(config, model, task, own_loss, first, evaluated)
   print(coverage, file=sys.stderr)
   config.model = {
     'name': type(model).__name__,
     'width': 1.0,
     'layers': json.dumps(layer.to_json(network.layers)),
   }
-  config = resolve(config)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = epath.Path(workdir or temporary.name)
-  attempt = plans.Attempts()
-  setup = attempt(assembly.build, config, jax.device_count(), None, network)
-  start = plans.check_start(attempt, config, setup, variables)
-  attempt(workdirs.check, config, folder, False)
-  attempt.raise_problems()
-  num_samples, size = config.search.num_samples, config.batch_size
-  data = plans.Data(
-    lambda seed, sharding: batches.TrainBatches(train_batches, num_samples, size),
-    lambda sharding: batches.eval_batches(eval_batches),
-  )
-  content = train.run_plan(config, folder, plans.Plan(setup, data, start))
+  setup = _prepare(resolve(config), network, folder, variables)
+  setup = setup._replace(data=_data(setup, train_batches, eval_batches))
+  content = loop.train(setup, folder)
+  history = (folder / workdir_lib.HISTORY_FILE).read_text().splitlines()
   return SearchResult(
     model=network.model,
     variables=_final_variables(setup, folder, content['formats']),
     content=content,
-    history=[
-      json.loads(line)
-      for line in (folder / workdirs.HISTORY_FILE).read_text().splitlines()
-    ],
+    history=[json.loads(line) for line in history],
     coverage=coverage,
     workdir=str(folder),
     _temporary=temporary,
+  )
+
+
+def _prepare(config, network, folder, variables):
+  """Returns what a search needs besides data, after all checks."""
+  problems = Problems()
+  setup = problems.attempt(setup_lib.build, config, jax.device_count(), None, network)
+  start = preparation.attempt_start(problems, config, setup, variables)
+  problems.attempt(workdir_lib.check, config, folder, False)
+  problems.raise_any()
+  return setup._replace(start=start)
+
+
+def _data(setup, train_batches, eval_batches):
+  num_samples, size = setup.num_samples, setup.config.batch_size
+  return Data(
+    lambda seed, sharding: batches.TrainBatches(train_batches, num_samples, size),
+    lambda sharding: batches.eval_batches(eval_batches),
   )
 
 
@@ -199,7 +205,7 @@ def evaluate(
   eval_batches: batches.Source,
   workdir: os.PathLike | str,
   *,
-  formats: str | assignments.Assignment | None = None,
+  formats: str | Assignment | None = None,
   loss: Score | None = None,
   quality: Score | None = None,
   metrics: Callable[[Any, Batch], Metrics] | None = None,
@@ -221,45 +227,54 @@ def evaluate(
   Raises:
     ConfigError: where the folder holds no such run.
   """
-  folder, attempt = epath.Path(workdir), plans.Attempts()
-  config = attempt(workdirs.read_config, folder)
+  folder = epath.Path(workdir)
+  problems = Problems()
+  config = problems.attempt(workdir_lib.read_config, folder)
   if formats is None:
-    result = attempt(results.read_result, folder / results.RESULT_FILE)
+    path = folder / result_lib.RESULT_FILE
+    result = problems.attempt(result_lib.read_result, path)
     formats = result and result['formats']
-  attempt.raise_problems()
+  problems.raise_any()
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
-  objective = tasks.make_objective(model, loss, quality, metrics, inputs)
-  network, _ = _network(config, model, objective, first, first)
-  setup = attempt(assembly.build, config, jax.device_count(), formats, network)
-  attempt.raise_problems()
+  task = user_task.make_task(model, loss, quality, metrics, inputs)
+  network, _ = _network(config, model, task, loss is not None, first, first)
+  setup = setup_lib.build(config, jax.device_count(), formats, network)
+  setup = setup._replace(
+    data=Data(None, lambda sharding: batches.eval_batches(eval_batches))
+  )
   state, mesh = evaluation.restored_state(setup, folder)
-  data = plans.Data(None, lambda sharding: batches.eval_batches(eval_batches))
-  return evaluation.evaluate(setup, mesh, data, state, np.zeros(0, np.int32))
+  return evaluation.make_evaluate(setup, mesh)(state, np.zeros(0, np.int32))
 
 
-def _network(config, model, objective, first, evaluated):
+def _network(
+  config: ml_collections.ConfigDict,
+  model: nn.Module,
+  task: Task,
+  own_loss: bool,
+  first: Batch,
+  evaluated: Batch,
+) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
-  attempt = plans.Attempts()
-  searchable = attempt(make_searchable, model, **config.quantizer.to_dict())
-  attempt.raise_problems()
-  tasks.check(searchable, objective, first, evaluated)
+  searchable = make_searchable(model, **config.quantizer.to_dict())
+  user_task.check(searchable, task, own_loss, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
-  example = objective.arguments(one, False)
+  example = task.arguments(one, False)
   example = example._replace(
     args=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example.args)
   )
-  coverage = attempt(searchable.coverage, *example.args, **example.kwargs)
-  attempt.raise_problems()
+  coverage = searchable.coverage(*example.args, **example.kwargs)
+  name = type(model).__name__
   if not coverage.layers:
-    raise ConfigError(f'no layer of {type(model).__name__} can be searched', *(
-        f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
-    ))  # fmt: skip
+    reasons = (
+      f'{path or "the network"}: {why}' for path, why in coverage.skipped.items()
+    )
+    raise ConfigError(f'no layer of {name} can be searched', *reasons)
   if architecture_decisions(coverage.layers):
     raise ConfigError(
-      f'the architecture of {type(model).__name__} is left open: fliqs_jax.search '
-      'decides formats alone, python -m fliqs_jax.main the architecture too'
+      f'the architecture of {name} is left open: fliqs_jax.search decides formats '
+      'alone, python -m fliqs_jax.main the architecture too'
     )
-  return networks.Network(searchable, example, coverage.layers, objective), coverage
+  return Network(searchable, example, coverage.layers, task), coverage
 
 
 def _final_variables(setup, folder, formats):
@@ -267,9 +282,7 @@ def _final_variables(setup, folder, formats):
   state, _ = evaluation.restored_state(setup, folder)
   choices = setup.space.choices_of(formats)
   formats = nest(setup.space.layers, setup.space.bind(choices))
-  return jax.device_get(
-    {'params': state.params, **state.model_stats, FORMATS: formats}
-  )
+  return jax.device_get({'params': state.params, **state.model_stats, FORMATS: formats})
 
 
 def _with_fields(config, fields):

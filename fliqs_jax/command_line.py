@@ -82,12 +82,12 @@ def _parse(argv, required):
     rest = flags.FLAGS(argv)
     for name in required:
       if flags.FLAGS[name].value is None:
-        raise ValueError(f'--{name} is missing: expected --{name}={name.upper()}')
+        raise ConfigError(f'--{name} is missing: expected --{name}={name.upper()}')
     if 'config' in flags.FLAGS:
       # An error in the config file is kept back until a field is read.
       _ = flags.FLAGS.config.mode
     if rest[1:]:
-      raise ValueError(f'unexpected argument {rest[1]!r}: expected flags alone')
+      raise ConfigError(f'unexpected argument {rest[1]!r}: expected flags alone')
     return rest
   except SystemExit:  # absl has printed the help, and calls that a failure
     sys.exit(0)

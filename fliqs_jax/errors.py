@@ -1,15 +1,47 @@
 """Errors that end a run in one line, and the text that names what was meant instead."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import difflib
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec('_Arguments')
+_Result = TypeVar('_Result')
 
 
 class ConfigError(ValueError):
-  """What a user asked for cannot be done; one line for each problem."""
+  """A user's mistake: what was asked for cannot be done; one line for each problem."""
 
   def __init__(self, *problems: str):
     super().__init__('\n'.join(problems))
     self.problems = [line for problem in problems for line in problem.splitlines()]
+
+
+class Problems:
+  """The user's mistakes that were found so far, to be reported all together."""
+
+  def __init__(self, *lines: str):
+    self._lines = list(lines)
+
+  def add(self, *lines: str) -> None:
+    """Adds those lines that are not among the problems yet."""
+    self._lines += [line for line in lines if line not in self._lines]
+
+  def attempt(
+    self,
+    function: Callable[_Arguments, _Result],
+    *args: _Arguments.args,
+    **kwargs: _Arguments.kwargs,
+  ) -> _Result | None:
+    """Returns the function's result, or None where it finds a mistake."""
+    try:
+      return function(*args, **kwargs)
+    except ConfigError as error:
+      self.add(*error.problems)
+
+  def raise_any(self) -> None:
+    """Raises ConfigError where there are problems."""
+    if self._lines:
+      raise ConfigError(*self._lines)
 
 
 class RunError(RuntimeError):

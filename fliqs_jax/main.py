@@ -15,7 +15,7 @@ import jax
 
 from fliqs_jax import command_line
 from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import distributed
+from fliqs_jax.runs import distributed, loop
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all files of the run.')
@@ -41,9 +41,6 @@ def main(argv):
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
   )
   _cache_compilations(_CONFIG.value.compilation_cache)
-  # After the flags, whose errors need no TensorFlow.
-  from fliqs_jax.runs import loop
-
   result = loop.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:
     terminal.print_result(result, _WORKDIR.value)

@@ -24,10 +24,9 @@ from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
 from fliqs_jax.reporting.page import write_report
-from fliqs_jax.runs import networks, pretrained
+from fliqs_jax.runs import network, pretrained
 from fliqs_jax.runs import result as results
-from fliqs_jax.training import own_task as tasks
-from fliqs_jax.training import train_state
+from fliqs_jax.training import train_state, user_task
 
 LENGTH, SYMBOLS = 8, 5
 
@@ -154,7 +153,7 @@ def test_a_sequence_model_with_a_loss_of_its_own(searched):
 def test_the_result_is_read_without_the_network(searched, capsys):
   result, _ = searched
   config = ml_collections.ConfigDict(result.content['config'])
-  layers = networks.discover_layers(config)
+  layers = network.discover_layers(config)
   assert [layer.path for layer in layers] == list(result.formats)
   assert [layer.macs for layer in layers] == [
     layer.macs for layer in result.coverage.layers
@@ -335,7 +334,7 @@ def test_the_flag_of_training_has_many_names(flag, value):
   scope = {}
   exec(f'def call(self, x, {flag}=None): return x', scope)
   model = type('Model', (nn.Module,), {'__call__': scope['call']})()
-  arguments = tasks.make_objective(model).arguments
+  arguments = user_task.make_task(model).arguments
   batch = {'image': 1}
   assert arguments(batch, True) == ((1,), {flag: value})
   assert arguments(batch, False) == ((1,), {flag: not value})

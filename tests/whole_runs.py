@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Children of a process that has imported everything and asked for no device.
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['fliqs_jax.main', 'fliqs_jax.runs.loop'])
+CONTEXT.set_forkserver_preload(['fliqs_jax.main', 'fliqs_jax.data.pipeline'])
 
 
 _FLAGS = {'coordinator', 'num_processes', 'process_id'}

@@ -1,10 +1,9 @@
-"""A user's batches, as the loop takes them."""
+"""Iterators over batches, and those over a user's own."""
 
 from collections.abc import Callable, Iterable, Iterator
 import itertools
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
 
@@ -68,7 +67,21 @@ def _iterate(source):
   return iter(source() if callable(source) else source)
 
 
-class TrainBatches(grain.DatasetIterator):
+class BatchIterator(Protocol):
+  """An iterator that tells and takes its position, as those of Grain do."""
+
+  def __iter__(self) -> Iterator[Any]: ...
+
+  def __next__(self) -> Any: ...
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position, ready for JSON."""
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position."""
+
+
+class TrainBatches:
   """Batches `[S, B / S, ...]` of a source of batches `[B, ...]`.
 
   A source that can be iterated again starts over when it ends; batches smaller than
@@ -78,9 +91,11 @@ class TrainBatches(grain.DatasetIterator):
 
   def __init__(self, source: Source, num_samples: int, size: int):
     """Starts at the beginning of a source whose batches have `size` examples."""
-    super().__init__()
     self._source, self._num_samples, self._size = source, num_samples, size
     self._iterator, self._taken = _iterate(source), 0
+
+  def __iter__(self) -> 'TrainBatches':
+    return self
 
   def __next__(self) -> Any:
     batch = self._next_whole()

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fliqs_jax.data import augmentations
-from fliqs_jax.errors import not_among
+from fliqs_jax.errors import ConfigError, not_among
 
 # Datasets that this package builds itself, on first use.
 PACKAGED = {'digits': 'fliqs_jax.data.datasets.digits'}
@@ -27,7 +27,7 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
   """Returns the dataset's builder. Writes nothing.
 
   Raises:
-    ValueError: where TFDS has no such dataset, it is not prepared in ArrayRecord, or
+    ConfigError: where TFDS has no such dataset, it is not prepared in ArrayRecord, or
       its features are not what the config says.
   """
   name, data_dir = config.dataset, config.input.data_dir or None
@@ -36,7 +36,7 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
   except tfds.core.DatasetNotFoundError:
-    raise ValueError(
+    raise ConfigError(
       not_among(
         f'unknown dataset {name!r}',
         name,
@@ -45,7 +45,7 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
       )
     ) from None
   if name not in PACKAGED and not builder.is_prepared():
-    raise ValueError(_unprepared(name, data_dir))
+    raise ConfigError(_unprepared(name, data_dir))
   _check_features(config, builder.info.features)
   return builder
 
@@ -54,7 +54,7 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
   """Builds a packaged dataset that is not there yet, and checks the splits.
 
   Raises:
-    ValueError: where a split that the config names does not exist or is empty.
+    ConfigError: where a split that the config names does not exist or is empty.
   """
   if not builder.is_prepared():
     tfds.disable_progress_bar()  # it takes a second
@@ -69,7 +69,7 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
         f'split {split!r} of {config.dataset!r}: {str(error).splitlines()[0]}'
       )
   if problems:
-    raise ValueError('\n'.join(problems))
+    raise ConfigError(*problems)
 
 
 def _unprepared(name, data_dir):
@@ -85,10 +85,10 @@ def _unprepared(name, data_dir):
 def _check_features(config, features):
   for name in ('image', 'label'):
     if name not in features:
-      raise ValueError(f'dataset {config.dataset!r} has no feature {name!r}')
+      raise ConfigError(f'dataset {config.dataset!r} has no feature {name!r}')
   num_classes = features['label'].num_classes
   if num_classes != config.num_classes:
-    raise ValueError(
+    raise ConfigError(
       f'num_classes={config.num_classes}: expected {num_classes}, as dataset '
       f'{config.dataset!r} has'
     )

@@ -17,7 +17,8 @@ from fliqs_jax.reporting import analysis_figures
 from fliqs_jax.reporting.quality import from_evaluation
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
-from fliqs_jax.runs import assembly
+from fliqs_jax.runs import evaluation, loop
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.workdir import check_model
@@ -51,12 +52,7 @@ def write_figures(
   except OSError as error:
     raise ConfigError(f'--folder={folder}: {error.strerror or error}') from None
   for name in names:
-    try:
-      numbers, figure = _make(name, config, folder, run_folders)
-    except ConfigError:
-      raise
-    except ValueError as error:
-      raise ConfigError(str(error)) from None
+    numbers, figure = _make(name, config, folder, run_folders)
     write_json(folder / f'{name}.json', numbers)
     path = folder / f'{name}.png'
     path.write_bytes(to_png(figure))
@@ -100,11 +96,9 @@ def network_weights(
   Raises:
     ConfigError: where the workdir holds no checkpoint of this network.
   """
-  from fliqs_jax.runs import evaluation  # imports TensorFlow
-
   if workdir:
     check_model(config, epath.Path(workdir))
-  setup = assembly.build(config, jax.device_count(), 'float32')
+  setup = setup_lib.build(config, jax.device_count(), 'float32')
   if workdir:
     state, _ = evaluation.restored_state(setup, epath.Path(workdir))
   else:
@@ -145,8 +139,6 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
 
 def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]:
   """Searches with several entropy weights, and returns how each went, for JSON."""
-  from fliqs_jax.runs import loop  # imports TensorFlow
-
   rows = []
   for weight in ENTROPY_WEIGHTS:
     changed = config.copy_and_resolve_references()

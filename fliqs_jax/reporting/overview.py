@@ -13,7 +13,8 @@ import numpy as np
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import assembly, files, networks, subnetwork
+from fliqs_jax.runs import builders, files, network, supernet
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.search import assignments
 from fliqs_jax.search.budget import cost_range
@@ -36,25 +37,20 @@ def print_overview(
   if format_name and config.formats:
     raise ConfigError('--format and --config.formats: expected one of the two')
   label = format_name or config.formats or 'bf16'
-  try:
-    assignment = files.read_formats(label)
-    architecture = subnetwork.read_architecture(config)
-    content = describe(config, assignment, label, architecture)
-    if as_json:
-      print(json.dumps(content))
-    else:
-      print_table(config, content)
-  except ConfigError:
-    raise
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
+  assignment = files.read_formats(label)
+  architecture = supernet.read_architecture(config)
+  content = describe(config, assignment, label, architecture)
+  if as_json:
+    print(json.dumps(content))
+  else:
+    print_table(config, content)
 
 
 def describe(
   config: ml_collections.ConfigDict,
   assignment: str | assignments.Assignment,
   label: str,
-  architecture: networks.Architecture = MappingProxyType({}),
+  architecture: network.Architecture = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns the layers and totals of a config's network, ready for JSON.
 
@@ -64,7 +60,7 @@ def describe(
     label: what to call them.
     architecture: empty for the standard one.
   """
-  setup = assembly.build(config, 1, assignment, architecture=architecture)
+  setup = setup_lib.build(config, 1, assignment, architecture=architecture)
   variables = jax.eval_shape(
     functools.partial(setup.model.init, **setup.example.kwargs),
     jax.random.key(0),
@@ -117,9 +113,9 @@ def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -
 
 def _reachable_costs(config, architecture):
   """Returns lines on the costs of uniform models and on those that a search reaches."""
-  cost_model = assembly.build_cost_model(config)
-  layers = networks.discover_layers(config)
-  space = assembly.build_space(config, networks.searched_layers(config, architecture))
+  cost_model = builders.build_cost_model(config)
+  layers = network.discover_layers(config)
+  space = builders.build_space(config, network.searched_layers(config, architecture))
   unit = cost_model.unit
   uniform = ', '.join(
     f'{name} {cost_model.uniform(layers, name):.6g}'
@@ -129,9 +125,9 @@ def _reachable_costs(config, architecture):
   lines = [
     f'Uniform models: {uniform} {unit}',
     f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
-    f'{assembly.search_target(config, layers):.6g} {unit}',
+    f'{builders.search_target(config, cost_model, layers):.6g} {unit}',
   ]
-  for cap in assembly.search_caps(config, layers):
+  for cap in builders.search_caps(config, cost_model, layers):
     low, high = cost_range(space, cap.cost_model)
     unit = cap.cost_model.unit
     lines.append(

@@ -52,10 +52,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
     ConfigError: where a folder holds no run, a file is damaged, or the page cannot be
       written; nothing is written then.
   """
-  try:
-    runs = [read_run(workdir) for workdir in workdirs]
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
+  runs = [read_run(workdir) for workdir in workdirs]
   path = epath.Path(out) if out else runs[0].workdir / REPORT_FILE
   sections = [_section(run, runs) for run in runs]
   together = _comparison(runs) if len(runs) > 1 else None

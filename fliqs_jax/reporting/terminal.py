@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import builders, network
 from fliqs_jax.search.space import fixed_space
 
 
@@ -146,13 +146,14 @@ def _cap_lines(result):
   config = ml_collections.ConfigDict(result['config'])
   if config.mode != 'search' or not config.search.cap_cost_model:
     return []
-  standard = networks.discover_layers(config)
-  found = networks.discover_layers(
-    config, networks.choose_architecture(config, result['architecture'])
+  standard = network.discover_layers(config)
+  found = network.discover_layers(
+    config, network.choose_architecture(config, result['architecture'])
   )
   space = fixed_space(found, result['formats'])
   lines = []
-  for cap in assembly.search_caps(config, standard):
+  cost_model = builders.build_cost_model(config)
+  for cap in builders.search_caps(config, cost_model, standard):
     cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
     lines.append(
       f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '

@@ -9,11 +9,11 @@ from typing import Any
 import zlib
 
 from etils import epath
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from fliqs_jax.data.batches import BatchIterator
 from fliqs_jax.errors import RunError
 from fliqs_jax.training.train_state import TrainState
 
@@ -66,7 +66,7 @@ class Checkpoints:
     """Returns the step of the newest checkpoint, None where there is none."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
+  def save(self, state: TrainState, batches: BatchIterator) -> None:
     """Saves the state, which is copied before the call returns.
 
     Raises:
@@ -85,7 +85,7 @@ class Checkpoints:
         ),
       )
 
-  def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
+  def restore(self, state: TrainState, batches: BatchIterator) -> TrainState:
     """Returns the newest sound checkpoint's state, and sets the iterator as it was.
 
     Damaged ones that are newer are deleted, so that they can be saved again.

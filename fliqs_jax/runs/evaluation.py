@@ -1,5 +1,6 @@
 """Evaluation: of the state at hand, or of a checkpoint."""
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -8,77 +9,72 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax.runs import assembly, files, networks
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import setup as plans
-from fliqs_jax.training import steps
-from fliqs_jax.training import sharding as meshes
-from fliqs_jax.runs import subnetwork as subnetworks
-from fliqs_jax.runs import workdir as workdirs
+from fliqs_jax.errors import ConfigError, Problems
 from fliqs_jax.layers.architecture import searched
+from fliqs_jax.runs import files, network, supernet, workdir
+from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs.setup import Attempts, Data
+from fliqs_jax.runs.preparation import attempt_build, configured_data
+from fliqs_jax.runs.setup import Setup
+from fliqs_jax.training import sharding, steps
 from fliqs_jax.training.train_state import TrainState, create_train_state
 
+# (state, choices int32[N]) -> means over all examples, and their number
+Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 
-def initial_state(
-  setup: assembly.Setup, mesh: jax.sharding.Mesh, seed: int
-) -> TrainState:
+
+def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
   """Returns the state before the first step, on all devices."""
 
-  def init(key):
+  def init(key, target):
     return create_train_state(
-      setup.model,
-      setup.example,
-      setup.optimizer,
-      setup.problem and setup.problem.controller,
-      key,
+      setup.model, setup.example, setup.optimizer, setup.controller, key, target
     )
 
-  init = jax.jit(init, out_shardings=meshes.replicated(mesh))
-  return init(jax.random.key(seed))
+  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
+  return init(jax.random.key(seed), setup.target if setup.controller else None)
 
 
 def restored_state(
-  setup: assembly.Setup, workdir: epath.Path
+  setup: Setup, folder: epath.Path
 ) -> tuple[TrainState, jax.sharding.Mesh]:
   """Returns a state with the variables of a run's newest checkpoint, and its mesh.
 
   Raises:
     ConfigError: where there is no checkpoint.
   """
-  mesh = meshes.make_mesh(1)
+  mesh = sharding.make_mesh(1)
   state = initial_state(setup, mesh, 0)
-  with Checkpoints(workdir, read_only=True) as checkpoints:
+  with Checkpoints(folder, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
-      raise ConfigError(f'{str(workdir)!r} holds no checkpoint to evaluate')
+      raise ConfigError(f'{str(folder)!r} holds no checkpoint to evaluate')
     return checkpoints.restore_variables(state), mesh
 
 
-def evaluate(
-  setup: assembly.Setup,
-  mesh: jax.sharding.Mesh,
-  data: Data,
-  state: TrainState,
-  choices: np.ndarray,
-) -> dict[str, float]:
-  """Returns the means over all examples of the evaluation, and their number.
+def make_evaluate(setup: Setup, mesh: jax.sharding.Mesh) -> Evaluate:
+  """Returns the evaluation of a run, which compiles once for all choices.
 
-  Raises:
-    FloatingPointError: where one of the means is not finite.
+  It raises FloatingPointError where one of the means is not finite.
   """
-  eval_step = steps.make_eval_step(setup.space, setup.objective, mesh)
-  choices = jax.device_put(choices, meshes.replicated(mesh))
-  sums = []
-  sharding = meshes.eval_sharding(mesh)
-  for batch in data.evaluation(sharding):
-    # A last batch may be too small to be split over the devices.
-    uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
-    placed = meshes.replicated(mesh) if uneven else sharding
-    batch = jax.make_array_from_process_local_data(placed, batch)
-    sums.append(eval_step(state, choices, batch))
-  totals = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
+  eval_step = steps.make_eval_step(setup.task, setup.space, mesh)
+  split = sharding.eval_sharding(mesh)
+
+  def evaluate(state: TrainState, choices: np.ndarray) -> dict[str, float]:
+    choices = jax.device_put(choices, sharding.replicated(mesh))
+    sums = []
+    for batch in setup.data.evaluation(split):
+      # A last batch may be too small to be split over the devices.
+      uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
+      placed = sharding.replicated(mesh) if uneven else split
+      batch = jax.make_array_from_process_local_data(placed, batch)
+      sums.append(eval_step(state, choices, batch))
+    return _means(jax.device_get(sums))
+
+  return evaluate
+
+
+def _means(sums):
+  totals = jax.tree.map(lambda *values: sum(map(float, values)), *sums)
   num_examples = int(totals.pop('num_examples'))
   means = {name: total / num_examples for name, total in totals.items()}
   for name, mean in means.items():
@@ -91,66 +87,58 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-  config: ml_collections.ConfigDict, workdir: epath.Path
+  config: ml_collections.ConfigDict, folder: epath.Path
 ) -> dict[str, Any]:
   """Evaluates a checkpoint under its own formats or given ones; returns the result.
 
   Args:
     config: resolved, whose mode is `eval`.
-    workdir: of the result, and of the checkpoint where the config names no other.
+    folder: of the result, and of the checkpoint where the config names no other.
 
   Raises:
     ConfigError: with all that stands in the way.
     RunError: where no checkpoint can be read.
-    FloatingPointError: as `evaluate` does.
+    FloatingPointError: where a mean is not finite.
   """
-  source = epath.Path(config.checkpoint) if config.checkpoint else workdir
-  attempt = Attempts()
-  assignment = attempt(_evaluated_formats, config, source)
-  architecture = attempt(_evaluated_architecture, config, source)
-  if architecture is None:  # what else is wrong shows in the standard network
-    architecture, assignment = {}, 'float32'
-  setup = attempt(
-    assembly.build,
-    config,
-    jax.device_count(),
-    assignment or 'float32',
-    None,
-    architecture,
-  )
-  data = plans.configured_data(config, attempt)
+  source = epath.Path(config.checkpoint) if config.checkpoint else folder
+  problems = Problems()
+  formats = problems.attempt(_evaluated_formats, config, source)
+  architecture = problems.attempt(_evaluated_architecture, config, source)
+  setup = attempt_build(problems, config, formats or 'float32', architecture)
+  data = configured_data(problems, config)
+  setup = setup._replace(data=data)
+  state, mesh = _evaluated_state(setup, source)
   choices = np.zeros(0, np.int32)
-  state, mesh = _evaluated_state(config, setup, source)
-  evaluation = evaluate(setup, mesh, data, state, choices)
-  result = results.make_result(config, setup, choices, None, evaluation)
+  evaluated = make_evaluate(setup, mesh)(state, choices)
+  result = result_lib.make_result(setup, choices, None, evaluated)
   if jax.process_index() == 0:
-    workdirs.write(workdir, results.EVAL_FILE, result)
+    workdir.write(folder, result_lib.EVAL_FILE, result)
   return result
 
 
 def _evaluated_architecture(config, source):
-  if not (source / workdirs.CONFIG_FILE).exists():
+  if not (source / workdir.CONFIG_FILE).exists():
     return {}  # which `_evaluated_formats` reports
-  trained = workdirs.read_config(source)
-  return subnetworks.evaluated_architecture(config, source, trained)
+  trained = workdir.read_config(source)
+  return supernet.evaluated_architecture(config, source, trained)
 
 
-def _evaluated_state(config, setup, source):
-  if not subnetworks.holds_supernet(workdirs.read_config(source)):
+def _evaluated_state(setup, source):
+  if not supernet.holds_supernet(workdir.read_config(source)):
     return restored_state(setup, source)
-  model, _ = networks.build_model(config, choose=searched)
-  supernet, mesh = restored_state(setup._replace(model=model), source)
-  return subnetworks.slice_state(supernet, initial_state(setup, mesh, 0)), mesh
+  model = network.build_model(setup.config, choose=searched)
+  whole, mesh = restored_state(setup._replace(model=model), source)
+  return supernet.slice_state(whole, initial_state(setup, mesh, 0)), mesh
 
 
 def _evaluated_formats(config, source):
   """Returns the given formats, or those of the run in `source`."""
-  workdirs.check_model(config, source)
+  workdir.check_model(config, source)
   if config.formats:
     return files.read_formats(config.formats)
-  if not (source / results.RESULT_FILE).exists():
-    raise ValueError(
-      f'{str(source)!r} holds no {results.RESULT_FILE}, since its run is not '
+  if not (source / result_lib.RESULT_FILE).exists():
+    raise ConfigError(
+      f'{str(source)!r} holds no {result_lib.RESULT_FILE}, since its run is not '
       'finished: give the formats to evaluate with --config.formats'
     )
-  return results.read_result(source / results.RESULT_FILE)['formats']
+  return result_lib.read_result(source / result_lib.RESULT_FILE)['formats']

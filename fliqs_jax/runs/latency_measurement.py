@@ -29,9 +29,10 @@ from fliqs_jax.numerics.formats import (
   parse_names,
 )
 from fliqs_jax.numerics.products import LayerFormats
-from fliqs_jax.runs import networks
-from fliqs_jax.runs.config import resolve, validate
+from fliqs_jax.runs import network
+from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
+from fliqs_jax.runs.validation import validate
 from fliqs_jax.search import devices, latency
 from fliqs_jax.search.space import UNQUANTIZED
 
@@ -65,10 +66,7 @@ def write_latencies(
   if problems:
     raise ConfigError(*problems)
   _check_writable(epath.Path(path))
-  try:
-    content = measure(config, batch_size, repeats)
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
+  content = measure(config, batch_size, repeats)
   write_json(epath.Path(path), content)
   return content
 
@@ -85,9 +83,9 @@ def measure(
   """
   groups = {}
   # All that the layers can become, and those that the target is a multiple of.
-  supernet = networks.searched_layers(config)
+  supernet = network.searched_layers(config)
   candidates = [layer for layer in find_variants(supernet).layers if layer.macs]
-  for layer in (*networks.discover_layers(config), *candidates):
+  for layer in (*network.discover_layers(config), *candidates):
     groups.setdefault(latency.layer_key(layer), []).append(layer)
   names = _format_names(config)
   entries = []

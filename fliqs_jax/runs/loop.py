@@ -6,38 +6,36 @@ import logging
 from typing import Any
 
 from etils import epath
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax.runs import assembly, evaluation
-from fliqs_jax.runs import setup as plans
-from fliqs_jax.search import budget
-from fliqs_jax.training import health
-from fliqs_jax.training import sharding as meshes
-from fliqs_jax.runs import pretrained
-from fliqs_jax.runs import result as results
-from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.training import steps
+from fliqs_jax.data.batches import BatchIterator
+from fliqs_jax.errors import ConfigError, Preempted
+from fliqs_jax.runs import evaluation, preparation, pretrained, workdir
+from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.search.controller import policy_probabilities
 from fliqs_jax.runs.distributed import Preemption
 from fliqs_jax.runs.progress import Progress
-from fliqs_jax.errors import Preempted
-from fliqs_jax.runs.setup import Plan
+from fliqs_jax.runs.setup import Setup
+from fliqs_jax.search import budget
+from fliqs_jax.training import health, sharding, steps
+from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.training.train_state import TrainState
 
 _logger = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 3
 
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
 
 def run(
-  config: ml_collections.ConfigDict, workdir: str, allow_config_change: bool = False
+  config: ml_collections.ConfigDict,
+  folder: epath.PathLike,
+  allow_config_change: bool = False,
 ) -> dict[str, Any]:
   """Runs what `config.mode` says and returns the result.
 
@@ -46,7 +44,7 @@ def run(
 
   Args:
     config: unresolved.
-    workdir: folder for all files, made if it is not there.
+    folder: the workdir for all files, made if it is not there.
     allow_config_change: resume although the workdir's config differs.
 
   Raises:
@@ -55,78 +53,81 @@ def run(
     FloatingPointError: where its numbers are not finite.
     Preempted: where SIGTERM stopped it; the same call resumes it.
   """
-  config = resolve(config)
-  workdir = epath.Path(workdir)
+  config, folder = resolve(config), epath.Path(folder)
   if config.mode == 'eval':
-    return evaluation.evaluate_checkpoint(config, workdir)
-  plan = plans.check(config, workdir, allow_config_change)
-  return run_plan(config, workdir, plan)
+    return evaluation.evaluate_checkpoint(config, folder)
+  return train(preparation.prepare(config, folder, allow_config_change), folder)
 
 
-def run_plan(
-  config: ml_collections.ConfigDict, workdir: epath.Path, plan: Plan
-) -> dict[str, Any]:
-  """Trains what was checked, resuming as `run` does, and returns the result."""
-  path = workdir / results.RESULT_FILE
+def train(setup: Setup, folder: epath.Path) -> dict[str, Any]:
+  """Trains what was prepared, resuming as `run` does, and returns the result."""
+  config = result_lib.config_to_json(setup.config)
+  path = folder / result_lib.RESULT_FILE
   if path.exists():
-    result = results.read_result(path)
-    if result.get('config') == results.config_to_json(config):
-      _logger.info('The run in %s is finished.', workdir)
+    result = result_lib.read_result(path)
+    if result.get('config') == config:
+      _logger.info('The run in %s is finished.', folder)
       return result
-  with workdirs.lock(workdir):
+  with workdir.lock(folder):
     if jax.process_index() == 0:
-      workdirs.write(workdir, workdirs.CONFIG_FILE, results.config_to_json(config))
-    return _train(config, workdir, plan)
-
-
-def _train(config, workdir, plan):
-  """Trains from the newest checkpoint, or from the start, to the result."""
-  setup, data, start = plan
-  num_samples = config.search.num_samples if setup.problem else 1
-  mesh = meshes.make_mesh(num_samples)
-  state = evaluation.initial_state(setup, mesh, config.seed)
-  if start:
-    state = pretrained.start_from(state, start)
-  batches = data.train(config.seed, meshes.batch_sharding(mesh))
-  with Checkpoints(workdir) as checkpoints:
-    if checkpoints.latest_step() is not None:
-      state = checkpoints.restore(state, batches)
-      _logger.info('Resuming at step %d.', int(state.step))
-    if int(state.step) < config.num_steps:
-      step_fn = _make_step(config, setup, mesh)
-      state = _loop(config, workdir, setup, mesh, state, batches, step_fn, checkpoints)
-      choices, _ = _final_choices(config, setup, state)
-      _logger.info('Re-estimating batch norm and evaluating.')
-      state = _reestimate(config, setup, mesh, data, state, choices)
-      checkpoints.save(state, batches)
-  choices, policy = _final_choices(config, setup, state)
-  evaluated = evaluation.evaluate(setup, mesh, data, state, choices)
-  result = results.make_result(config, setup, choices, policy, evaluated)
-  if jax.process_index() == 0:
-    workdirs.write(workdir, results.RESULT_FILE, result)
+      workdir.write(folder, workdir.CONFIG_FILE, config)
+    result = _train(setup, folder)
+    if jax.process_index() == 0:
+      workdir.write(folder, result_lib.RESULT_FILE, result)
   return result
 
 
-def _make_step(config, setup, mesh):
-  if setup.problem:
+def _train(setup, folder):
+  """Trains from the newest checkpoint, or from the start, to the result."""
+  mesh, seed = sharding.make_mesh(setup.num_samples), setup.config.seed
+  state = evaluation.initial_state(setup, mesh, seed)
+  if setup.start:
+    state = pretrained.start_from(state, setup.start)
+  batches = setup.data.train(seed, sharding.batch_sharding(mesh))
+  with Checkpoints(folder) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state, batches)
+      _logger.info('Resuming at step %d.', int(state.step))
+    if int(state.step) < setup.config.num_steps:
+      step = make_step(setup, mesh)
+      state = _loop(setup, folder, mesh, state, batches, step, checkpoints)
+      choices, _ = _final_choices(setup, state)
+      _logger.info('Re-estimating batch norm and evaluating.')
+      state = _reestimate(setup, mesh, state, choices)
+      checkpoints.save(state, batches)
+  choices, policy = _final_choices(setup, state)
+  evaluated = evaluation.make_evaluate(setup, mesh)(state, choices)
+  return result_lib.make_result(setup, choices, policy, evaluated)
+
+
+def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
+  """Returns the jitted step of a run, `(state, batch) -> (state, metrics)`."""
+  config = setup.config
+  if setup.controller:
     step = steps.make_search_step(
-      setup.problem, setup.objective, config.search.num_samples, mesh
+      setup.task,
+      setup.space,
+      setup.cost_model,
+      setup.controller,
+      mesh,
+      num_samples=setup.num_samples,
+      activation_delay=config.search.activation_delay,
+      held_out=config.reward.split == 'validation',
     )
   else:
     step = steps.make_train_step(
-      setup.space, setup.objective, config.search.activation_delay, mesh
+      setup.task, setup.space, mesh, config.search.activation_delay
     )
   return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
 
 
 def _loop(
-  config: ml_collections.ConfigDict,
-  workdir: epath.Path,
-  setup: assembly.Setup,
+  setup: Setup,
+  folder: epath.Path,
   mesh: jax.sharding.Mesh,
   state: TrainState,
-  batches: grain.DatasetIterator,
-  step_fn: Callable,
+  batches: BatchIterator,
+  step_fn: Step,
   checkpoints: Checkpoints,
 ) -> TrainState:
   """Takes the steps from `state.step` to the last one; returns the state after it.
@@ -134,19 +135,18 @@ def _loop(
   Raises:
     Preempted: where SIGTERM came before the last step, once a checkpoint is saved.
   """
-  start = int(state.step)
-  sharding = meshes.batch_sharding(mesh)
-  commits = setup.problem is not None and config.search.hard_budget
+  start, config = int(state.step), setup.config
+  placed = sharding.batch_sharding(mesh)
   with (
-    workdirs.History(workdir, start) as history,
+    workdir.History(folder, start) as history,
     Progress(start, config.num_steps) as progress,
     Preemption() as preemption,
   ):
     pending = []
     for step in range(start, config.num_steps):
-      if commits and step == config.search.commit_step:
+      if step == setup.commit_step:
         state = _commit(setup, state, mesh)
-      batch = jax.make_array_from_process_local_data(sharding, _next(batches, step))
+      batch = jax.make_array_from_process_local_data(placed, _next(batches, step))
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
@@ -158,9 +158,10 @@ def _loop(
       save = stop or (done % config.checkpoint_every == 0 and done < config.num_steps)
       # A line before every checkpoint, so that a resumed run writes the same lines.
       if save or done % config.log_every == 0 or done == config.num_steps:
-        row = _average(config, setup, pending, done, checkpoints)
+        row = _average(setup, pending, done, checkpoints)
         row['learning_rate'] = float(setup.learning_rate(step))
-        history.write(done, row, _policy(setup, state))
+        policy = result_lib.policy_by_name(setup.space, _policy(setup, state))
+        history.write(done, row, policy)
         progress.update(done, row)
         pending = []
       if save:
@@ -179,11 +180,11 @@ def _next(batches, step):
   )
 
 
-def _average(config, setup, pending, step, checkpoints):
+def _average(setup, pending, step, checkpoints):
   """Returns the mean scalars; an error says where the run can go on from."""
   try:
     return health.average(
-      pending, step, config.max_skipped_steps, setup.space.formats_of
+      pending, step, setup.config.max_skipped_steps, setup.space.formats_of
     )
   except FloatingPointError as error:
     saved = checkpoints.latest_step()
@@ -195,53 +196,43 @@ def _average(config, setup, pending, step, checkpoints):
 
 
 def _policy(setup, state):
-  if not setup.problem:
-    return {}
-  probabilities = policy_probabilities(
-    jax.device_get(state.controller.logits), setup.space.valid
-  )
-  return results.policy_by_name(setup.space, np.asarray(probabilities))
+  """Returns the policy float32[N, K] in numpy, None where formats are fixed."""
+  if not setup.controller:
+    return None
+  return np.asarray(setup.controller.policy(jax.device_get(state.controller)))
 
 
 def _commit(setup, state, mesh):
   """Fixes the likeliest choices within the target for the rest of the run."""
-  choices = _likeliest_within_target(setup, state)
-  commitment = jax.device_put(choices, meshes.replicated(mesh))
-  return state.replace(controller=state.controller._replace(commitment=commitment))
-
-
-def _likeliest_within_target(setup, state):
-  logits = jax.device_get(state.controller.logits)
-  policy = np.asarray(policy_probabilities(logits, setup.space.valid), np.float64)
   with np.errstate(divide='ignore'):
-    log_policy = np.log(policy)
-  return budget.most_likely_within(
+    log_policy = np.log(_policy(setup, state).astype(np.float64))
+  choices = budget.most_likely_within(
     setup.space, setup.cost_model, log_policy, setup.target, setup.caps
   )
+  choices = jax.device_put(choices, sharding.replicated(mesh))
+  return state.replace(controller=setup.controller.commit(state.controller, choices))
 
 
-def _final_choices(config, setup, state):
+def _final_choices(setup, state):
   """Returns the final choices int32[N] and the policy that they are taken from."""
-  if not setup.problem:
+  if not setup.controller:
     return np.zeros(0, np.int32), None
-  controller = jax.device_get(state.controller)
-  policy = np.asarray(policy_probabilities(controller.logits, setup.space.valid))
-  if config.search.hard_budget:
-    return controller.commitment, policy
-  return np.argmax(policy, axis=1).astype(np.int32), policy
+  choices = setup.controller.final_choices(jax.device_get(state.controller))
+  return np.asarray(choices), _policy(setup, state)
 
 
-def _reestimate(config, setup, mesh, data, state, choices):
+def _reestimate(setup, mesh, state, choices):
   """Returns the state with batch norm's statistics under the final formats."""
   if not state.batch_stats:
     return state
-  statistics_step = steps.make_statistics_step(setup.space, setup.objective, mesh)
+  statistics_step = steps.make_statistics_step(setup.task, setup.space, mesh)
+  placed = sharding.batch_sharding(mesh)
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = data.train(config.seed + 1, meshes.batch_sharding(mesh))
-  choices = jax.device_put(choices, meshes.replicated(mesh))
+  batches = setup.data.train(setup.config.seed + 1, placed)
+  choices = jax.device_put(choices, sharding.replicated(mesh))
   total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
-  for batch in itertools.islice(batches, config.search.statistics_batches):
-    batch = jax.make_array_from_process_local_data(meshes.batch_sharding(mesh), batch)
+  for batch in itertools.islice(batches, setup.config.search.statistics_batches):
+    batch = jax.make_array_from_process_local_data(placed, batch)
     total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
     count += 1
   if not count:

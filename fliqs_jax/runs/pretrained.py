@@ -1,8 +1,7 @@
 """Variables that a run starts from: of another run, or of any Orbax checkpoint."""
 
-import functools
 from collections.abc import Mapping
-from typing import Any
+import functools
 
 from etils import epath
 from flax import linen as nn
@@ -11,10 +10,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import checkpoints
-from fliqs_jax.training.train_state import BATCH_STATS, Arguments, TrainState
-
-Variables = Mapping[str, Any]  # `params` and, where there are some, `batch_stats`
+from fliqs_jax.training.train_state import (
+  BATCH_STATS,
+  Arguments,
+  TrainState,
+  Variables,
+)
 
 _USED = ('params', BATCH_STATS)
 _VARIABLES_ITEM = 'variables'  # of our own checkpoints
@@ -27,7 +30,7 @@ def read(path: str) -> Variables | None:
     path: a workdir, whose newest checkpoint is read, or an Orbax checkpoint.
 
   Raises:
-    ValueError: where there is none, or it has no `params`.
+    ConfigError: where there is none, or it has no `params`.
   """
   if not path:
     return None
@@ -40,11 +43,11 @@ def read(path: str) -> Variables | None:
       content = checkpointer.restore(folder, restore_args=as_numpy)
   except Exception as error:  # Orbax raises many kinds
     reason = str(error).strip().splitlines()[0] if str(error).strip() else ''
-    raise ValueError(
+    raise ConfigError(
       f'init_from={path!r} is not a checkpoint that can be read: {reason[:200]}'
     ) from None
   if not isinstance(content, Mapping) or 'params' not in content:
-    raise ValueError(
+    raise ConfigError(
       f'init_from={path!r}: expected a checkpoint with `params`, found '
       f'{", ".join(map(str, content)) if isinstance(content, Mapping) else content}'
     )
@@ -54,13 +57,13 @@ def read(path: str) -> Variables | None:
 def _find(path):
   """Returns the folder of the tree of variables."""
   if not path.exists():
-    raise ValueError(f'init_from={str(path)!r} does not exist')
+    raise ConfigError(f'init_from={str(path)!r} does not exist')
   path = path.absolute()
   if (path / checkpoints.FOLDER).is_dir():
     numbers = [int(p.name) for p in (path / checkpoints.FOLDER).iterdir()
                if p.name.isdigit()]  # fmt: skip
     if not numbers:
-      raise ValueError(f'init_from={str(path)!r} is a run without a checkpoint')
+      raise ConfigError(f'init_from={str(path)!r} is a run without a checkpoint')
     path = path / checkpoints.FOLDER / str(max(numbers))
   for name in (_VARIABLES_ITEM, 'default'):  # items of a `CheckpointManager`
     if (path / name).is_dir():
@@ -68,16 +71,16 @@ def _find(path):
   return path
 
 
-def check(model: Any, example: Arguments, given: Variables) -> None:
+def check(model: nn.Module, example: Arguments, given: Variables) -> None:
   """Checks that variables are those of a network.
 
   Raises:
-    ValueError: where there are no `params`, or with a line for each leaf that is
+    ConfigError: where there are no `params`, or with a line for each leaf that is
       missing, unknown, or of another shape.
   """
   if not isinstance(given, Mapping) or 'params' not in given:
     found = ', '.join(map(str, given)) if isinstance(given, Mapping) else type(given)
-    raise ValueError(
+    raise ConfigError(
       f"variables to start from: expected {{'params': ...}}, found {found or 'none'}"
     )
   init = functools.partial(model.init, **example.kwargs)
@@ -99,7 +102,7 @@ def check(model: Any, example: Arguments, given: Variables) -> None:
       wanted = f': expected shape {wants[path]}' if path in wants else ''
       problems.append(f'variables to start from: {name}/{path} {found}{wanted}')
   if problems:
-    raise ValueError('\n'.join(problems))
+    raise ConfigError(*problems)
 
 
 def _shapes(tree):

@@ -1,4 +1,4 @@
-"""What a run found, as the file `search_result.json` that is enough to reuse it."""
+"""Results of runs: the file `search_result.json`, which is enough to reuse one."""
 
 from collections.abc import Mapping
 import importlib.metadata
@@ -11,11 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax.runs import files
-from fliqs_jax.search import assignments
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.runs import files
+from fliqs_jax.runs.setup import Setup
+from fliqs_jax.search import assignments
 from fliqs_jax.search import space as search_space
-from fliqs_jax.runs.assembly import Setup
 
 RESULT_FILE = 'search_result.json'
 EVAL_FILE = 'eval_result.json'
@@ -24,7 +25,6 @@ _PACKAGES = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 
 
 
 def make_result(
-  config: ml_collections.ConfigDict,
   setup: Setup,
   choices: np.ndarray,
   policy: np.ndarray | None,
@@ -33,14 +33,13 @@ def make_result(
   """Returns the result of a finished run, ready for JSON.
 
   Args:
-    config: resolved.
     setup: of the run.
     choices: int32[N], the final ones.
     policy: float[N, K], the probabilities when the choices were made; None where
       formats were fixed.
     evaluation: `accuracy`, `loss` and `num_examples`.
   """
-  space, cost_model = setup.space, setup.cost_model
+  config, space, cost_model = setup.config, setup.space, setup.cost_model
   searched = policy is not None
   compared = formats_lib.parse_names(config.search.formats) if searched else ()
   return {
@@ -59,7 +58,7 @@ def make_result(
     'uniform_costs': {
       name: cost_model.uniform(setup.standard_layers, name) for name in compared
     },
-    'policy': policy_by_name(space, policy) if searched else {},
+    'policy': policy_by_name(space, policy),
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}
     | {'platform': jax.default_backend()},
     'config': config_to_json(config),
@@ -105,8 +104,12 @@ def _decisions_by_layer(
   }
 
 
-def policy_by_name(space, policy: np.ndarray) -> dict[str, dict[str, float]]:
-  """Returns `{decision: {format: probability}}` of a policy float[N, K]."""
+def policy_by_name(
+  space: search_space.SearchSpace, policy: np.ndarray | None
+) -> dict[str, dict[str, float]]:
+  """Returns `{decision: {format: probability}}` of a policy float[N, K], or None."""
+  if policy is None:
+    return {}
   return {
     decision.name: {name: float(p) for name, p in zip(decision.options, probabilities)}
     for decision, probabilities in zip(space.decisions, policy)
@@ -129,10 +132,10 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
   """Returns the content of a result file.
 
   Raises:
-    ValueError: where it is missing, damaged, or not a result; one line for each
+    ConfigError: where it is missing, damaged, or not a result; one line for each
       problem.
   """
   content = files.read_json(path)
   if 'formats' not in content:
-    raise ValueError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
+    raise ConfigError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
   return content | {'formats': assignments.parse(content['formats'], str(path))}

@@ -1,132 +1,154 @@
-"""What a run needs, gathered and checked before anything is written."""
+"""The record of all that a run needs, built from a config and checked."""
 
 from collections.abc import Callable, Iterable
-import functools
-from typing import Any, NamedTuple
+import math
+from types import MappingProxyType
+from typing import NamedTuple
 
-from etils import epath
-import grain
+from flax import linen as nn
 import jax
 import ml_collections
+import numpy as np
+import optax
 
-from fliqs_jax.data import pipeline as input_pipeline
-from fliqs_jax.runs import assembly
-from fliqs_jax.runs import files
-from fliqs_jax.training import task as objectives
-from fliqs_jax.runs import pretrained
-from fliqs_jax.runs import subnetwork as subnetworks
-from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.data.batches import BatchIterator
+from fliqs_jax.errors import Problems
+from fliqs_jax.layers.architecture import standard
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.runs import builders
+from fliqs_jax.runs import network as network_lib
+from fliqs_jax.runs.network import Architecture, Network
+from fliqs_jax.runs.validation import DTYPES, validate
+from fliqs_jax.search.assignments import Assignment
+from fliqs_jax.search.budget import Budget
+from fliqs_jax.search.controller import Controller
+from fliqs_jax.search.cost_models import CostModel
+from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training.task import Batch, Task
+from fliqs_jax.training.train_state import Arguments, Variables
 
 
 class Data(NamedTuple):
   """Where a run's batches come from, numpy arrays in dicts."""
 
   # (seed, sharding) -> this process's part of batches `[S, B, ...]`, in the order that
-  # the seed sets. The iterator tells and takes its position.
-  train: Callable[[int, jax.sharding.Sharding], grain.DatasetIterator]
+  # the seed sets. The iterator tells and takes its position. None where nothing trains.
+  train: Callable[[int, jax.sharding.Sharding], BatchIterator] | None
   # (sharding) -> its part of batches `[B, ...]` that have each example once.
-  evaluation: Callable[[jax.sharding.Sharding], Iterable[objectives.Batch]]
+  evaluation: Callable[[jax.sharding.Sharding], Iterable[Batch]]
 
 
-class Plan(NamedTuple):
-  """What a run needs besides its config."""
+class Setup(NamedTuple):
+  """All that a run needs.
 
-  setup: assembly.Setup
-  data: Data
-  start: pretrained.Variables | None  # None for random variables
+  Attributes:
+    config: resolved; numbers that follow from others are fields of their own here.
+    model: the network, with quantized layers.
+    example: shapes of one example, in a batch of one.
+    task: what the network is trained for.
+    standard_layers: the layers of the standard architecture.
+    architecture: the fixed one, empty also where it is searched.
+    space: the search space, without decisions where formats are fixed.
+    cost_model: the cost that is searched for.
+    target: in the cost model's unit; of no effect where formats are fixed.
+    caps: other costs that the final formats keep within.
+    controller: the policy; None where formats are fixed.
+    optimizer: of the weights.
+    learning_rate: its schedule.
+    num_samples: S, the samples of a step.
+    commit_step: the step from which on the final formats are used; None for never.
+    data: the batches; None where none are needed.
+    start: variables to start from; None for random ones.
+  """
+
+  config: ml_collections.ConfigDict
+  model: nn.Module
+  example: Arguments
+  task: Task
+  standard_layers: tuple[Layer, ...]
+  architecture: Architecture
+  space: SearchSpace
+  cost_model: CostModel
+  target: float
+  caps: tuple[Budget, ...]
+  controller: Controller | None
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  num_samples: int
+  commit_step: int | None
+  data: Data | None = None
+  start: Variables | None = None
 
 
-def check(
+def build(
   config: ml_collections.ConfigDict,
-  workdir: epath.Path,
-  allow_config_change: bool = False,
-) -> Plan:
-  """Returns what a run needs; prepares a packaged dataset.
+  num_devices: int,
+  assignment: str | Assignment | None = None,
+  network: Network | None = None,
+  architecture: Architecture = MappingProxyType({}),
+) -> Setup:
+  """Returns what a resolved config names, without data.
 
   Args:
-    config: resolved, to search or to train.
-    workdir: of the run, in which nothing is written.
-    allow_config_change: accept a workdir whose config differs.
+    config: from `config.resolve`.
+    num_devices: of all processes together.
+    assignment: fixed formats, one name or those of a file, whose keys may be regexes;
+      None searches what `config.search.decide` says.
+    network: None takes the one that the config names.
+    architecture: the fixed one, of no effect where it is searched.
 
   Raises:
-    ConfigError: with all that stands in the way of the run.
+    ConfigError: with everything that is wrong, before anything is computed.
   """
-  attempt = Attempts()
-  fixed = attempt(_fixed_formats, config)
-  if config.mode == 'train':
-    fixed = fixed or 'float32'
-  architecture = attempt(subnetworks.read_architecture, config)
-  if architecture is None:
-    # What else is wrong shows in the standard network, which has any one format.
-    architecture, fixed = {}, 'float32'
-  setup = attempt(assembly.build, config, jax.device_count(), fixed, None, architecture)
-  start = check_start(attempt, config, setup)
-  attempt(workdirs.check, config, workdir, allow_config_change)
-  return Plan(setup, configured_data(config, attempt), start)
-
-
-def check_start(
-  attempt: 'Attempts',
-  config: ml_collections.ConfigDict,
-  setup: assembly.Setup | None,
-  given: pretrained.Variables | None = None,
-) -> pretrained.Variables | None:
-  """Returns the variables to start from: given ones, or those that the config names."""
-  if given is not None and config.init_from:
-    attempt.problems.append(
-      f'variables and init_from={config.init_from!r}: expected one of them'
-    )
-  start = attempt(pretrained.read, config.init_from) if given is None else given
-  if setup and start is not None:
-    attempt(pretrained.check, setup.model, setup.example, start)
-  return start
-
-
-def configured_data(config: ml_collections.ConfigDict, attempt: 'Attempts') -> Data:
-  """Returns the batches of the config's dataset.
-
-  Raises:
-    ConfigError: with all problems that were met so far, those of the dataset too.
-  """
-  builder = attempt(input_pipeline.find_builder, config)
-  attempt.raise_problems()
-  attempt(input_pipeline.prepare, config, builder)
-  attempt.raise_problems()
-  return Data(
-    functools.partial(input_pipeline.train_batches, config, builder),
-    functools.partial(input_pipeline.eval_batches, config, builder),
+  problems = Problems(*validate(config, num_devices))
+  if config.dtype not in DTYPES or not 0 < config.model.width < math.inf:
+    problems.raise_any()  # no network can be built
+  found = problems.attempt(_find, config, assignment, network, architecture)
+  problems.raise_any()
+  network, standard_layers, architecture, space = found
+  cost_model = builders.build_cost_model(config)
+  target = builders.search_target(config, cost_model, standard_layers)
+  searches = assignment is None
+  caps = builders.search_caps(config, cost_model, standard_layers) if searches else ()
+  # A table of latencies may lack a layer or a format.
+  for priced in (cost_model, *(cap.cost_model for cap in caps)):
+    priced(space, np.zeros(len(space.decisions), np.int32))
+  if searches:
+    builders.check_reachable(config, space, Budget(cost_model, target), caps)
+  learning_rate = builders.build_learning_rate(config)
+  return Setup(
+    config=config,
+    model=network.model,
+    example=network.example,
+    task=network.task,
+    standard_layers=standard_layers,
+    architecture=architecture,
+    space=space,
+    cost_model=cost_model,
+    target=target,
+    caps=caps,
+    controller=builders.build_controller(config, space) if searches else None,
+    optimizer=builders.build_optimizer(config, learning_rate),
+    learning_rate=learning_rate,
+    num_samples=config.search.num_samples if searches else 1,
+    commit_step=config.search.commit_step
+    if searches and config.search.hard_budget
+    else None,
   )
 
 
-def _fixed_formats(config):
-  if config.mode == 'search' and config.formats:
-    raise ValueError(
-      f'formats={config.formats!r} would have no effect on a search: expected them '
-      'with --config.mode=train or eval'
-    )
-  if config.mode == 'train' and not config.formats:
-    raise ValueError(
-      'mode=train: expected formats, as --config.formats=int8, float32 for none, or '
-      'the path of a formats.json or a search_result.json'
-    )
-  return files.read_formats(config.formats) if config.formats else None
-
-
-class Attempts:
-  """Calls functions and gathers their problems, to report all of them together."""
-
-  def __init__(self):
-    self.problems = []
-
-  def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Returns the function's result, or None where it raises a ValueError."""
-    try:
-      return function(*args, **kwargs)
-    except ValueError as error:
-      self.problems += str(error).splitlines()
-
-  def raise_problems(self) -> None:
-    """Raises ConfigError where there were problems."""
-    if self.problems:
-      raise ConfigError(*self.problems)
+def _find(config, assignment, network, architecture):
+  """Returns the network, the standard one's layers, the architecture, the space."""
+  choose = standard
+  if network is None:
+    if assignment is None:
+      choose = network_lib.choose_searched(config, architecture)
+    else:
+      choose = network_lib.choose_architecture(config, architecture)
+    network = network_lib.build_network(config, choose)
+  standard_layers = network.layers
+  if not choose.is_standard:
+    standard_layers = network_lib.discover_layers(config)
+  space = builders.build_space(config, network.layers, assignment)
+  fixed = {} if choose.is_open else dict(architecture)
+  return network, standard_layers, fixed, space

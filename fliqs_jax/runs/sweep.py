@@ -11,7 +11,7 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.numerics.formats import get_format, parse_names
-from fliqs_jax.runs import loop, setup
+from fliqs_jax.runs import loop, preparation
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
@@ -85,12 +85,12 @@ def _prepare(config, folder, targets, widths):
   widths = _parse(_positive, 'width', widths, problems)
   try:
     runs = plan(config, targets, widths or [config.model.width])
-  except ValueError as error:
-    raise ConfigError(*problems, str(error)) from None
+  except ConfigError as error:
+    raise ConfigError(*problems, *error.problems) from None
   found = {}  # problem -> the runs that have it
   for name, run in runs.items():
     try:
-      setup.check(run, folder / name)
+      preparation.prepare(run, folder / name)
     except ConfigError as error:
       for problem in error.problems:
         # Without the run's name, problems of many runs are one.
@@ -118,7 +118,7 @@ def _parse(parse: Callable, what: str, texts: Sequence[str], problems: list[str]
   for text in texts:
     try:
       value = parse(text)
-    except ValueError as error:
+    except ConfigError as error:
       problems.append(f'{what} {text!r}: {error}')
     else:
       parsed += [value] * (value not in parsed)
@@ -131,7 +131,7 @@ def _positive(text):
   except ValueError:
     number = math.nan
   if not 0 < number < math.inf:
-    raise ValueError('expected a number above 0')
+    raise ConfigError('expected a number above 0')
   return number
 
 
@@ -142,7 +142,7 @@ def parse_target(text: str) -> dict[str, Any]:
     text: FORMAT, SCALE*FORMAT, or a number in the cost model's unit.
 
   Raises:
-    ValueError: where it is none of these.
+    ConfigError: where it is none of these.
   """
   scale, times, name = map(str.strip, text.rpartition('*'))
   if not times and not name[:1].isalpha():
@@ -207,8 +207,8 @@ def _check_folder(folder, config):
   for path in _finished(folder):
     try:
       result = read_result(path)
-    except ValueError as error:
-      return [str(error)]
+    except ConfigError as error:
+      return error.problems
     theirs = tuple(result[field] for field in _SHARED)
     if theirs != ours:
       return [

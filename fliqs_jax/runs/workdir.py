@@ -15,9 +15,8 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fliqs_jax.runs import result as results
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.errors import RunError
+from fliqs_jax.errors import ConfigError, RunError
+from fliqs_jax.runs import result as result_lib
 
 CONFIG_FILE = 'config.json'
 HISTORY_FILE = 'history.jsonl'
@@ -30,22 +29,22 @@ def check(
   """Checks that a run with this config can start or go on in a folder.
 
   Raises:
-    ValueError: where the folder is a file, or holds a run with another config, unless
+    ConfigError: where the folder is a file, or holds a run with another config, unless
       that is allowed; the message names the differing fields.
   """
   if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'workdir {str(workdir)!r} is a file: expected a folder')
+    raise ConfigError(f'workdir {str(workdir)!r} is a file: expected a folder')
   if not (workdir / CONFIG_FILE).exists() or allow_config_change:
     return
   old = _flatten(read_config(workdir).to_dict())
-  new = _flatten(results.config_to_json(config))
+  new = _flatten(result_lib.config_to_json(config))
   differing = [
     f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
     for key in sorted({*old, *new})
     if old.get(key) != new.get(key)
   ]
   if differing:
-    raise ValueError(
+    raise ConfigError(
       f'workdir {str(workdir)!r} holds a run with another config: '
       f'{", ".join(differing)}; name another folder, or go on all the same with '
       '--allow_config_change of fliqs_jax.main'
@@ -56,19 +55,19 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config of the run in a folder.
 
   Raises:
-    ValueError: where there is none, or it is damaged.
+    ConfigError: where there is none, or it is damaged.
   """
   path = workdir / CONFIG_FILE
   try:
     content = json.loads(path.read_text())
   except FileNotFoundError:
-    raise ValueError(
+    raise ConfigError(
       f'{str(workdir)!r} holds no run: it has no {CONFIG_FILE}'
     ) from None
   except (OSError, ValueError) as error:
-    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+    raise ConfigError(f'{str(path)!r} cannot be read: {error}') from None
   if not isinstance(content, dict):
-    raise ValueError(f'{str(path)!r} is damaged: expected a JSON object')
+    raise ConfigError(f'{str(path)!r} is damaged: expected a JSON object')
   return ml_collections.ConfigDict(content, convert_dict=True)
 
 
@@ -76,11 +75,11 @@ def check_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """Checks that a folder's run is of a config's network.
 
   Raises:
-    ValueError: where it is of another one, or there is no run.
+    ConfigError: where it is of another one, or there is no run.
   """
   trained = read_config(workdir).model.to_dict()
-  if trained != results.config_to_json(config)['model']:
-    raise ValueError(
+  if trained != result_lib.config_to_json(config)['model']:
+    raise ConfigError(
       f'{str(workdir)!r} holds a checkpoint of model {trained}, but the config has '
       f'{config.model.to_dict()}'
     )
@@ -90,19 +89,19 @@ def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a run's history; none where it has not begun.
 
   Raises:
-    ValueError: where it is damaged. A last line that was cut off is left out.
+    ConfigError: where it is damaged. A last line that was cut off is left out.
   """
   path = workdir / HISTORY_FILE
   try:
     lines = path.read_text().splitlines() if path.exists() else []
   except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f'{str(path)!r} cannot be read: {error}') from None
+    raise ConfigError(f'{str(path)!r} cannot be read: {error}') from None
   rows = []
   for number, line in enumerate(lines, 1):
     if _step_of(line) < float('inf'):
       rows.append(json.loads(line))
     elif number < len(lines):
-      raise ValueError(f'{str(path)!r} is damaged: line {number} is not of a history')
+      raise ConfigError(f'{str(path)!r} is damaged: line {number} is not of a history')
   return rows
 
 
@@ -162,7 +161,7 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
   """
   with _failures_named(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    results.write_json(workdir / name, content)
+    result_lib.write_json(workdir / name, content)
 
 
 @contextlib.contextmanager
@@ -187,7 +186,8 @@ class History:
   """`history.jsonl` and TensorBoard events, written by the first process.
 
   One line for each logging step: its `step`, scalars averaged over the steps since the
-  line before, and `policy`, `{decision: {format: probability}}`. A context manager.
+  line before, and `policy`, `{decision: {format: probability}}`. Events are written
+  where clu and TensorFlow are installed. A context manager.
   """
 
   def __init__(self, workdir: epath.Path, start: int):
@@ -197,22 +197,18 @@ class History:
       RunError: where it cannot be written, as in `write`.
     """
     self._workdir, self._path = workdir, workdir / HISTORY_FILE
-    self._events = None
-    if jax.process_index() != 0:
+    self._writes, self._events = jax.process_index() == 0, None
+    if not self._writes:
       return
-    # Imported here, since it takes seconds and whoever reads runs does without.
-    from clu import metric_writers
-    import tensorflow as tf
-
-    self._failures_named = functools.partial(
-      _failures_named, workdir, tf.errors.OpError
-    )
+    metric_writers, kinds = _import_metric_writers()
+    self._failures_named = functools.partial(_failures_named, workdir, *kinds)
     with self._failures_named():
       exists = self._path.exists()
       lines = self._path.read_text().splitlines(keepends=True) if exists else []
       # Lines after the checkpoint that the run goes on from will be written again.
       self._replace([line for line in lines if _step_of(line) <= start])
-      self._events = metric_writers.SummaryWriter(str(workdir))
+      if metric_writers:
+        self._events = metric_writers.SummaryWriter(str(workdir))
 
   def __enter__(self) -> 'History':
     return self
@@ -229,7 +225,7 @@ class History:
     self, step: int, scalars: dict[str, float], policy: dict[str, dict[str, float]]
   ) -> None:
     """Appends a line; it is in the file when the call returns."""
-    if not self._events:
+    if not self._writes:
       return
     line = json.dumps({'step': step, **scalars, 'policy': policy}) + '\n'
     with self._failures_named():
@@ -238,14 +234,26 @@ class History:
       else:
         with self._path.open('a') as file:
           file.write(line)
-      self._events.write_scalars(step, scalars)
-      self._events.flush()
+      if self._events:
+        self._events.write_scalars(step, scalars)
+        self._events.flush()
 
   def _replace(self, lines):
     temporary = self._workdir / f'.{HISTORY_FILE}.tmp'
     temporary.write_text(''.join(lines))
     temporary.replace(self._path)
     self._lines = lines if _is_remote(self._path) else []
+
+
+def _import_metric_writers():
+  """Returns clu's writers and their errors; None and none without TensorFlow."""
+  # Imported here, since it takes seconds and whoever reads runs does without.
+  try:
+    from clu import metric_writers
+    import tensorflow as tf
+  except ImportError:
+    return None, ()
+  return metric_writers, (tf.errors.OpError,)
 
 
 def _step_of(line):

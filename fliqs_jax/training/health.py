@@ -1,14 +1,18 @@
-"""Whether the numbers of a run are sound, and what its steps were on average."""
+"""Health of a run: steps whose numbers are sound, and their averages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import jax
 import numpy as np
 
-from fliqs_jax.runs.assembly import Assignment
+from fliqs_jax.search.assignments import Assignment
 
-_CHECKED = ('loss', 'gradient_norm')
+# The metrics that are finite in a sound step.
+_CHECKED = ('loss', 'gradient_norm', 'reward')
+
+
+def checked_metrics(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns those of a step's metrics that are all finite where the step is sound."""
+  return {name: metrics[name] for name in _CHECKED if name in metrics}
 
 
 def average(
@@ -33,8 +37,7 @@ def average(
   rows = jax.device_get(list(pending))
   taken = []
   for step, row in enumerate(rows, start=last_step - len(rows) + 1):
-    sound = all(np.isfinite(row[name]) for name in _CHECKED)
-    if sound and not row.get('skipped_in_a_row', 0):
+    if not _unsound(row) and not row.get('skipped_in_a_row', 0):
       taken.append(row)
     elif row.get('skipped_in_a_row', np.inf) > max_skipped_steps:
       raise FloatingPointError(_describe(row, step, formats_of))
@@ -48,9 +51,13 @@ def average(
   return averaged
 
 
+def _unsound(row):
+  return [name for name, x in checked_metrics(row).items() if not np.isfinite(x)]
+
+
 def _describe(row, step, formats_of):
-  unsound = [name for name in _CHECKED if not np.isfinite(row[name])] or ['reward']
-  text = f'{unsound[0]} is {row[unsound[0]]} at step {step}'
+  name = _unsound(row)[0]
+  text = f'{name} is {row[name]} at step {step}'
   if 'choices' not in row:
     return text
   (samples,) = np.nonzero(~np.isfinite(row['sample_loss']))
@@ -62,7 +69,7 @@ def _describe(row, step, formats_of):
 
 def _by_format(assignment: Mapping[str, Mapping[str, str]]) -> str:
   """Returns `int4: the layers that have it; int8: …`, weights / activations."""
-  layers: dict[str, list[Any]] = {}
+  layers: dict[str, list[str]] = {}
   for path, formats in assignment.items():
     names = dict.fromkeys((formats['weights'], formats['activations']))
     layers.setdefault('/'.join(names), []).append(path)

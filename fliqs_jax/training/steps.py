@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 import optax
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.search.controller import Controller, Outcome
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training import health
 from fliqs_jax.training.sharding import batch_sharding, replicated
-from fliqs_jax.training.task import Batch, Metrics, Task
+from fliqs_jax.training.task import Batch, Metrics, Task, score_problem
 from fliqs_jax.training.train_state import BATCH_STATS, TrainState
 
 _INTERMEDIATES = 'intermediates'
@@ -216,15 +218,15 @@ def make_search_step(
 
 
 def make_train_step(
-  space: SearchSpace, task: Task, activation_delay: int, mesh: Mesh
+  task: Task, space: SearchSpace, mesh: Mesh, activation_delay: int = 0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that trains the weights under fixed formats.
 
   Args:
-    space: without decisions, from `fixed_space`.
     task: loss, quality, and what the network is fed.
-    activation_delay: the first step with quantized activations.
+    space: without decisions, from `fixed_space`.
     mesh: from `sharding.make_mesh`.
+    activation_delay: the first step with quantized activations.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated.
@@ -266,10 +268,8 @@ def skip_unsound(
 
   def guarded(state, batch):
     new_state, metrics = step(state, batch)
-    checked = [
-      metrics[name] for name in ('loss', 'gradient_norm', 'reward') if name in metrics
-    ]
-    sound = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    checked = jnp.stack(list(health.checked_metrics(metrics).values()))
+    sound = jnp.all(jnp.isfinite(checked))
     kept = state.replace(step=new_state.step, skipped=state.skipped + 1)
     taken = new_state.replace(skipped=jnp.zeros_like(state.skipped))
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), taken, kept)
@@ -279,7 +279,7 @@ def skip_unsound(
 
 
 def make_statistics_step(
-  space: SearchSpace, task: Task, mesh: Mesh
+  task: Task, space: SearchSpace, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Any]:
   """Returns the jitted step that measures batch norm's statistics on one batch.
 
@@ -317,7 +317,7 @@ def make_statistics_step(
 
 
 def make_eval_step(
-  space: SearchSpace, task: Task, mesh: Mesh
+  task: Task, space: SearchSpace, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, Batch], Metrics]:
   """Returns the jitted step that evaluates one batch `[B, ...]` under given choices.
 
@@ -326,7 +326,7 @@ def make_eval_step(
     examples that `task.mask` lets count, and `num_examples`.
 
   Raises:
-    ValueError: in the first call, where a value is not of a shape that can be summed.
+    ConfigError: in the first call, where a value has no shape that can be summed.
   """
 
   def eval_step(state, choices, batch):
@@ -351,14 +351,10 @@ def make_eval_step(
 
 
 def _sum_over_examples(name, values, mask, size):
-  if values.ndim == 0 and mask is None:
+  if problem := score_problem(name, values.shape, size, mean=mask is None):
+    raise ConfigError(problem)
+  if values.ndim == 0:
     return values * size
-  if values.shape[:1] != (size,):
-    mean = '[], the mean, or ' if mask is None else ''
-    raise ValueError(
-      f'{name} has shape {values.shape} for a batch of {size} examples: expected '
-      f'{mean}[{size}, ...], a value for each'
-    )
   values = jnp.mean(values.reshape(size, -1).astype(jnp.float32), axis=1)
   return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
 

@@ -50,3 +50,19 @@ class Task(NamedTuple):
   mask: Callable[[Batch], jax.Array] | None = None
   auxiliary_weight: float = 0.4
   augment: Callable[[Batch, jax.Array], Batch] = unchanged
+
+
+def score_problem(name: str, shape: Any, size: int, mean: bool = True) -> str | None:
+  """Returns what is wrong with the shape of a score, one line; None where nothing is.
+
+  Args:
+    name: of the score.
+    shape: of its value, which a user's function gave.
+    size: examples in the batch.
+    mean: whether `[]` will do, where every example counts.
+  """
+  if isinstance(shape, tuple):
+    if shape[:1] == (size,) or (mean and shape == ()):
+      return None
+  expected = f'{"[], the mean, or " if mean else ""}[{size}, ...], a value for each'
+  return f'{name} has shape {shape} for a batch of {size} examples: expected {expected}'

@@ -15,6 +15,8 @@ from fliqs_jax.search.controller import Controller, ControllerState
 
 BATCH_STATS = 'batch_stats'
 
+Variables = Mapping[str, Any]  # `params` and, where there are some, `batch_stats`
+
 
 class Arguments(NamedTuple):
   """Arguments that a network is called with."""

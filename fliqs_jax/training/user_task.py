@@ -11,7 +11,7 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.training.classification import classification, mean_loss
-from fliqs_jax.training.task import Batch, Metrics, Score, Task
+from fliqs_jax.training.task import Batch, Metrics, Score, Task, score_problem
 from fliqs_jax.training.train_state import Arguments
 
 # How networks name the flag of their call that tells training, and its value then.
@@ -127,12 +127,15 @@ def _entry(batch, name):
   return batch[name]
 
 
-def check(model: nn.Module, task: Task, batch: Batch, evaluated: Batch) -> None:
+def check(
+  model: nn.Module, task: Task, own_loss: bool, batch: Batch, evaluated: Batch
+) -> None:
   """Checks, by tracing, that a network and its task fit batches `[B, ...]`.
 
   Args:
     model: the searchable network.
     task: from `make_task`.
+    own_loss: whether the loss is the user's, and labels need not be classes.
     batch: for training.
     evaluated: for the evaluation; of another size, maybe.
 
@@ -161,7 +164,7 @@ def check(model: nn.Module, task: Task, batch: Batch, evaluated: Batch) -> None:
     call = task.arguments(evaluated, False)
     outputs = model.apply(variables, *call.args, **call.kwargs)
     found = values, task.evaluation(outputs, evaluated)
-    logits = outputs if task.loss is _default_loss else None
+    logits = None if own_loss else outputs
     return found, logits, {name: variables[name] for name in collections}, updated
 
   found, logits, before, after = jax.eval_shape(forward, batch, evaluated)
@@ -170,12 +173,9 @@ def check(model: nn.Module, task: Task, batch: Batch, evaluated: Batch) -> None:
     problems += _label_problems(logits.shape[-1], batch['label'], evaluated['label'])
   for values, given in zip(found, (batch, evaluated)):
     size = jax.tree.leaves(given)[0].shape[0]
-    problems += [
-      f'{name} has shape {_shapes(value)} for a batch of {size} examples: expected [], '
-      f'the mean, or [{size}, ...], a value for each'
-      for name, value in values.items()
-      if getattr(value, 'shape', (None,))[:1] not in ((), (size,))
-    ]
+    for name, value in values.items():
+      problem = score_problem(name, _shapes(value), size)
+      problems += [problem] if problem else []
   shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
   problems += [
     f'the network changes the shape of its collection {name!r} as it is called: '

@@ -17,7 +17,7 @@ from fliqs_jax.linen import operators as layers
 from fliqs_jax.search import budget, cost_models, latency
 from fliqs_jax import models
 from fliqs_jax.search import space as search_space
-from fliqs_jax.training import task as objectives
+from fliqs_jax.training import classification
 from fliqs_jax.layers.architecture import Decision, Table
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variants import architecture_decisions
@@ -26,7 +26,7 @@ from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.masking import Axes, LayerSizes
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.models import resnet
-from fliqs_jax.runs.subnetwork import slice_variables
+from fliqs_jax.runs.supernet import slice_variables
 
 IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 MOBILENET = {
@@ -187,7 +187,7 @@ def train_pass(model, variables, formats, images, labels):
       {'params': params, FORMATS: formats, **variables},
       images, train=True, mutable=['batch_stats', 'quant_stats'],
     )  # fmt: skip
-    return objectives.cross_entropy(logits, labels).mean(), (logits, stats)
+    return classification.cross_entropy(logits, labels).mean(), (logits, stats)
 
   (_, (logits, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
   return logits, gradients, stats

@@ -4,7 +4,7 @@ import jax
 import ml_collections
 import pytest
 
-from fliqs_jax.runs import assembly
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import default_config, resolve, validate
 
@@ -156,5 +156,5 @@ def test_problems_that_need_the_network(changes, expected):
   config = default_config()
   config.update_from_flattened_dict(changes)
   with pytest.raises(ConfigError, match='.*') as error:
-    assembly.build(resolve(config), jax.device_count())
+    setup_lib.build(resolve(config), jax.device_count())
   assert len(error.value.problems) == 1 and expected in str(error.value)

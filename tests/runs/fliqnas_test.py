@@ -10,7 +10,8 @@ import fliqs_jax
 from fliqs_jax import models
 from fliqs_jax.layers import architecture
 from fliqs_jax.reporting import overview, terminal
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import builders, network
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.search import budget
 from fliqs_jax.runs import loop as train
 from fliqs_jax.runs import result as results
@@ -54,10 +55,10 @@ def test_search_finds_architecture_and_formats(found, joint_config):
     assert str(size) in result['policy'][name]
   assert result['cost'] <= result['target']
   # The target is a multiple of the standard network's cost.
-  standard = networks.discover_layers(joint_config)
-  cost_model = assembly.build_cost_model(joint_config)
+  standard = network.discover_layers(joint_config)
+  cost_model = builders.build_cost_model(joint_config)
   assert result['target'] == cost_model.uniform(standard, 'int3')
-  setup = assembly.build(resolve(joint_config), jax.device_count())
+  setup = setup_lib.build(resolve(joint_config), jax.device_count())
   policy = [list(row.values()) for row in result['policy'].values()]
   likeliest = budget.most_likely_within(
     setup.space,
@@ -119,7 +120,7 @@ def test_one_of_both_is_searched_alone(joint_config):
   def decisions(decide, formats, scale, architecture=()):
     config = joint_config.copy_and_resolve_references()
     config.search.update(decide=decide, formats=formats, target_scale=scale)
-    setup = assembly.build(resolve(config), 1, None, None, dict(architecture))
+    setup = setup_lib.build(resolve(config), 1, None, None, dict(architecture))
     return setup, [decision.name for decision in setup.space.decisions]
 
   sizes = ['stage1/width', 'stage2/width', 'stage2_block2/present']
@@ -183,6 +184,6 @@ def test_python_interface_decides_formats_alone():
 
 def test_layers_outside_the_architecture_have_no_formats(found, joint_config):
   _, result = found
-  choose = networks.choose_architecture(joint_config, result['architecture'])
-  layers = networks.discover_layers(joint_config, choose)
+  choose = network.choose_architecture(joint_config, result['architecture'])
+  layers = network.discover_layers(joint_config, choose)
   search_space.check_layers(layers, result['formats'])

@@ -10,7 +10,8 @@ import pytest
 from conftest import TINY_LAYERS
 
 from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import assembly, networks
+from fliqs_jax.runs import builders, network
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import budget, rewards
 from fliqs_jax.runs import loop as train
@@ -204,7 +205,7 @@ def test_without_a_hard_budget_the_policy_decides(run):
 
 def test_commitment_is_the_likeliest_choice_within_the_target(finished, tiny_config):
   result = finished[1]
-  setup = assembly.build(resolve(tiny_config), jax.device_count())
+  setup = setup_lib.build(resolve(tiny_config), jax.device_count())
   policy = np.array([list(p.values()) for p in result['policy'].values()])
   expected = budget.most_likely_within(
     setup.space, setup.cost_model, np.log(policy), setup.target
@@ -222,8 +223,9 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
   assert set(result) == RESULT_FIELDS and result['cost'] <= result['target']
   assert result['config']['search']['cap_scale'] == 1.1
   config = ml_collections.ConfigDict(result['config'])
-  layers = networks.discover_layers(config)
-  ((size, limit),) = assembly.search_caps(config, layers)
+  layers = network.discover_layers(config)
+  cost_model = builders.build_cost_model(config)
+  ((size, limit),) = builders.search_caps(config, cost_model, layers)
   space = search_space.fixed_space(layers, result['formats'])
   assert size(space, np.zeros(0, np.int32)) <= limit
   assert limit == pytest.approx(1.1 * size.uniform(layers, 'int3'))

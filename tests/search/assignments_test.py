@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fliqs_jax.runs import assembly, files, networks
+from fliqs_jax.runs import files, network
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.search import assignments
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
@@ -16,7 +17,7 @@ MIXED = {'weights': 'int3', 'activations': 'int4'}
 
 @pytest.fixture(scope='module')
 def layers(tiny_config):
-  return networks.discover_layers(resolve(tiny_config))
+  return network.discover_layers(resolve(tiny_config))
 
 
 def expand(content, layers):
@@ -72,7 +73,7 @@ def test_file_costs_what_its_layers_cost(tiny_config, layers, tmp_path):
   path = tmp_path / 'formats.json'
   path.write_text(json.dumps({'conv_init': 'int8', '.*': MIXED}))
   assignment = files.read_formats(str(path))
-  setup = assembly.build(resolve(tiny_config), 1, assignment)
+  setup = setup_lib.build(resolve(tiny_config), 1, assignment)
   expected = sum(
     layer.macs * (64 if layer.path == 'conv_init' else 12) for layer in layers
   )
@@ -136,6 +137,6 @@ def test_build_reports_them_with_the_config(tiny_config):
   config = resolve(tiny_config)
   config.seed = -1
   with pytest.raises(ConfigError) as error:
-    assembly.build(config, 1, {'classifer': INT8})
+    setup_lib.build(config, 1, {'classifer': INT8})
   assert any('seed=-1' in line for line in error.value.problems)
   assert any("nearest is 'classifier'" in line for line in error.value.problems)

@@ -10,7 +10,7 @@ from fliqs_jax import models
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.linen import discovery
 from fliqs_jax.numerics import formats
-from fliqs_jax.runs import assembly
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search import space as search_space
 from fliqs_jax.runs.config import resolve
@@ -137,7 +137,7 @@ def test_the_model_of_the_documentation_can_be_searched_for(monkeypatch):
   config = module['get_config']('digits')
   for field in ('cost_model', 'cap_cost_model'):
     config.search[field] = 'traffic'
-  setup = assembly.build(resolve(config), num_devices=1)
+  setup = setup_lib.build(resolve(config), num_devices=1)
   assert setup.cost_model.name == setup.caps[0].cost_model.name == 'traffic'
   weights, inputs = 100 + 288 + 64, 3
   assert setup.cost_model.uniform(TOY, 'int4') == (weights + inputs) / 2

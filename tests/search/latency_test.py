@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax.runs import assembly, files, latency_measurement, networks
+from fliqs_jax.runs import files, latency_measurement, network
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import result as results
 from fliqs_jax.search import devices, latency
 from fliqs_jax.errors import ConfigError
@@ -57,7 +58,7 @@ def _numbered(content):
 
 
 def test_every_distinct_layer_is_timed_once_in_every_format(config, measured):
-  layers = networks.discover_layers(config)
+  layers = network.discover_layers(config)
   paths = [path for entry in measured['entries'] for path in entry['layers']]
   assert sorted(paths) == sorted(layer.path for layer in layers)
   keys = {latency.layer_key(layer) for layer in layers}
@@ -89,7 +90,7 @@ def test_native_types_are_timed_where_the_device_has_them(config, monkeypatch):
 
 
 def test_strides_tell_layers_apart(config):
-  (layer, *_) = networks.discover_layers(config)
+  (layer, *_) = network.discover_layers(config)
   other = layer._replace(
     arguments=tuple(
       (k, (4, 4) if k == 'window_strides' else v) for k, v in layer.arguments
@@ -102,7 +103,7 @@ def test_strides_tell_layers_apart(config):
 def test_a_cost_is_the_sum_of_measured_times(config, measured, with_table):
   table = _numbered(measured)
   searched = with_table(table)
-  setup = assembly.build(searched, 1)
+  setup = setup_lib.build(searched, 1)
   assert setup.cost_model.unit == 'ms'
   times = {
     path: {name: timed['ms'] / BATCH_SIZE for name, timed in entry['formats'].items()}
@@ -179,7 +180,7 @@ def test_refused_in_one_line(measured, with_table, damage, expected):
   content = copy.deepcopy(measured)
   damage(content)
   with pytest.raises(ConfigError) as error:
-    assembly.build(with_table(content), 1)
+    setup_lib.build(with_table(content), 1)
   (problem,) = error.value.problems
   assert expected in problem and 'latency.json' in problem
 
@@ -189,16 +190,16 @@ def test_a_file_that_is_no_table(tmp_path, text):
   path = tmp_path / 'latency.json'
   path.write_text(text)
   with pytest.raises(ValueError, match='is no latency table'):
-    latency.read_table(path)
+    files.read_latency_table(path)
   with pytest.raises(ValueError, match='cannot read'):
-    latency.read_table(tmp_path / 'missing.json')
+    files.read_latency_table(tmp_path / 'missing.json')
 
 
 def test_a_table_must_be_named(config):
   searched = copy.deepcopy(config)
   searched.search.cost_model = 'latency_table'
   with pytest.raises(ConfigError, match='search.latency_table'):
-    assembly.build(searched, 1)
+    setup_lib.build(searched, 1)
 
 
 def test_the_file_is_json_that_reads_back(measured, with_table):

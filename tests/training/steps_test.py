@@ -198,7 +198,7 @@ def test_train_step_with_float32_is_plain_training():
   mesh = sharding.make_mesh(1, jax.devices()[:1])
   search, init = make_search()
   space = search_space.uniform_space(search.space.layers, 'float32')
-  step = steps.make_train_step(space, classification.classification(), 0, mesh)
+  step = steps.make_train_step(classification.classification(), space, mesh)
   state, batch = init(mesh), make_batch(1)
   key = jax.random.split(jax.random.fold_in(state.key, 0), 1)[0]
 
@@ -225,7 +225,7 @@ def test_train_step_with_float32_is_plain_training():
 def test_statistics_step_gives_the_batch_statistics(num_devices):
   mesh = sharding.make_mesh(2, jax.devices()[:num_devices])
   search, init = make_search()
-  step = steps.make_statistics_step(search.space, classification.classification(), mesh)
+  step = steps.make_statistics_step(classification.classification(), search.space, mesh)
   state, batch = init(mesh), make_batch(2)
   choices = jnp.zeros(2, jnp.int32)
   stats = step(
@@ -252,7 +252,7 @@ def test_eval_step_counts_what_is_not_padding():
   mesh = sharding.make_mesh(1, jax.devices()[:2])
   search, init = make_search()
   step, state = (
-    steps.make_eval_step(search.space, classification.classification(), mesh),
+    steps.make_eval_step(classification.classification(), search.space, mesh),
     init(mesh),
   )
   batch = {key: value[0] for key, value in make_batch(1).items()}
@@ -353,7 +353,7 @@ def test_auxiliary_heads_train_on_a_part_of_the_same_loss():
       'bias': params[name]['bias'] - LEARNING_RATE * error.sum(axis=0),
     }
   task = classification.classification(auxiliary_weight=weight)
-  step = steps.make_train_step(space, task, 0, mesh)
+  step = steps.make_train_step(task, space, mesh)
   new_state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
   assert metrics['loss'] == pytest.approx(loss, rel=1e-5)
   jax.tree.map(

@@ -1,4 +1,4 @@
-"""The small network that a search of the architecture found, out of its supernet.
+"""Networks out of a supernet: the one that a search of the architecture found.
 
 Its architecture comes from the file of a result, its weights are slices of those in the
 supernet's checkpoint.
@@ -11,9 +11,10 @@ from flax import traverse_util
 import jax
 import ml_collections
 
-from fliqs_jax.runs import result as results
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import files
-from fliqs_jax.runs.assembly import Architecture
+from fliqs_jax.runs.network import Architecture
+from fliqs_jax.runs.result import RESULT_FILE
 from fliqs_jax.training.train_state import TrainState
 
 
@@ -24,7 +25,7 @@ def read_architecture(config: ml_collections.ConfigDict) -> Architecture:
   that has one.
 
   Raises:
-    ValueError: where `config.architecture` is no file with an architecture, or that of
+    ConfigError: where `config.architecture` is no file with an architecture, or that of
       `config.formats` is damaged; one line.
   """
   return _named_architecture(config) or {}
@@ -45,9 +46,9 @@ def evaluated_architecture(
     trained: the run's config.
 
   Raises:
-    ValueError: where that run trained a network of another architecture; one line.
+    ConfigError: where that run trained a network of another architecture; one line.
   """
-  result = source / results.RESULT_FILE
+  result = source / RESULT_FILE
   if result.is_file():
     own = _read(result)
   else:
@@ -57,7 +58,7 @@ def evaluated_architecture(
   if named is None or named == own:
     return own
   if not holds_supernet(trained):
-    raise ValueError(
+    raise ConfigError(
       f'{str(source)!r} holds a checkpoint of another architecture than '
       f'{config.architecture or config.formats!r}: only that of a search over '
       'architectures can be evaluated in any of them'
@@ -66,7 +67,7 @@ def evaluated_architecture(
 
 
 def holds_supernet(trained: ml_collections.ConfigDict) -> bool:
-  """Whether a run with this config searches the architecture."""
+  """Returns whether a run with this config searches the architecture."""
   # Runs of versions before this choice have formats alone.
   return trained.mode == 'search' and trained.search.get('decide') not in (
     None,
@@ -83,14 +84,14 @@ def slice_state(supernet: TrainState, small: TrainState) -> TrainState:
 
 
 def _named_architecture(config):
-  """What the config names, None where it leaves the architecture open."""
+  """Returns the named architecture, None where the config leaves it open."""
   if config.architecture:
     return _read(config.architecture)
   if not config.formats or not epath.Path(config.formats).is_file():
     return None
   try:
     content = files.read_json(config.formats)
-  except ValueError:
+  except ConfigError:
     return None  # what is wrong with the file, the reader of its formats says
   # Formats that were written by hand leave the architecture open.
   return _parse(content, config.formats) if 'architecture' in content else None
@@ -105,9 +106,8 @@ def _parse(content, path):
   if not isinstance(architecture, dict) or not all(
     type(size) is int for size in architecture.values()
   ):
-    raise ValueError(
-      f'{str(path)!r} holds no "architecture" of integers: expected a '
-      f'{results.RESULT_FILE}'
+    raise ConfigError(
+      f'{str(path)!r} holds no "architecture" of integers: expected a {RESULT_FILE}'
     )
   return architecture
 
