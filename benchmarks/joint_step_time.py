@@ -40,7 +40,9 @@ def prepare(choose, args):
   layers = discovery.discover(model, inputs, train=False)
   space = build_space(layers, ('int4', 'int8', 'bf16'))
   policy = controller.policy_gradient_controller(
-    space.valid, functools.partial(rewards.absolute, beta=1.0), lambda step: 0.1
+    space.valid,
+    functools.partial(rewards.absolute, target=1.0, beta=1.0),
+    lambda step: 0.1,
   )
   mesh = sharding.make_mesh(1, jax.devices()[:1])
   step = steps.make_search_step(
@@ -50,10 +52,11 @@ def prepare(choose, args):
     policy,
     mesh,
     num_samples=args.samples,
+    target=1.0,
   )
   example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(
-    model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0), 1.0
+    model, example, optax.sgd(0.1, 0.9), policy, jax.random.key(0)
   )
   return step, state
 

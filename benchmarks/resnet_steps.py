@@ -53,19 +53,19 @@ def make_step(
   inputs = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
   task = classification(label_smoothing=0.1)
   layers = discovery.discover(model, inputs, train=False)
-  controller, target = None, None
+  controller = None
   if variant == 'search':
     space = build_space(layers, formats)
     cost_model = cost_models.get_cost_model('bops')
     target = cost_model.uniform(layers, formats[0])
     controller = policy_gradient_controller(
       space.valid,
-      functools.partial(rewards.absolute, beta=1.0),
+      functools.partial(rewards.absolute, target=target, beta=1.0),
       entropy_weight('cosine', 0.1, 0, 1000),
       baseline='leave_one_out' if num_samples > 1 else 'moving',
     )
     step = steps.make_search_step(
-      task, space, cost_model, controller, mesh, num_samples=num_samples
+      task, space, cost_model, controller, mesh, num_samples=num_samples, target=target
     )
   else:
     space = uniform_space(layers, 'int8')
@@ -75,9 +75,7 @@ def make_step(
   def init(key):
     image = jnp.zeros(inputs.shape, dtype)
     example = train_state.Arguments((image,), {'train': False})
-    return train_state.create_train_state(
-      model, example, optimizer, controller, key, target
-    )
+    return train_state.create_train_state(model, example, optimizer, controller, key)
 
   return step, init
 

@@ -169,14 +169,14 @@ def controller_figures(topology, num_decisions, num_samples):
   target = cost_model.uniform(layers, 'int4')
   controller = policy_gradient_controller(
     space.valid,
-    functools.partial(rewards.absolute, beta=1.0),
+    functools.partial(rewards.absolute, target=target, beta=1.0),
     entropy_weight('cosine', 0.1, 0, 1000),
   )
 
   def control(state, keys, quality, step):
     choices = controller.sample(state, keys)
     costs = cost_model(space, choices)
-    outcome = Outcome(choices, quality, costs, target)
+    outcome = Outcome(choices, quality, costs)
     return controller.update(state, outcome, step), costs
 
   shapes = (

@@ -154,32 +154,32 @@ def search(
   config = _with_fields(config, fields)
   first, train_batches = batches.first_batch(train_batches, 'train_batches')
   evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
-  config.batch_size = batches.batch_size(first, 'train_batches')
-  config.dataset = 'own batches'
   task = user_task.make_task(model, loss, quality, metrics, inputs)
-  own_loss = loss is not None
-  network, coverage = _network(config, model, task, own_loss, first, evaluated)
+  network, coverage = _network(config, model, task, loss is None, first, evaluated)
   print(coverage, file=sys.stderr)
-  config.model = {
-    'name': type(model).__name__,
-    'width': 1.0,
-    'layers': json.dumps(layer.to_json(network.layers)),
-  }
+  _describe(config, model, network, first)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = epath.Path(workdir or temporary.name)
   setup = _prepare(resolve(config), network, folder, variables)
   setup = setup._replace(data=_data(setup, train_batches, eval_batches))
   content = loop.train(setup, folder)
-  history = (folder / workdir_lib.HISTORY_FILE).read_text().splitlines()
   return SearchResult(
     model=network.model,
     variables=_final_variables(setup, folder, content['formats']),
     content=content,
-    history=[json.loads(line) for line in history],
+    history=workdir_lib.read_history(folder),
     coverage=coverage,
     workdir=str(folder),
     _temporary=temporary,
   )
+
+
+def _describe(config, model, network, batch):
+  """Writes into a config what it says of a user's network and batches."""
+  config.batch_size = batches.batch_size(batch, 'train_batches')
+  config.dataset = 'own batches'
+  layers = json.dumps(layer.to_json(network.layers))
+  config.model = {'name': type(model).__name__, 'width': 1.0, 'layers': layers}
 
 
 def _prepare(config, network, folder, variables):
@@ -237,7 +237,7 @@ def evaluate(
   problems.raise_any()
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   task = user_task.make_task(model, loss, quality, metrics, inputs)
-  network, _ = _network(config, model, task, loss is not None, first, first)
+  network, _ = _network(config, model, task, loss is None, first, first)
   setup = setup_lib.build(config, jax.device_count(), formats, network)
   setup = setup._replace(
     data=Data(None, lambda sharding: batches.eval_batches(eval_batches))
@@ -250,13 +250,13 @@ def _network(
   config: ml_collections.ConfigDict,
   model: nn.Module,
   task: Task,
-  own_loss: bool,
+  default_loss: bool,
   first: Batch,
   evaluated: Batch,
 ) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
   searchable = make_searchable(model, **config.quantizer.to_dict())
-  user_task.check(searchable, task, own_loss, first, evaluated)
+  user_task.check(searchable, task, default_loss, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
   example = task.arguments(one, False)
   example = example._replace(

@@ -186,14 +186,14 @@ def _check_cap(config, space, budget, cap):
 
 
 def build_controller(
-  config: ml_collections.ConfigDict, space: search_space.SearchSpace
+  config: ml_collections.ConfigDict, space: search_space.SearchSpace, target: float
 ) -> controller_lib.Controller:
   """Returns the controller that a config describes, over the decisions of a space."""
   settings = config.controller
   reward = rewards.REWARDS[config.reward.name].function
   return controller_lib.policy_gradient_controller(
     space.valid,
-    functools.partial(reward, beta=config.reward.beta),
+    functools.partial(reward, target=target, beta=config.reward.beta),
     controller_lib.entropy_weight(
       settings.entropy_schedule,
       settings.entropy_weight,

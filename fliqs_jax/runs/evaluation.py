@@ -26,13 +26,13 @@ Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
   """Returns the state before the first step, on all devices."""
 
-  def init(key, target):
+  def init(key):
     return create_train_state(
-      setup.model, setup.example, setup.optimizer, setup.controller, key, target
+      setup.model, setup.example, setup.optimizer, setup.controller, key
     )
 
   init = jax.jit(init, out_shardings=sharding.replicated(mesh))
-  return init(jax.random.key(seed), setup.target if setup.controller else None)
+  return init(jax.random.key(seed))
 
 
 def restored_state(

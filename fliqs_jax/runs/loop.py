@@ -111,6 +111,7 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       setup.controller,
       mesh,
       num_samples=setup.num_samples,
+      target=setup.target,
       activation_delay=config.search.activation_delay,
       held_out=config.reward.split == 'validation',
     )

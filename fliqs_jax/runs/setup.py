@@ -127,7 +127,7 @@ def build(
     cost_model=cost_model,
     target=target,
     caps=caps,
-    controller=builders.build_controller(config, space) if searches else None,
+    controller=builders.build_controller(config, space, target) if searches else None,
     optimizer=builders.build_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     num_samples=config.search.num_samples if searches else 1,

@@ -6,6 +6,7 @@ paper and TuNAS (arXiv 2008.06120) have it.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -36,7 +37,6 @@ class Outcome(NamedTuple):
   choices: jax.Array  # shape=(S, N), int32
   qualities: jax.Array  # shape=(S,), float32
   costs: jax.Array  # shape=(S,), float32, in the cost model's unit
-  target: jax.Array  # shape=(), float32, in the same unit
 
 
 class Init(Protocol):
@@ -118,7 +118,7 @@ def entropy_weight(
 
 def policy_gradient_controller(
   valid: np.ndarray,
-  reward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  reward: Callable[[jax.Array, jax.Array], jax.Array],
   entropy_weight: Schedule,
   learning_rate: float = 5e-2,
   policy_delay: int = 0,
@@ -135,7 +135,7 @@ def policy_gradient_controller(
 
   Args:
     valid: bool[N, K], which options exist.
-    reward: (qualities, costs, target) -> rewards `r`, float32[S]; see `rewards`.
+    reward: (qualities, costs) -> rewards `r`, float32[S]; see `rewards`.
     entropy_weight: `β_H(t)`, from `entropy_weight`.
     learning_rate: of Adam on the logits.
     policy_delay: the first step whose rewards update the policy.
@@ -144,62 +144,61 @@ def policy_gradient_controller(
   """
   optimizer = optax.adam(learning_rate)
 
-  def init() -> PolicyGradientState:
-    logits = jnp.zeros(valid.shape, jnp.float32)  # the uniform policy
-    return PolicyGradientState(
-      logits=logits,
-      opt_state=optimizer.init(logits),
-      baseline=jnp.zeros((), jnp.float32),
-      num_rewards=jnp.zeros((), jnp.int32),
-      commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
-    )
-
-  def sample(state: PolicyGradientState, keys: jax.Array) -> jax.Array:
-    logits = _log_policy(state.logits, valid)
-    sampled = jax.vmap(lambda key: jax.random.categorical(key, logits))(keys)
-    return jnp.where(state.commitment >= 0, state.commitment, sampled.astype(jnp.int32))
-
   def update(state, outcome, step):
-    choices = outcome.choices
-    rewards = reward(outcome.qualities, outcome.costs, outcome.target)
+    choices, rewards = outcome.choices, reward(outcome.qualities, outcome.costs)
     chex.assert_shape(choices, (None, valid.shape[0]))
     chex.assert_shape(rewards, choices.shape[:1])
     moving, advantages = _advantages(state, rewards, baseline, baseline_momentum)
     weight = entropy_weight(step)
     gradient = jax.grad(_loss)(state.logits, valid, choices, advantages, weight)
-    updates, opt_state = optimizer.update(gradient, state.opt_state)
-    logits = optax.apply_updates(state.logits, updates)
     active = (step >= policy_delay) & jnp.all(state.commitment < 0)
-    logits, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(active, new, old),
-      (logits, opt_state),
-      (state.logits, state.opt_state),
-    )
-    new_state = state._replace(
-      logits=logits,
-      opt_state=opt_state,
-      baseline=moving,
-      num_rewards=state.num_rewards + 1,
-    )
+    state = _descend(optimizer, state, gradient, active)
     metrics = {
       'reward': jnp.mean(rewards),
-      'entropy': jnp.mean(policy_entropy(logits, valid)),
+      'entropy': jnp.mean(policy_entropy(state.logits, valid)),
       'entropy_weight': weight,
       'baseline': moving,
     }
-    return new_state, metrics
+    return state._replace(baseline=moving, num_rewards=state.num_rewards + 1), metrics
 
-  def policy(state: PolicyGradientState) -> jax.Array:
-    return _policy(state.logits, valid)
+  return Controller(
+    init=functools.partial(_init, valid, optimizer),
+    sample=functools.partial(_sample, valid=valid),
+    update=update,
+    policy=lambda state: _policy(state.logits, valid),
+    commit=lambda state, choices: state._replace(commitment=choices),
+    final_choices=functools.partial(_final_choices, valid=valid),
+  )
 
-  def commit(state: PolicyGradientState, choices: jax.Array) -> PolicyGradientState:
-    return state._replace(commitment=choices)
 
-  def final_choices(state: PolicyGradientState) -> jax.Array:
-    likeliest = jnp.argmax(policy(state), axis=1).astype(jnp.int32)
-    return jnp.where(state.commitment >= 0, state.commitment, likeliest)
+def _init(valid, optimizer):
+  logits = jnp.zeros(valid.shape, jnp.float32)  # the uniform policy
+  return PolicyGradientState(
+    logits=logits,
+    opt_state=optimizer.init(logits),
+    baseline=jnp.zeros((), jnp.float32),
+    num_rewards=jnp.zeros((), jnp.int32),
+    commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
+  )
 
-  return Controller(init, sample, update, policy, commit, final_choices)
+
+def _sample(state, keys, valid):
+  logits = _log_policy(state.logits, valid)
+  sampled = jax.vmap(lambda key: jax.random.categorical(key, logits))(keys)
+  return jnp.where(state.commitment >= 0, state.commitment, sampled.astype(jnp.int32))
+
+
+def _descend(optimizer, state, gradient, active):
+  """Returns the state after a step of the optimizer, or as it is where not active."""
+  updates, opt_state = optimizer.update(gradient, state.opt_state)
+  logits = optax.apply_updates(state.logits, updates)
+  new_state = state._replace(logits=logits, opt_state=opt_state)
+  return jax.tree.map(lambda new, old: jnp.where(active, new, old), new_state, state)
+
+
+def _final_choices(state, valid):
+  likeliest = jnp.argmax(_policy(state.logits, valid), axis=1).astype(jnp.int32)
+  return jnp.where(state.commitment >= 0, state.commitment, likeliest)
 
 
 def _advantages(state, rewards, baseline, momentum):

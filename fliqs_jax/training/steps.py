@@ -156,6 +156,7 @@ def make_search_step(
   mesh: Mesh,
   *,
   num_samples: int,
+  target: float,
   activation_delay: int = 0,
   held_out: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -170,6 +171,7 @@ def make_search_step(
     controller: the policy.
     mesh: from `sharding.make_mesh`.
     num_samples: S, which the mesh's sample axis divides.
+    target: in the cost model's unit, for the metric `cost_ratio`.
     activation_delay: the first step with quantized activations.
     held_out: whether the quality is that of `batch['reward']`.
 
@@ -184,37 +186,49 @@ def make_search_step(
     formats = nest(space.layers, bound)
     gradients, stats, metrics = _gradients(state, task, formats, batch, key)
     if held_out:
-      outputs, _, _ = _forward(state, task, state.params, formats, batch['reward'], key)
-      metrics['quality'] = jnp.mean(task.quality(outputs, batch['reward']))
+      held = batch['reward']
+      outputs, _, _ = _forward(state, task, state.params, formats, held, key)
+      metrics['quality'] = jnp.mean(task.quality(outputs, held))
     return (gradients, stats), metrics
 
   def search_step(state, batch):
-    step_key = jax.random.fold_in(state.key, state.step)
-    sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
-      jnp.arange(num_samples)
-    )
-    policy_keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys)
+    policy_keys, model_keys = _sample_keys(state, num_samples)
     choices = controller.sample(state.controller, policy_keys)
     (gradients, stats), metrics = _mean_over_samples(
       one_sample, mesh, state, batch, choices, model_keys
     )
     costs = cost_model(space, choices)
-    outcome = Outcome(choices, metrics['quality'], costs, state.target)
+    outcome = Outcome(choices, metrics['quality'], costs)
     controller_state, controller_metrics = controller.update(
       state.controller, outcome, state.step
     )
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
-    return new_state, {
-      **jax.tree.map(jnp.mean, metrics),
-      **controller_metrics,
-      'cost': jnp.mean(costs),
-      'cost_ratio': jnp.mean(costs) / state.target,
-      'gradient_norm': optax.tree.norm(gradients),
-      'sample_loss': metrics['loss'],
-      'choices': choices,
-    }
+    own_metrics = _search_metrics(metrics, outcome, gradients, target)
+    return new_state, {**own_metrics, **controller_metrics}
 
   return _jit_step(search_step, mesh)
+
+
+def _search_metrics(metrics, outcome, gradients, target):
+  """Returns the metrics of a search step but for the controller's."""
+  cost = jnp.mean(outcome.costs)
+  return {
+    **jax.tree.map(jnp.mean, metrics),
+    'cost': cost,
+    'cost_ratio': cost / target,
+    'gradient_norm': optax.tree.norm(gradients),
+    'sample_loss': metrics['loss'],
+    'choices': outcome.choices,
+  }
+
+
+def _sample_keys(state, num_samples):
+  """Returns the keys [S] of the policy and those of the network, of this step."""
+  step_key = jax.random.fold_in(state.key, state.step)
+  sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
+    jnp.arange(num_samples)
+  )
+  return jax.vmap(jax.random.split, out_axes=1)(sample_keys)
 
 
 def make_train_step(

@@ -33,10 +33,6 @@ class TrainState(train_state.TrainState):
   controller: ControllerState | None  # None where formats are fixed
   skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
-  # shape=(), float32, in the cost model's unit; None where formats are fixed. As data,
-  # so that searches for several targets share a program. A run's config says it, and
-  # its checkpoints do not.
-  target: jax.Array | None = None
   # What else the network updates: {collection: variables}.
   collections: Mapping[str, Any] = struct.field(default_factory=dict)
 
@@ -56,7 +52,6 @@ def create_train_state(
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
-  target: jax.Array | float | None = None,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -66,7 +61,6 @@ def create_train_state(
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
-    target: of the search; None for fixed formats.
   """
   init_key, run_key = jax.random.split(key)
   args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
@@ -80,7 +74,6 @@ def create_train_state(
     controller=controller and controller.init(),
     skipped=jnp.zeros((), jnp.int32),
     key=run_key,
-    target=None if target is None else jnp.asarray(target, jnp.float32),
     collections=variables,
   )
   # Flax's 0 is a Python number, whose type is weak. That of a checkpoint is not, and a

@@ -128,14 +128,14 @@ def _entry(batch, name):
 
 
 def check(
-  model: nn.Module, task: Task, own_loss: bool, batch: Batch, evaluated: Batch
+  model: nn.Module, task: Task, default_loss: bool, batch: Batch, evaluated: Batch
 ) -> None:
   """Checks, by tracing, that a network and its task fit batches `[B, ...]`.
 
   Args:
     model: the searchable network.
     task: from `make_task`.
-    own_loss: whether the loss is the user's, and labels need not be classes.
+    default_loss: whether labels must be classes, as the default loss has it.
     batch: for training.
     evaluated: for the evaluation; of another size, maybe.
 
@@ -164,7 +164,7 @@ def check(
     call = task.arguments(evaluated, False)
     outputs = model.apply(variables, *call.args, **call.kwargs)
     found = values, task.evaluation(outputs, evaluated)
-    logits = None if own_loss else outputs
+    logits = outputs if default_loss else None
     return found, logits, {name: variables[name] for name in collections}, updated
 
   found, logits, before, after = jax.eval_shape(forward, batch, evaluated)

@@ -11,7 +11,7 @@ from whole_runs import Smallest
 
 from fliqs_jax import models
 from fliqs_jax.runs import files
-from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import loop
 from fliqs_jax.errors import ConfigError
 
 FORMATS = {
@@ -63,7 +63,7 @@ class Stopped(Exception):
 @pytest.fixture
 def base(tiny_config, monkeypatch, tmp_path):
   """The config to edit; runs stop after two steps."""
-  make_step = train._make_step
+  make_step = loop.make_step
 
   def make_short(*args):
     step, steps_taken = make_step(*args), []
@@ -77,7 +77,7 @@ def base(tiny_config, monkeypatch, tmp_path):
     return counted
 
   monkeypatch.setitem(models.MODELS, 'smallest', Smallest)
-  monkeypatch.setattr(train, '_make_step', make_short)
+  monkeypatch.setattr(loop, 'make_step', make_short)
   monkeypatch.chdir(tmp_path)
   config = tiny_config.copy_and_resolve_references()
   config.model.name = 'smallest'
@@ -104,7 +104,7 @@ def test_an_edited_config_runs_or_is_explained(base, tmp_path_factory, data):
     edits[field] = value
   workdir = epath.Path(tmp_path_factory.mktemp('edited') / 'run')
   try:
-    train.run(config, workdir)
+    loop.run(config, workdir)
   except (Stopped, FloatingPointError):
     assert (workdir / 'config.json').exists()
   except ConfigError as error:

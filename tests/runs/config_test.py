@@ -6,7 +6,8 @@ import pytest
 
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs.config import default_config, resolve, validate
+from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.runs.validation import validate
 
 
 def problems_of(num_devices=1, **changes):

@@ -27,14 +27,14 @@ def _constant(value):
   return lambda step: jnp.float32(value)
 
 
-def _quality(qualities, costs, target):
+def _quality(qualities, costs):
   """The reward that leaves the cost aside."""
-  del costs, target
+  del costs
   return qualities
 
 
 def _outcome(choices, rewards):
-  return controller_lib.Outcome(choices, rewards, jnp.zeros_like(rewards), 1.0)
+  return controller_lib.Outcome(choices, rewards, jnp.zeros_like(rewards))
 
 
 def _with_logits(controller, logits):
@@ -210,13 +210,12 @@ def test_moving_baseline_with_one_sample():
 
 
 def test_rewards_are_of_quality_and_cost():
-  reward = functools.partial(rewards_lib.absolute, beta=2.0)
+  reward = functools.partial(rewards_lib.absolute, target=4.0, beta=2.0)
   controller = policy_gradient_controller(ALL_VALID, reward, _constant(0.0))
   outcome = controller_lib.Outcome(
     choices=np.zeros((2, 3), np.int32),
     qualities=np.float32([0.5, 0.7]),
     costs=np.float32([6.0, 4.0]),
-    target=np.float32(4.0),
   )
   state, metrics = controller.update(controller.init(), outcome, 0)
   # 0.5 − 2 · |6/4 − 1| and 0.7 − 2 · |4/4 − 1|.
@@ -325,9 +324,7 @@ def test_commitment_overrides_the_policy_and_stops_it():
   np.testing.assert_array_equal(controller.final_choices(free), likeliest)
   np.testing.assert_array_equal(controller.policy(state), controller.policy(free))
   rewards = np.random.default_rng(1).normal(size=50).astype(np.float32)
-  new_state, _ = jax.jit(controller.update)(
-    state, _outcome(choices, rewards), 10
-  )
+  new_state, _ = jax.jit(controller.update)(state, _outcome(choices, rewards), 10)
   for a, b in zip(
     jax.tree.leaves((state.logits, state.opt_state, state.commitment)),
     jax.tree.leaves((new_state.logits, new_state.opt_state, new_state.commitment)),

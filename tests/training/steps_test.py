@@ -62,7 +62,7 @@ def make_search():
   target = cost_model.uniform(found, 'int4')
   policy = controller.policy_gradient_controller(
     space.valid,
-    functools.partial(rewards.absolute, beta=1.0),
+    functools.partial(rewards.absolute, target=target, beta=1.0),
     controller.entropy_weight('cosine', 0.1, 0, 10),
     baseline='moving',
   )
@@ -70,7 +70,7 @@ def make_search():
   def init(mesh):
     optimizer, key = optax.sgd(LEARNING_RATE), jax.random.key(1)
     state = train_state.create_train_state(
-      model, arguments(inputs), optimizer, policy, key, target
+      model, arguments(inputs), optimizer, policy, key
     )
     return jax.device_put(state, sharding.replicated(mesh))
 
@@ -97,6 +97,7 @@ def take_steps(num_samples, num_devices, count=3, **options):
     search.controller,
     mesh,
     num_samples=num_samples,
+    target=search.target,
     **options,
   )
   state, metrics = init(mesh), []
