@@ -24,7 +24,7 @@ import importlib
 import sys
 import types
 
-# Imported when they are used, since who needs a part alone may lack what the rest needs.
+# Imported when they are used: who needs one part may lack what others import.
 _MODULES = {
   'ConfigError': 'errors',
   'Preempted': 'errors',
