@@ -2,8 +2,8 @@
 
     python benchmarks/clipping_thresholds.py
 
-prints the table that `fliqs_jax/numerics/formats.py` carries as constants. The data is standard
-normal; the error of each threshold is integrated in closed form, cell by cell.
+prints the table that `fliqs_jax/numerics/formats.py` carries as constants. The data is
+standard normal; the error of each threshold is integrated in closed form, cell by cell.
 """
 
 import numpy as np

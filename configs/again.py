@@ -6,7 +6,7 @@ python -m fliqs_jax.main --config=configs/again.py:runs/digits --workdir=runs/ag
 from etils import epath
 import ml_collections
 
-from fliqs_jax.runs.config import default_config
+from fliqs_jax.runs.config import OWN_BATCHES, default_config
 from fliqs_jax.runs.workdir import read_config
 
 
@@ -19,7 +19,7 @@ def get_config(workdir: str = '') -> ml_collections.ConfigDict:
   if not workdir:
     raise ValueError('expected the folder of a run, as configs/again.py:runs/digits')
   found = read_config(epath.Path(workdir))
-  if 'layers' in found.model:
+  if found.dataset == OWN_BATCHES:
     raise ValueError(
       f'{workdir!r} was made by fliqs_jax.search, whose network and data it does not '
       'hold: expected a run of fliqs_jax.main; make the same call in Python again'

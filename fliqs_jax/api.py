@@ -7,7 +7,6 @@ The loop is that of `python -m fliqs_jax.main`, and so are the files that it lea
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,6 @@ import numpy as np
 
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError, Problems, not_among
-from fliqs_jax.layers import layer
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
 from fliqs_jax.linen.variables import FORMATS, nest
@@ -30,7 +28,7 @@ from fliqs_jax.runs import evaluation, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.runs.config import OWN_BATCHES, default_config, resolve
 from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.setup import Data
 from fliqs_jax.search.assignments import Assignment
@@ -157,7 +155,7 @@ def search(
   task = user_task.make_task(model, loss, quality, metrics, inputs)
   network, coverage = _network(config, model, task, loss is None, first, evaluated)
   print(coverage, file=sys.stderr)
-  _describe(config, model, network, first)
+  _describe(config, model, first)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = epath.Path(workdir or temporary.name)
   setup = _prepare(resolve(config), network, folder, variables)
@@ -174,12 +172,11 @@ def search(
   )
 
 
-def _describe(config, model, network, batch):
+def _describe(config, model, batch):
   """Writes into a config what it says of a user's network and batches."""
   config.batch_size = batches.batch_size(batch, 'train_batches')
-  config.dataset = 'own batches'
-  layers = json.dumps(layer.to_json(network.layers))
-  config.model = {'name': type(model).__name__, 'width': 1.0, 'layers': layers}
+  config.dataset = OWN_BATCHES
+  config.model = {'name': type(model).__name__, 'width': 1.0}
 
 
 def _prepare(config, network, folder, variables):
@@ -188,6 +185,7 @@ def _prepare(config, network, folder, variables):
   setup = problems.attempt(setup_lib.build, config, jax.device_count(), None, network)
   start = preparation.attempt_start(problems, config, setup, variables)
   problems.attempt(workdir_lib.check, config, folder, False)
+  problems.attempt(workdir_lib.check_layers, network.layers, folder)
   problems.raise_any()
   return setup._replace(start=start)
 

@@ -108,7 +108,7 @@ def fake_quantize(x, name, mean_square, absmax, calibration='rms'):
 
 
 def assert_same_bits(actual, expected):
-  """Asserts equality of float32; NaNs may differ in their payload, zeros may not in their sign."""
+  """Asserts equality: NaNs may differ in their payload, zeros not in their sign."""
   actual, expected = np.asarray(actual), np.asarray(expected, np.float32)
   assert actual.dtype == np.float32
   np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
@@ -119,7 +119,7 @@ def assert_same_bits(actual, expected):
 
 
 def critical_values(name: str) -> np.ndarray:
-  """Returns codes, midpoints, both with their neighbours in float32, and what is special."""
+  """Returns codes, midpoints, their neighbours in float32, and special values."""
   codes = positive_codes(name)
   middle = (codes[1:] + codes[:-1]) / 2
   exact = np.concatenate([codes, middle]).astype(np.float32)

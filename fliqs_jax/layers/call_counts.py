@@ -13,6 +13,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 import jax.numpy as jnp
 
+from fliqs_jax.errors import ConfigError
+
 _mark = Primitive('layer_mark')
 _mark.def_abstract_eval(lambda x, w, **_: x)
 ad.primitive_jvps[_mark] = lambda primals, tangents, **params: (
@@ -53,7 +55,7 @@ def marks(jaxpr: Any) -> Iterator[tuple[Any, int]]:
     jaxpr: from `jax.make_jaxpr`.
 
   Raises:
-    ValueError: for a mark in a loop of unknown length.
+    ConfigError: for a mark in a loop of unknown length.
   """
   for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
     name, params = equation.primitive.name, equation.params
@@ -62,7 +64,7 @@ def marks(jaxpr: Any) -> Iterator[tuple[Any, int]]:
     for inner in _jaxprs(params.values()):
       for info, calls in marks(inner):
         if name == 'while':
-          raise ValueError(
+          raise ConfigError(
             f'layer {info.path} runs in a loop of unknown length, so that its cost is '
             'unknown: use nn.scan, or leave it out with a promote_dtype of its own'
           )

@@ -70,20 +70,12 @@ def describe(
 
 
 def to_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
-  """Returns layers whose sizes are decided, ready for JSON, for `from_json`."""
+  """Returns layers whose sizes are decided, ready for JSON.
+
+  Arguments that JSON has no type for are text.
+  """
   content = [layer._asdict() | {'arguments': dict(layer.arguments)} for layer in layers]
   return json.loads(json.dumps(content, default=str))
-
-
-def from_json(content: Sequence[dict[str, Any]]) -> tuple[Layer, ...]:
-  """Returns the layers; of their arguments those that JSON has no type for as text."""
-  return tuple(
-    Layer(
-      **{name: _hashable(value) for name, value in layer.items()}
-      | {'arguments': _hashable(sorted(layer['arguments'].items()))}
-    )
-    for layer in content
-  )
 
 
 def _hashable(value):

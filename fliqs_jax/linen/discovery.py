@@ -8,10 +8,9 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 
-from fliqs_jax.layers import layer as layer_lib
 from fliqs_jax.layers.architecture import Table
 from fliqs_jax.layers.call_counts import marked, marks
-from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.layer import Layer, describe
 from fliqs_jax.linen.operators import QuantizedOperator
 from fliqs_jax.linen.supernet import Gate
 
@@ -63,7 +62,7 @@ _COMPUTE = QuantizedOperator.compute.__name__
 
 def _describe(operator, x, w, product):
   *path, name = operator.path
-  layer = layer_lib.describe('/'.join(path), name, product, x, w)
+  layer = describe('/'.join(path), name, product, x, w)
   if any(isinstance(size, Table) for size in operator.sizes):
     return layer._replace(sizes=operator.sizes, axes=product.axes)
   return layer

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from fliqs_jax.layers import products
 from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES
 from fliqs_jax.numerics.calibration import Statistics
-from fliqs_jax.numerics.masking import LayerSizes
+from fliqs_jax.numerics.masking import ALL_SIZES, LayerSizes
 from fliqs_jax.numerics.products import (
   LayerFormats,
   Product,
@@ -52,7 +52,7 @@ class QuantizedOperator(nn.Module):
   calibration: str = 'rms'
   momentum: float = 0.95
   formats: LayerFormats | None = None
-  sizes: LayerSizes = LayerSizes()
+  sizes: LayerSizes = ALL_SIZES
 
   # What is computed: `quantized_layer`, or another function of the same arguments.
   arithmetic = staticmethod(quantized_layer)
@@ -65,7 +65,7 @@ class QuantizedOperator(nn.Module):
       w: weights in the parameters' own dtype.
       product: what the layer computes.
     """
-    formats, sizes = self.formats, LayerSizes()
+    formats, sizes = self.formats, ALL_SIZES
     if formats is None and self.has_variable(FORMATS, LAYER_FORMATS):
       formats = self.get_variable(FORMATS, LAYER_FORMATS)
     if self.has_variable(FORMATS, SIZES):

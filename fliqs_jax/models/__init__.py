@@ -56,8 +56,8 @@ def create_model(
     **options: attributes of the network, such as `width`.
 
   Raises:
-    ConfigError: where there is no such network; the message names the nearest one. Where
-      its architecture is fixed, and is to be chosen.
+    ConfigError: where there is no such network; the message names the nearest one.
+      Where its architecture is fixed, and is to be chosen.
   """
   if name not in MODELS:
     raise ConfigError(not_among(f'unknown model {name!r}', name, MODELS))

@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.models.common import ModuleDef
 
 # The original truncates at ±2, a hundred deviations away: nowhere.
@@ -93,17 +94,17 @@ class DeiT(nn.Module):
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`.
 
     Raises:
-      ValueError: where the heads do not divide the hidden size, or the patches the
+      ConfigError: where the heads do not divide the hidden size, or the patches the
         image.
     """
     hidden = round(self.hidden_size * self.width)
     if hidden == 0 or hidden % self.num_heads:
-      raise ValueError(
+      raise ConfigError(
         f'hidden size {hidden} ({self.hidden_size} at width {self.width}): expected '
         f'a multiple of the {self.num_heads} heads'
       )
     if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
-      raise ValueError(
+      raise ConfigError(
         f'images of {x.shape[1]}×{x.shape[2]}: expected sides that are multiples of '
         f'patch_size={self.patch_size}'
       )

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.models.common import ModuleDef
 
 _SMALLEST_IMAGE = 75  # on a side: 1 after the last reduction
@@ -213,10 +214,10 @@ class InceptionV3(nn.Module):
     """Returns the logits `float32[B, num_classes]` of images `[B, H, W, C]`.
 
     Raises:
-      ValueError: where the images are so small that nothing would be left of them.
+      ConfigError: where the images are so small that nothing would be left of them.
     """
     if min(x.shape[1:3]) < _SMALLEST_IMAGE and not self.small_images:
-      raise ValueError(
+      raise ConfigError(
         f'images of {x.shape[1]}×{x.shape[2]}: expected {_SMALLEST_IMAGE} or more on '
         'a side, or small_images=True'
       )

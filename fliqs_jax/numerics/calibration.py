@@ -19,7 +19,7 @@ CALIBRATIONS = ('rms', 'absmax')
 
 
 class Statistics(NamedTuple):
-  """Statistics of a tensor, or of each of its channels, from which thresholds follow."""
+  """Statistics of a tensor, or of each of its channels, that set thresholds."""
 
   mean_square: jax.Array  # float32[...], the mean of the squares
   absmax: jax.Array  # float32[...], the largest magnitude

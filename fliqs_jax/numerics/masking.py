@@ -23,12 +23,15 @@ class Axes(NamedTuple):
 
 
 class LayerSizes(NamedTuple):
-  """Sizes of a layer, each int32[] or a table of sizes; None where nothing is decided."""
+  """Sizes of a layer, each int32[] or a table; None where nothing is decided."""
 
   inputs: Any = None  # channels
   outputs: Any = None  # channels
   kernel: Any = None  # extent in space, odd
   present: Any = None  # 1, or 0 where the layer is skipped
+
+
+ALL_SIZES = LayerSizes()  # of a layer that is used whole
 
 
 class ActiveAxis(NamedTuple):

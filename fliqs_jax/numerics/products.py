@@ -20,7 +20,13 @@ from fliqs_jax.numerics.calibration import (
   tensor_statistics,
 )
 from fliqs_jax.numerics.formats import NumericFormat, get_format
-from fliqs_jax.numerics.masking import Axes, LayerSizes, active_axes, masked
+from fliqs_jax.numerics.masking import (
+  ALL_SIZES,
+  Axes,
+  LayerSizes,
+  active_axes,
+  masked,
+)
 
 
 class Product(NamedTuple):
@@ -46,7 +52,7 @@ def quantized_layer(
   w: jax.Array,
   formats: LayerFormats | None,
   statistics: Statistics | None,
-  sizes: LayerSizes = LayerSizes(),
+  sizes: LayerSizes = ALL_SIZES,
   calibration: str = 'rms',
   momentum: float = 0.95,
 ) -> tuple[jax.Array, Statistics | None]:
@@ -95,7 +101,7 @@ def quantized_operands(
   w: jax.Array,
   formats: LayerFormats | None,
   statistics: Statistics | None,
-  sizes: LayerSizes = LayerSizes(),
+  sizes: LayerSizes = ALL_SIZES,
   calibration: str = 'rms',
   momentum: float = 0.95,
 ) -> tuple[tuple[jax.Array, jax.Array], Statistics | None]:

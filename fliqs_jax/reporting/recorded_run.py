@@ -8,6 +8,7 @@ from etils import epath
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting.quality import Quality, from_evaluation
+from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.result import RESULT_FILE, read_result
 from fliqs_jax.runs.workdir import (
   CONFIG_FILE,
@@ -80,7 +81,7 @@ class Run(NamedTuple):
   @property
   def made_in_python(self) -> bool:
     """True for a run of `fliqs_jax.search`, whose network no config can name."""
-    return 'layers' in self.config['model']
+    return self.config['dataset'] == OWN_BATCHES
 
   @property
   def quality(self) -> Quality:

@@ -6,6 +6,9 @@ from ml_collections import config_dict
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import validation
 
+# The dataset of a run of `fliqs_jax.search`, whose network and data no config can name.
+OWN_BATCHES = 'own batches'
+
 
 def default_config() -> ml_collections.ConfigDict:
   """Returns the config that the files in `configs/` start from: all fields there are.

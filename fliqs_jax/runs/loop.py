@@ -13,6 +13,7 @@ import numpy as np
 
 from fliqs_jax.data.batches import BatchIterator
 from fliqs_jax.errors import ConfigError, Preempted
+from fliqs_jax.layers.layer import to_json
 from fliqs_jax.runs import evaluation, preparation, pretrained, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
@@ -71,6 +72,7 @@ def train(setup: Setup, folder: epath.Path) -> dict[str, Any]:
   with workdir.lock(folder):
     if jax.process_index() == 0:
       workdir.write(folder, workdir.CONFIG_FILE, config)
+      workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
     result = _train(setup, folder)
     if jax.process_index() == 0:
       workdir.write(folder, result_lib.RESULT_FILE, result)

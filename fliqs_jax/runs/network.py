@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import functools
-import json
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ import ml_collections
 from fliqs_jax import models
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import architecture as architecture_lib
-from fliqs_jax.layers import layer as layer_lib
 from fliqs_jax.layers.architecture import Choose, searched, standard
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variants import architecture_decisions
@@ -125,8 +123,6 @@ def discover_layers(
 ) -> tuple[Layer, ...]:
   """Returns the quantized layers of a config's network.
 
-  Those of a network that is not among `models` are in the config of its run.
-
   Args:
     config: the config.
     choose: how its architecture is chosen; `searched` gives the supernet's layers.
@@ -134,8 +130,6 @@ def discover_layers(
   Raises:
     ConfigError: as `build_network`.
   """
-  if 'layers' in config.model:
-    return layer_lib.from_json(json.loads(config.model.layers))
   return _discover(config, build_model(config, choose=choose))
 
 

@@ -121,6 +121,17 @@ def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
+def without_layers(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config of a run without layers of its network.
+
+  The model of `fliqs_jax.search` listed them before they had a file of their own.
+  """
+  model = config.get('model')
+  if not isinstance(model, dict) or 'layers' not in model:
+    return config
+  return config | {'model': {k: v for k, v in model.items() if k != 'layers'}}
+
+
 def write_json(path: epath.Path, content: Any) -> None:
   """Writes a JSON file that is there whole or not at all."""
   temporary = path.parent / f'.{path.name}.tmp'
@@ -138,4 +149,6 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
   content = files.read_json(path)
   if 'formats' not in content:
     raise ConfigError(f'{str(path)!r} holds no "formats": expected a {RESULT_FILE}')
+  if isinstance(content.get('config'), dict):
+    content['config'] = without_layers(content['config'])
   return content | {'formats': assignments.parse(content['formats'], str(path))}

@@ -1,6 +1,6 @@
-"""The folder of a run: its config, and the history that it writes while it trains."""
+"""The folder of a run: its config, its layers, and the history of its training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import fcntl
 import functools
@@ -16,9 +16,11 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.errors import ConfigError, RunError
+from fliqs_jax.layers.layer import Layer, to_json
 from fliqs_jax.runs import result as result_lib
 
 CONFIG_FILE = 'config.json'
+LAYERS_FILE = 'layers.json'
 HISTORY_FILE = 'history.jsonl'
 LOCK_FILE = '.lock'
 
@@ -68,7 +70,30 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     raise ConfigError(f'{str(path)!r} cannot be read: {error}') from None
   if not isinstance(content, dict):
     raise ConfigError(f'{str(path)!r} is damaged: expected a JSON object')
+  content = result_lib.without_layers(content)
   return ml_collections.ConfigDict(content, convert_dict=True)
+
+
+def check_layers(layers: Sequence[Layer], workdir: epath.Path) -> None:
+  """Checks that a folder's run, if there is one, is of a network with these layers.
+
+  Raises:
+    ConfigError: where it is of another one; the message names the first that differs.
+  """
+  path = workdir / LAYERS_FILE
+  if not path.exists():  # no run, or one of a version that did not write it
+    return
+  try:
+    there = {layer['path']: layer for layer in json.loads(path.read_text())}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f'{str(path)!r} cannot be read: {error}') from None
+  here = {layer['path']: layer for layer in to_json(layers)}
+  for name in {**here, **there}:
+    if here.get(name) != there.get(name):
+      raise ConfigError(
+        f'workdir {str(workdir)!r} holds a run of another network: layer {name!r} '
+        'differs or is in one of them alone; name another folder'
+      )
 
 
 def check_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:

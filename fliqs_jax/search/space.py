@@ -245,7 +245,7 @@ class SearchSpace:
 def check_layers(
   layers: Sequence[Layer], formats: Mapping[str, Mapping[str, str]]
 ) -> None:
-  """Raises ConfigError where `formats` is not an assignment for exactly these layers."""
+  """Raises ConfigError where `formats` is no assignment for exactly these layers."""
   paths = {layer.path for layer in layers}
   missing = [layer.path for layer in layers if layer.path not in formats]
   unknown = [path for path in formats if path not in paths]

@@ -132,7 +132,8 @@ def apply(everything):
 
   def apply(name, quant_stats=variables[QUANT_STATS]):
     space = search_space.uniform_space(coverage.layers, name)
-    (_, (y, stats)), gradients = run(nest(space.layers, space.bind(NO_CHOICES)), quant_stats)
+    formats = nest(space.layers, space.bind(NO_CHOICES))
+    (_, (y, stats)), gradients = run(formats, quant_stats)
     return y, stats, gradients
 
   apply.run = run

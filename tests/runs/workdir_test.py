@@ -14,6 +14,8 @@ import whole_runs
 from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.errors import RunError
+from fliqs_jax.layers.layer import Layer, to_json
+from fliqs_jax.runs.result import read_result
 
 
 def hold(workdir, held):
@@ -46,6 +48,29 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
     workdirs.lock(below),
   ):
     pass
+
+
+def test_layers_are_those_of_the_run_that_a_folder_holds(tmp_path):
+  folder = epath.Path(tmp_path)
+  first = Layer('first', 'op', 'dense', (1, 4), (4, 3), (1, 3), 12, 15)
+  workdirs.check_layers([first], folder)  # no run yet
+  workdirs.write(folder, workdirs.LAYERS_FILE, to_json([first]))
+  workdirs.check_layers([first], folder)
+  second = first._replace(path='second')
+  wider = first._replace(kernel_shape=(4, 5))
+  for layers, name in (([first, second], 'second'), ([wider], 'first'), ([], 'first')):
+    with pytest.raises(ConfigError, match=f'another network: layer {name!r}'):
+      workdirs.check_layers(layers, folder)
+
+
+def test_configs_of_earlier_versions_list_the_layers_of_own_networks(tmp_path):
+  model = {'name': 'Sequence', 'width': 1.0}
+  old = {'model': model | {'layers': '[]'}, 'dataset': 'own batches'}
+  (tmp_path / workdirs.CONFIG_FILE).write_text(json.dumps(old))
+  assert workdirs.read_config(epath.Path(tmp_path)).model.to_dict() == model
+  result = {'formats': {'first': 'int4'}, 'config': old}
+  (tmp_path / 'result.json').write_text(json.dumps(result))
+  assert read_result(tmp_path / 'result.json')['config']['model'] == model
 
 
 def write_history(workdir, start, steps):

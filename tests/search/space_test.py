@@ -162,7 +162,8 @@ def test_bound_formats_reach_every_layer(various):
 
   @jax.jit
   def forward(choices):
-    return model.apply({**variables, FORMATS: nest(space.layers, space.bind(choices))}, x)
+    formats = nest(space.layers, space.bind(choices))
+    return model.apply({**variables, FORMATS: formats}, x)
 
   plain = jax.jit(_Various(hooked=False).apply)({'params': variables['params']}, x)
   none = np.zeros(len(space.decisions), np.int32)
@@ -180,8 +181,8 @@ def test_a_network_that_is_a_single_layer():
   space = build_space(discover(layer, x), ('float32', 'int2'), 'weights')
   variables = layer.init(jax.random.key(0), x)
   outputs = [
-    layer.apply({**variables, FORMATS: nest(space.layers, space.bind(np.array([option])))}, x)
-    for option in (0, 1)
+    layer.apply({**variables, FORMATS: nest(space.layers, space.bind(choices))}, x)
+    for choices in np.array([[0], [1]])
   ]
   assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
