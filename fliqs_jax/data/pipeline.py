@@ -16,11 +16,14 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fliqs_jax.data import augmentations
+from fliqs_jax.data.examples import examples_of
 from fliqs_jax.errors import ConfigError, not_among
 
 # Datasets that this package builds itself, on first use.
-PACKAGED = {'digits': 'fliqs_jax.data.datasets.digits'}
+PACKAGED = {
+  'digits': 'fliqs_jax.data.datasets.digits',
+  'stdlib_text': 'fliqs_jax.data.datasets.stdlib_text',
+}
 
 
 def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
@@ -62,7 +65,7 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
   settings, problems = config.input, []
   for split in (settings.train_split, settings.eval_split, settings.reward_split):
     try:
-      if split and not len(_source(builder, split)):
+      if split and not len(builder.as_data_source(split)):
         problems.append(f'split {split!r} of {config.dataset!r} has no examples')
     except ValueError as error:
       problems.append(
@@ -77,21 +80,27 @@ def _unprepared(name, data_dir):
   return (
     f'dataset {name!r} is not prepared in {data_dir or "the TFDS data folder"}: '
     f'prepare it with `tfds build {name} --file_format=array_record{where}`, name its '
-    "folder with --config.input.data_dir=DIR, or use a config's `:digits` variant, "
-    'which needs nothing'
+    'folder with --config.input.data_dir=DIR, or use a config that needs nothing, '
+    'such as configs/resnet18.py:digits or configs/transformer_lm.py:stdlib'
   )
 
 
 def _check_features(config, features):
-  for name in ('image', 'label'):
+  kind = examples_of(config)
+  for name in kind.features:
     if name not in features:
-      raise ConfigError(f'dataset {config.dataset!r} has no feature {name!r}')
-  num_classes = features['label'].num_classes
+      raise ConfigError(
+        f'dataset {config.dataset!r} has no feature {name!r}: a network of images '
+        "takes 'image' and 'label', one of text, with input.context, 'text'"
+      )
+  num_classes = kind.num_classes(features)
   if num_classes != config.num_classes:
     raise ConfigError(
       f'num_classes={config.num_classes}: expected {num_classes}, as dataset '
       f'{config.dataset!r} has'
     )
+  if problem := kind.problem(config.input, features):
+    raise ConfigError(problem)
 
 
 def train_batches(
@@ -103,8 +112,8 @@ def train_batches(
   """Returns the endless iterator over training batches.
 
   Each is `{'image': uint8[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
-  of B examples; with `reward.split='validation'` there is also `reward`, the same of
-  held-out examples. The batches of all processes together are a function of (seed,
+  of B examples, or `{'tokens': uint8[S, B, context + 1]}`; with
+  `reward.split='validation'` there is also `reward`, the same of held-out examples. The batches of all processes together are a function of (seed,
   step), whatever the number of processes.
 
   Args:
@@ -129,21 +138,22 @@ def train_batches(
 
 
 def _train_dataset(config, builder, split, seed, held, augment=True):
-  source = _source(builder, split)
+  kind, settings = examples_of(config), config.input
+  source = _source(kind, builder, split)
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
   positions = held.ravel().tolist()
 
   def load(step):
-    def fill(encoded, place, out):
+    def fill(example, place, out):
       if augment:
         rng = random.Random(f'{seed} {step} {positions[place]}')
-        _augmented(config.input, encoded, rng, out)
+        kind.train(settings, example, rng, out)
       else:
-        _central_crop(encoded, out)
+        kind.evaluation(settings, example, out)
 
     first = step * config.batch_size
     indices = [order[first + position] for position in positions]
-    batch = _load(config.input, source, indices, fill)
+    batch = _load(source, indices, kind.empty(settings, len(indices)), fill)
     return {
       key: array.reshape(*held.shape, *array.shape[1:]) for key, array in batch.items()
     }
@@ -158,15 +168,16 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every example of the evaluation split once.
 
-  Batches are `{'image': uint8[B, ...], 'label': int32[B], 'mask': bool[B]}` with B of
-  `eval_batch_size`; what pads the last one has a False mask.
+  Batches are those of training without the axis of samples, and `mask: bool[B]`, with B
+  of `eval_batch_size`; what pads the last one has a False mask.
 
   Args:
     config: resolved.
     builder: from `find_builder`.
     sharding: of `[B]` over devices; a process loads what its own hold. None loads all.
   """
-  source = _source(builder, config.input.eval_split)
+  kind, settings = examples_of(config), config.input
+  source = _source(kind, builder, settings.eval_split)
   held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
 
@@ -174,10 +185,10 @@ def eval_batches(
     indices = batch_index * config.eval_batch_size + held
     # The last example stands in for those that there are not.
     batch = _load(
-      config.input,
       source,
-      np.minimum(indices, len(source) - 1),
-      lambda encoded, place, out: _central_crop(encoded, out),
+      np.minimum(indices, len(source) - 1).tolist(),
+      kind.empty(settings, len(indices)),
+      lambda example, place, out: kind.evaluation(settings, example, out),
     )
     return {**batch, 'mask': indices < len(source)}
 
@@ -185,22 +196,20 @@ def eval_batches(
   return iter(dataset.to_iter_dataset(_read_options(config)))
 
 
-def _load(settings, source, indices, fill):
-  """Reads a batch, each image by `fill(encoded, its place in the batch, out)`.
+def _load(source, indices, batch, fill):
+  """Fills a batch with the examples at `indices`, each by `fill(example, place, rows)`.
 
   Raises:
     ValueError: where one cannot be decoded; says which.
   """
-  images = np.empty((len(indices), *settings.image_shape), np.uint8)
-  labels = np.empty(len(indices), np.int32)
   for place, index in enumerate(indices):
-    example = source[index]
+    # Views of one row each, also where a row is one number.
+    rows = {name: array[place, ...] for name, array in batch.items()}
     try:
-      fill(example['image'], place, images[place])
+      fill(source[index], place, rows)
     except ValueError as error:
       raise ValueError(f'example {index} of the split: {error}') from None
-    labels[place] = example['label']
-  return {'image': images, 'label': labels}
+  return batch
 
 
 def _held_positions(sharding, shape):
@@ -217,9 +226,23 @@ def _held_positions(sharding, shape):
   ]
 
 
-def _source(builder, split):
-  # Encoded images: decoding belongs to the workers that crop and resize.
-  return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+def _source(kind, builder, split):
+  source = builder.as_data_source(split, decoders=kind.decoders)
+  return _Kept(source, kind.num_kept) if kind.num_kept else source
+
+
+class _Kept:
+  """A source that keeps the examples that it read last."""
+
+  def __init__(self, source, num_kept):
+    self._source = source
+    self._read = functools.lru_cache(num_kept)(source.__getitem__)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    return self._read(index)
 
 
 def _read_options(config):
@@ -228,19 +251,3 @@ def _read_options(config):
     num_threads=config.input.num_threads,
     prefetch_buffer_size=2 * config.input.num_threads,
   )
-
-
-def _augmented(settings, encoded, rng, out):
-  if settings.augmentation == 'none':
-    _central_crop(encoded, out)
-  else:
-    augmentations.random_resized_crop(encoded, rng, out)
-    augmentations.random_flip(out, rng)
-  if settings.augmentation == 'rand_augment':
-    fill = tuple(round(255 * mean) for mean in settings.mean)
-    augmentations.rand_augment(out, rng, settings.rand_augment_magnitude, fill)
-  augmentations.erase(out, rng, settings.erasing, settings.mean, settings.stddev)
-
-
-def _central_crop(encoded, out):
-  augmentations.central_crop(augmentations.decode(encoded, out.shape[-1]), out)

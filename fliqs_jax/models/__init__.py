@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.architecture import Choose, standard
 from fliqs_jax.linen.operators import conv_hooks, dense_hooks
-from fliqs_jax.models import deit, efficientnet, inception_v3, mobilenet_v2, resnet
+from fliqs_jax.models import (
+  deit,
+  efficientnet,
+  inception_v3,
+  mobilenet_v2,
+  resnet,
+  transformer_lm,
+)
 
 MODELS = {
   'resnet18': resnet.ResNet18,
@@ -31,6 +38,7 @@ MODELS = {
   'deit_tiny': deit.DeiTTiny,
   'deit_small': deit.DeiTSmall,
   'deit_base': deit.DeiTBase,
+  'transformer_lm': transformer_lm.TransformerLM,
 }
 
 

@@ -15,7 +15,7 @@ def default_config() -> ml_collections.ConfigDict:
 
   Fields that are None follow from others; `resolve` fills them in.
   """
-  step = lambda: config_dict.placeholder(int)
+  integer = lambda: config_dict.placeholder(int)
   return ml_collections.ConfigDict(
     {
       'mode': 'search',  # or train (fixed formats), eval (a checkpoint)
@@ -45,6 +45,7 @@ def default_config() -> ml_collections.ConfigDict:
       'input': {
         'data_dir': '',  # of TFDS; empty for its default
         'image_shape': (8, 8, 1),
+        'context': integer(),  # bytes that a language model sees; None for images
         'train_split': 'train',
         'eval_split': 'test',
         'reward_split': '',  # held-out examples for reward.split='validation'
@@ -60,7 +61,7 @@ def default_config() -> ml_collections.ConfigDict:
       'optimizer': {
         'name': 'sgd',  # or adamw, rmsprop
         'learning_rate': 0.1,  # peak of a cosine schedule
-        'warmup_steps': step(),  # default: 5 % of num_steps
+        'warmup_steps': integer(),  # default: 5 % of num_steps
         'momentum': 0.9,
         'square_decay': 0.999,  # adamw's and rmsprop's average of squared gradients
         'epsilon': 1e-8,  # of adamw and rmsprop
@@ -89,15 +90,16 @@ def default_config() -> ml_collections.ConfigDict:
         'cap_scale': 1.0,
         'device': 'tpu_v5e',  # of the cost model roofline
         'latency_table': '',  # path, of the cost model latency_table
-        'activation_delay': step(),  # default: 10 % of num_steps
-        'policy_delay': step(),  # default: 25 % of num_steps
+        'activation_delay': integer(),  # default: 10 % of num_steps
+        'policy_delay': integer(),  # default: 25 % of num_steps
         'hard_budget': True,  # commit to the likeliest formats within the target
-        'commit_step': step(),  # default: 90 % of num_steps
+        'commit_step': integer(),  # default: 90 % of num_steps
         'statistics_batches': 50,  # that re-estimate batch norm at the end
       },
       'reward': {
         'name': 'absolute',
-        'quality': 'accuracy',  # or minus_loss
+        # or minus_loss; of a language model, minus_bits_per_byte
+        'quality': 'accuracy',
         'beta': 1.0,  # negative for the exponential rewards
         'split': 'train',  # or validation
       },

@@ -19,6 +19,7 @@ from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.training import preprocessing
 from fliqs_jax.training.classification import classification
+from fliqs_jax.training.language_modelling import language_modelling
 from fliqs_jax.training.task import Batch, Task
 from fliqs_jax.training.train_state import Arguments
 
@@ -37,7 +38,7 @@ class Network(NamedTuple):
 def build_network(
   config: ml_collections.ConfigDict, choose: Choose = standard
 ) -> Network:
-  """Returns the classifier that a config names.
+  """Returns the network that a config names, a classifier or a language model.
 
   Args:
     config: the config.
@@ -49,7 +50,7 @@ def build_network(
   model = build_model(config, choose=choose)
   return Network(
     model=model,
-    example=Arguments((_image(config),), {'train': False}),
+    example=Arguments((_example(config),), {'train': False}),
     layers=_discover(config, model),
     task=build_task(config),
   )
@@ -89,12 +90,26 @@ def _tuples(value):
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _image(config):
+def _takes_text(config):
+  # Configs of older workdirs do not have the field.
+  return config.input.get('context') is not None
+
+
+def _example(config):
+  """Returns the shape of what a config's network is called with, in a batch of one."""
+  if _takes_text(config):
+    return jax.ShapeDtypeStruct((1, config.input.context), jnp.int32)
   return jax.ShapeDtypeStruct((1, *config.input.image_shape), jnp.float32)
 
 
 def build_task(config: ml_collections.ConfigDict) -> Task:
-  """Returns the classification that a config describes, from images in 0 … 255."""
+  """Returns the task that a config describes: of images in 0 … 255, or of bytes."""
+  if _takes_text(config):
+    return language_modelling(config.reward.quality)
+  return _build_classification(config)
+
+
+def _build_classification(config):
   settings = config.input
 
   def arguments(batch: Batch, train: bool) -> Arguments:
@@ -134,13 +149,15 @@ def discover_layers(
 
 
 def _discover(config, model):
-  """Returns the layers of a model, where it fits the config's images."""
+  """Returns the layers of a model, where it fits the config's input."""
+  example = _example(config)
+  what = 'texts' if _takes_text(config) else 'images'
   where = (
-    f'model {config.model.name!r} cannot be built for images of '
-    f'{config.input.image_shape} at width {config.model.width}'
+    f'model {config.model.name!r} cannot be built for {what} of {example.shape[1:]} at '
+    f'width {config.model.width}'
   )
   try:
-    layers = discover(model, _image(config), train=False)
+    layers = discover(model, example, train=False)
   except (TypeError, ValueError, ArithmeticError) as error:
     # So few channels that none are left, or more than there are numbers for.
     none_left = isinstance(error, ZeroDivisionError)

@@ -11,7 +11,7 @@ from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.search.rewards import REWARDS
 from fliqs_jax.search.space import SEARCHED_OPERANDS
-from fliqs_jax.training.classification import QUALITIES
+from fliqs_jax.training import classification, language_modelling
 
 MODES = ('search', 'train', 'eval')
 DTYPES = ('float32', 'bfloat16')
@@ -22,7 +22,7 @@ _POSITIVE = (
     'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
     'optimizer.epsilon', 'search.num_samples', 'search.target', 'search.target_scale',
-    'search.cap', 'search.cap_scale', 'search.statistics_batches',
+    'search.cap', 'search.cap_scale', 'search.statistics_batches', 'input.context',
     'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -39,8 +39,10 @@ _FRACTIONS = (
 )  # fmt: skip
 
 
-def _names():
+def _names(config):
   """Fields with a name, and the names there are now: cost models may be registered."""
+  takes_text = config.input.context is not None
+  task = language_modelling if takes_text else classification
   return {
     'mode': MODES,
     'dtype': DTYPES,
@@ -53,7 +55,7 @@ def _names():
     'search.cap_cost_model': ('', *cost_models.COST_MODELS),
     'search.device': tuple(devices.DEVICES),
     'reward.name': tuple(REWARDS),
-    'reward.quality': tuple(QUALITIES),
+    'reward.quality': tuple(task.QUALITIES),
     'reward.split': ('train', 'validation'),
     'controller.baseline': BASELINES,
     'controller.entropy_schedule': tuple(ENTROPY_SCHEDULES),
@@ -70,7 +72,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
     num_devices: of all processes together.
   """
   problems = _check_names(config) + _check_numbers(config)
-  problems += _check_batches(config, num_devices) + _check_image(config)
+  problems += _check_batches(config, num_devices)
+  problems += _check_image(config) + _check_text(config)
   problems += _check_augmentation(config) + _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
@@ -135,7 +138,7 @@ def _field(config: ml_collections.ConfigDict, name: str) -> Any:
 
 def _check_names(config):
   problems = []
-  for field, names in _names().items():
+  for field, names in _names(config).items():
     value = _field(config, field)
     if value not in names:
       problems.append(not_among(f'{field}={value!r}', value, filter(None, names)))
@@ -189,6 +192,25 @@ def _check_image(config):
       'one for each channel, the deviations above 0'
     ]
   return []
+
+
+def _check_text(config):
+  settings = config.input
+  if settings.context is None:
+    return []
+  of_images = {
+    'input.augmentation': settings.augmentation != 'none',
+    'input.erasing': settings.erasing,
+    'input.mixup_alpha': settings.mixup_alpha,
+    'input.cutmix_alpha': settings.cutmix_alpha,
+    'optimizer.label_smoothing': config.optimizer.label_smoothing,
+  }
+  return [
+    f'{field}={_field(config, field)}: expected its default with input.context, since '
+    'it is for the classification of images'
+    for field, given in of_images.items()
+    if given
+  ]
 
 
 def _check_augmentation(config):
@@ -282,9 +304,10 @@ def _check_reward(config):
       f'reward.beta={config.reward.beta}: expected a number {sign} 0 for the reward '
       f'{config.reward.name!r}, so that a high cost lowers it'
     )
-  if reward and config.reward.quality == 'minus_loss' and not reward.signed_quality:
+  quality = config.reward.quality
+  if reward and quality != 'accuracy' and not reward.signed_quality:
     problems.append(
-      f'reward.quality=minus_loss: expected accuracy for the reward '
+      f'reward.quality={quality}: expected accuracy for the reward '
       f'{config.reward.name!r}, which multiplies the quality'
     )
   if config.reward.split == 'validation' and not config.input.reward_split:

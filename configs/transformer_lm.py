@@ -1,0 +1,65 @@
+"""A transformer of bytes on lm1b, for TPUs; `:stdlib`, a tiny one on Python's library.
+
+    python -m fliqs_jax.main --config=configs/transformer_lm.py --workdir=gs://…
+    python -m fliqs_jax.main --config=configs/transformer_lm.py:stdlib --workdir=DIR
+
+The recipe for lm1b, whose sentences are padded to the context, has not been run yet.
+"""
+
+import ml_collections
+
+from fliqs_jax.runs.config import default_config
+
+VARIANTS = ('lm1b', 'stdlib')
+
+
+def get_config(variant: str = 'lm1b') -> ml_collections.ConfigDict:
+  """Returns the config of a variant, `lm1b` or `stdlib`."""
+  if variant not in VARIANTS:
+    raise ValueError(
+      f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
+    )
+  config = default_config()
+  config.num_classes = 256
+  config.reward.quality = 'minus_bits_per_byte'
+  config.optimizer.name = 'adamw'
+  if variant == 'lm1b':
+    _lm1b(config)
+  else:
+    _stdlib(config)
+  return config
+
+
+def _lm1b(config):
+  """Six blocks of width 512 on a billion words, over 4 and more bits."""
+  config.model = {
+    'name': 'transformer_lm', 'width': 1.0, 'hidden_size': 512, 'depth': 6,
+    'num_heads': 8,
+  }  # fmt: skip
+  config.dataset = 'lm1b'
+  config.input.update(context=256, num_threads=16)
+  config.batch_size = config.eval_batch_size = 512
+  config.num_steps = 100_000
+  config.dtype = 'bfloat16'
+  config.checkpoint_every = 2_500
+  config.log_every = 250
+  config.optimizer.update(learning_rate=1e-3, square_decay=0.98, weight_decay=0.1)
+  config.search.update(
+    formats='int_small', num_samples=8, target_format='int4', target_scale=1.5
+  )
+
+
+def _stdlib(config):
+  """Three blocks of width 48, over 2 to 8 bits at the cost of INT3: minutes on a CPU."""
+  config.model = {
+    'name': 'transformer_lm', 'width': 1.0, 'hidden_size': 48, 'depth': 3,
+    'num_heads': 4,
+  }  # fmt: skip
+  config.dataset = 'stdlib_text'
+  config.input.context = 48
+  config.batch_size, config.eval_batch_size = 32, 512
+  config.num_steps = 1_000
+  config.optimizer.learning_rate = 3e-3
+  config.search.update(
+    formats='int2,int3,int4,int8', num_samples=4, target_format='int3'
+  )
