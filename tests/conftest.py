@@ -66,3 +66,17 @@ def tiny_config(data_dir):
   config.search.num_samples = 2
   config.search.statistics_batches = 2
   return config
+
+
+@pytest.fixture(scope='session')
+def text_config(data_dir):
+  """A search on Python's library that takes seconds: 8 steps of one narrow block."""
+  from fliqs_jax.data import pipeline
+
+  config = load_config('transformer_lm', 'stdlib')
+  config.input.update(data_dir=str(data_dir), context=16)
+  config.model.update(hidden_size=16, depth=1, num_heads=2)
+  config.num_steps, config.checkpoint_every, config.log_every = 8, 4, 2
+  config.batch_size, config.search.num_samples = 8, 2
+  pipeline.prepare(config, pipeline.find_builder(config))
+  return config

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fliqs_jax.reporting import quality
+from fliqs_jax.runs import quality
 from fliqs_jax.reporting.summary import number
 from fliqs_jax.reporting.tables import option_order
 

@@ -18,17 +18,17 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
 
 def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Returns the points of comparable runs, as `pareto_figure.pareto` takes them."""
-  values = [(run.result['cost'], run.quality.value) for run in runs]
+  values = [(run.result['cost'], run.quality.merit) for run in runs]
   return [
     {
       'kind': run.kind,
       'label': run.label,
       'group': run.network,
       'cost': cost,
-      'quality': quality,
+      'quality': run.quality.value,
       'on_front': on_front,
     }
-    for run, (cost, quality), on_front in zip(runs, values, pareto_front(values))
+    for run, (cost, _), on_front in zip(runs, values, pareto_front(values))
   ]
 
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from fliqs_jax.runs import quality as quality_lib
 from fliqs_jax.reporting.figure_style import (
   LINES,
   PALETTE,
@@ -54,16 +55,17 @@ def write_sweep(folder: epath.Path, points: Sequence[Mapping[str, Any]]) -> None
     folder: of the sweep.
     points: as in `pareto.json`.
   """
+  key = quality_lib.find_name(points[0])
   drawn = [
     {
       **point,
       'label': point['target'],
       'group': f'width {point["width"]:g}',
-      'quality': point['accuracy'],
+      'quality': point[key],
     }
     for point in points
   ]
-  figure = pareto(drawn, points[0]['cost_unit'], 'accuracy')
+  figure = pareto(drawn, points[0]['cost_unit'], quality_lib.to_words(key))
   temporary = folder / f'.{SWEEP_FILE}'
   temporary.write_bytes(to_png(figure))
   temporary.replace(folder / SWEEP_FILE)
@@ -102,7 +104,8 @@ def pareto(
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
   axes.margins(0.08 if wide else 0.16, 0.2)
   axes.set_xlabel(f'cost ({unit})')
-  axes.set_ylabel(quality)
+  lower = quality_lib.lower_is_better(quality)
+  axes.set_ylabel(f'{quality} (lower is better)' if lower else quality)
   _legend(figure, points)
   _label(axes, points, 24 if wide else 12)
   return figure

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.reporting.quality import Quality, from_evaluation
 from fliqs_jax.runs.config import OWN_BATCHES
+from fliqs_jax.runs.quality import Quality, from_evaluation
 from fliqs_jax.runs.result import RESULT_FILE, read_result
 from fliqs_jax.runs.workdir import (
   CONFIG_FILE,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-from fliqs_jax.reporting import quality
+from fliqs_jax.runs import quality
 from fliqs_jax.reporting.recorded_run import Run
 from fliqs_jax.search.quantities import counted_bits
 
@@ -34,6 +34,8 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
   reached = f'a {run.quality.name} of {run.quality} on {examples}'
   if run.quality.name == 'accuracy':
     reached = f'{run.quality} of {examples} right'
+  elif quality.lower_is_better(run.quality.name):
+    reached = f'{run.quality} {run.quality.name} on {examples}'
   cost = f'{number(result["cost"])} {result["cost_unit"]}'
   if run.kind != 'searched':
     name = run.uniform_format
@@ -66,9 +68,10 @@ def _unfinished(run):
   last = run.history[-1]
   text = f'This run has not finished: step {last["step"]:,} of '
   text += f'{run.config["num_steps"]:,}'
-  name = quality.logged_name(last)
+  name = quality.find_name(last)
   if name:
-    text += f', {quality.to_text(name, last[name])} training {name}'
+    words = quality.to_words(name)
+    text += f', {quality.to_text(words, last[name])} training {words}'
   if run.kind == 'searched' and 'cost_ratio' in last:
     text += f', sampled costs {last["cost_ratio"]:.3f} of the target'
   return text + '.'

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from fliqs_jax.numerics.formats import NAMES
-from fliqs_jax.reporting import quality
+from fliqs_jax.runs import quality
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
 from fliqs_jax.reporting.training_figures import Milestone
 from fliqs_jax.search.quantities import counted_bits
@@ -15,6 +15,7 @@ from fliqs_jax.search.quantities import counted_bits
 _PANELS = {
   'loss': ('Training loss', '{:.3g}', None),
   'accuracy': ('Training accuracy', '{:.1%}', None),
+  'bits_per_byte': ('Training bits per byte', '{:.4g}', None),
   'quality': ('Training quality', '{:.4g}', None),
   'reward': ('Reward', '{:.3f}', None),
   'cost_ratio': ('Cost ÷ target', '{:.3f}', 1.0),
@@ -119,7 +120,8 @@ def milestones(run: Run) -> list[Milestone]:
 
 def panels(run: Run) -> dict[str, dict[str, Any]]:
   """Returns the scalars that every line of a history has, for `curves`."""
-  hidden = {'accuracy', 'quality'} - {quality.logged_name(row) for row in run.history}
+  hidden = {'accuracy', 'bits_per_byte', 'quality'}
+  hidden -= {quality.find_name(row) for row in run.history}
   return {
     title: {
       'values': [row[name] for row in run.history],

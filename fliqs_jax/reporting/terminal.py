@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
-from fliqs_jax.runs import builders, network
+from fliqs_jax.runs import builders, network, quality
 from fliqs_jax.search.space import fixed_space
 
 
@@ -98,15 +98,17 @@ def print_points(
   for name in ('formats', 'target', 'width'):
     table.add_column(name)
   unit = f' ({points[0]["cost_unit"]})' if points else ''
-  for name in ('cost' + unit, 'accuracy', 'Pareto front'):
-    table.add_column(name, justify='right')
+  key = quality.find_name(points[0]) if points else 'accuracy'
+  name = quality.to_words(key)
+  for title in ('cost' + unit, name, 'Pareto front'):
+    table.add_column(title, justify='right')
   for point in points:
     row = [
       point['kind'],
       point['target'],
       f'{point["width"]:g}',
       f'{point["cost"]:.6g}',
-      f'{point["accuracy"]:.2%}',
+      quality.to_text(name, point[key]),
       'yes' if point['on_front'] else '',
     ]
     table.add_row(*map(Text, row))
@@ -118,7 +120,7 @@ def print_points(
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
-  """Returns the lines on cost and accuracy below the table."""
+  """Returns the lines on cost and quality below the table."""
   unit, cost, evaluation = result['cost_unit'], result['cost'], result['eval']
   lines = [f'Cost: {cost:.6g} {unit} ({result["cost_model"]})']
   if result['target'] is not None:
@@ -131,7 +133,9 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
   values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
   kind = 'One-shot ' if result['policy'] else ''
   shown = ', '.join(
-    f'accuracy: {value:.2%}' if name == 'accuracy' else f'{name}: {value:.6g}'
+    f'accuracy: {value:.2%}'
+    if name == 'accuracy'
+    else f'{name.replace("_", " ")}: {value:.6g}'
     for name, value in values.items()
   )
   shown = (kind + shown)[:1].upper() + (kind + shown)[1:]

@@ -11,6 +11,7 @@ from rich.console import Console
 _SHOWN = {
   'loss': ('loss', '{:.3f}'),
   'accuracy': ('accuracy', '{:.1%}'),
+  'bits_per_byte': ('bits per byte', '{:.3f}'),
   'cost_ratio': ('cost/target', '{:.3f}'),
   'entropy': ('entropy', '{:.3f}'),
 }

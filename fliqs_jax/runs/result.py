@@ -37,7 +37,7 @@ def make_result(
     choices: int32[N], the final ones.
     policy: float[N, K], the probabilities when the choices were made; None where
       formats were fixed.
-    evaluation: `accuracy`, `loss` and `num_examples`.
+    evaluation: `loss`, `num_examples`, and `accuracy` or `bits_per_byte`.
   """
   config, space, cost_model = setup.config, setup.space, setup.cost_model
   searched = policy is not None

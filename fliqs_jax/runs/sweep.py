@@ -11,7 +11,7 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.numerics.formats import get_format, parse_names
-from fliqs_jax.runs import loop, preparation
+from fliqs_jax.runs import loop, preparation, quality
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
@@ -226,25 +226,25 @@ def read_points(folder: epath.Path) -> list[Point]:
   """Returns the points of the finished runs in a sweep's folder, cheapest first.
 
   Each has `kind` (`searched` or `uniform`), `target` (as given, or the uniform format),
-  `width`, `cost`, `cost_unit`, `accuracy` (a fraction), `workdir` (its name in the
-  folder) and `on_front`.
+  `width`, `cost`, `cost_unit`, `workdir` (its name in the folder), `on_front`,
+  and `accuracy` (a fraction), or what else the task is judged by.
   """
-  points = []
+  points = []  # pairs (point, merit)
   for path in _finished(folder):
     result = read_result(path)
     config = ml_collections.ConfigDict(result['config'])
     kind, target = _describe(config)
-    points.append(
-      {
-        'kind': kind,
-        'target': target,
-        'width': config.model.width,
-        'cost': result['cost'],
-        'cost_unit': result['cost_unit'],
-        'accuracy': result['eval']['accuracy'],
-        'workdir': path.parent.name,
-      }
-    )
-  points.sort(key=lambda point: (point['cost'], -point['accuracy']))
-  front = pareto_front([(point['cost'], point['accuracy']) for point in points])
-  return [point | {'on_front': on} for point, on in zip(points, front)]
+    key = quality.find_name(result['eval'])
+    point = {
+      'kind': kind,
+      'target': target,
+      'width': config.model.width,
+      'cost': result['cost'],
+      'cost_unit': result['cost_unit'],
+      key: result['eval'][key],
+      'workdir': path.parent.name,
+    }
+    points.append((point, quality.from_evaluation(result['eval']).merit))
+  points.sort(key=lambda pair: (pair[0]['cost'], -pair[1]))
+  front = pareto_front([(point['cost'], merit) for point, merit in points])
+  return [point | {'on_front': on} for (point, _), on in zip(points, front)]

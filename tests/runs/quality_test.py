@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fliqs_jax.reporting import quality
+from fliqs_jax.runs import quality
 
 LOSS = {'loss': 2.5, 'num_examples': 400}
 
@@ -16,6 +16,7 @@ LOSS = {'loss': 2.5, 'num_examples': 400}
     ({'accuracy': 0}, 'accuracy', 0, '0.00%'),
     ({'quality': -1.60944, 'perplexity': 5.0}, 'quality', -1.60944, '-1.609'),
     ({'accuracy': 90.0, 'quality': 7.0}, 'quality', 7.0, '7'),
+    ({'bits_per_byte': 2.9917, 'quality': 7.0}, 'bits per byte', 2.9917, '2.992'),
     ({}, 'minus the loss', -2.5, '-2.5'),
   ],
 )
@@ -23,6 +24,13 @@ def test_what_a_run_is_judged_by(evaluation, name, value, text):
   found = quality.from_evaluation({**LOSS, **evaluation})
   assert (found.name, found.value, str(found)) == (name, value, text)
   assert (found.error is None) == (name != 'accuracy')
+
+
+def test_fewer_bits_per_byte_are_better():
+  evaluations = ({**LOSS, 'bits_per_byte': bits} for bits in (3.0, 2.75))
+  more, fewer = map(quality.from_evaluation, evaluations)
+  assert fewer.merit > more.merit
+  assert more.against(fewer) == '0.25 less'
 
 
 def test_the_standard_error_is_that_of_a_proportion():

@@ -2,21 +2,32 @@
 
 from collections.abc import Mapping
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# What the lines of a history and an evaluation may call it, the clearest first.
-_NAMES = ('accuracy', 'quality')
+# Keys that an evaluation, a line of a history, or a point may have it under, the
+# clearest first, and how they read.
+_NAMES = {
+  'accuracy': 'accuracy',
+  'bits_per_byte': 'bits per byte',
+  'quality': 'quality',
+}
+_LOWER_IS_BETTER = ('bits per byte',)
 
 
 class Quality(NamedTuple):
   """The number that a finished run is judged by."""
 
-  name: str  # `accuracy`, `quality` or `minus the loss`
-  value: float  # the more, the better; an accuracy is a fraction
+  name: str  # `accuracy`, `bits per byte`, `quality` or `minus the loss`
+  value: float  # an accuracy is a fraction
   error: float | None  # the standard error over examples; None where it is unknown
 
   def __str__(self) -> str:
     return to_text(self.name, self.value)
+
+  @property
+  def merit(self) -> float:
+    """The value, or minus it where less is better: the more, the better."""
+    return -self.value if lower_is_better(self.name) else self.value
 
   def against(self, other: 'Quality') -> str:
     """Returns how the other, of the same name, compares to this, in words."""
@@ -36,8 +47,8 @@ class Quality(NamedTuple):
 def from_evaluation(evaluation: Mapping[str, float]) -> Quality:
   """Returns the quality that an evaluation measured.
 
-  It is the accuracy where there is one, else what a task of the user's own calls
-  `quality`, else minus the loss.
+  It is the accuracy where there is one, else the bits per byte, else what a task of the
+  user's own calls `quality`, else minus the loss.
 
   Args:
     evaluation: the `eval` of a result: `loss`, `num_examples` and more.
@@ -47,14 +58,25 @@ def from_evaluation(evaluation: Mapping[str, float]) -> Quality:
     accuracy = evaluation['accuracy']
     variance = accuracy * (1 - accuracy) / max(evaluation['num_examples'], 1)
     return Quality('accuracy', accuracy, math.sqrt(variance))
-  if 'quality' in evaluation:
-    return Quality('quality', evaluation['quality'], None)
+  for key in ('bits_per_byte', 'quality'):
+    if key in evaluation:
+      return Quality(_NAMES[key], evaluation[key], None)
   return Quality('minus the loss', -evaluation['loss'], None)
 
 
-def logged_name(row: Mapping[str, float]) -> str | None:
-  """Returns the name under which a line of a history has the quality, if it does."""
-  return next((name for name in _NAMES if name in row), None)
+def find_name(row: Mapping[str, Any]) -> str | None:
+  """Returns the key under which a line of a history or a point has it, if it does."""
+  return next((key for key in _NAMES if key in row), None)
+
+
+def to_words(key: str) -> str:
+  """Returns how a key from `find_name` reads."""
+  return _NAMES[key]
+
+
+def lower_is_better(name: str) -> bool:
+  """Whether less of a quality of this name is better."""
+  return name in _LOWER_IS_BETTER
 
 
 def to_text(name: str, value: float) -> str:
