@@ -50,7 +50,7 @@ def _lm1b(config):
 
 
 def _stdlib(config):
-  """Three blocks of width 48, over 2 to 8 bits at the cost of INT3: minutes on a CPU."""
+  """Three blocks of width 48, over 2 to 8 bits at the cost of INT3, on a CPU."""
   config.model = {
     'name': 'transformer_lm', 'width': 1.0, 'hidden_size': 48, 'depth': 3,
     'num_heads': 4,

@@ -113,8 +113,9 @@ def train_batches(
 
   Each is `{'image': uint8[S, B, H, W, C], 'label': int32[S, B]}` in numpy, S samples
   of B examples, or `{'tokens': uint8[S, B, context + 1]}`; with
-  `reward.split='validation'` there is also `reward`, the same of held-out examples. The batches of all processes together are a function of (seed,
-  step), whatever the number of processes.
+  `reward.split='validation'` there is also `reward`, the same of held-out examples. The
+  batches of all processes together are a function of (seed, step), whatever the number
+  of processes.
 
   Args:
     config: resolved.
