@@ -26,8 +26,8 @@ class Quality(NamedTuple):
 
   @property
   def merit(self) -> float:
-    """The value, or minus it where less is better: the more, the better."""
-    return -self.value if lower_is_better(self.name) else self.value
+    """The value so that more is better, as `merit` returns it."""
+    return merit(self.name, self.value)
 
   def against(self, other: 'Quality') -> str:
     """Returns how the other, of the same name, compares to this, in words."""
@@ -77,6 +77,11 @@ def to_words(key: str) -> str:
 def lower_is_better(name: str) -> bool:
   """Whether less of a quality of this name is better."""
   return name in _LOWER_IS_BETTER
+
+
+def merit(name: str, value: float) -> float:
+  """Returns the value of a quality of this name, or minus it where less is better."""
+  return -value if lower_is_better(name) else value
 
 
 def to_text(name: str, value: float) -> str:

@@ -244,7 +244,8 @@ def read_points(folder: epath.Path) -> list[Point]:
       key: result['eval'][key],
       'workdir': path.parent.name,
     }
-    points.append((point, quality.from_evaluation(result['eval']).merit))
+    merit = quality.merit(quality.to_words(key), result['eval'][key])
+    points.append((point, merit))
   points.sort(key=lambda pair: (pair[0]['cost'], -pair[1]))
   front = pareto_front([(point['cost'], merit) for point, merit in points])
   return [point | {'on_front': on} for (point, _), on in zip(points, front)]
