@@ -233,6 +233,24 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
   assert f'of the cap {limit:.6g}' in capsys.readouterr().out
 
 
+def test_evaluations_of_a_run_compile_once(tiny_config, tmp_path):
+  setup = preparation.prepare(resolve(tiny_config), epath.Path(tmp_path))
+  traces, evaluated = [], setup.task.evaluation
+
+  def counted(*args):
+    traces.append(1)
+    return evaluated(*args)
+
+  setup = setup._replace(task=setup.task._replace(evaluation=counted))
+  mesh = sharding.make_mesh(setup.num_samples)
+  state = evaluation.initial_state(setup, mesh, 0)
+  evaluate = evaluation.make_evaluate(setup, mesh)
+  lowest = np.zeros(len(setup.space.decisions), np.int32)
+  results = [evaluate(state, choices) for choices in (lowest, lowest + 3, lowest)]
+  assert results[0] == results[2] != results[1]
+  assert len(traces) == 1
+
+
 def test_non_finite_loss_names_its_step(run):
   with pytest.raises(FloatingPointError, match=r'at step \d+, sample .*, lower'):
     run('diverging', **{'optimizer.learning_rate': 1e30})

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 
 from clu import metric_writers
 from etils import epath
@@ -162,3 +163,12 @@ def test_a_workdir_that_is_gone(tmp_path):
     with pytest.raises(RunError, match='No such file or directory'):
       history.write(2, {'loss': 1.0}, {})
   assert not pathlib.Path(workdir).exists()
+
+
+def test_without_tensorflow_there_is_a_history_and_no_events(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow', None)  # its import fails
+  with workdirs.History(epath.Path(tmp_path), 0) as history:
+    history.write(3, {'loss': 1.0}, {'conv': {'int4': 1.0}})
+  (line,) = workdirs.read_history(epath.Path(tmp_path))
+  assert line == {'step': 3, 'loss': 1.0, 'policy': {'conv': {'int4': 1.0}}}
+  assert [path.name for path in tmp_path.iterdir()] == [workdirs.HISTORY_FILE]

@@ -52,6 +52,14 @@ def test_the_step_and_the_formats_are_named(bad, expected):
   assert str(error.value) == expected
 
 
+def test_a_reward_that_is_not_finite_is_unsound():
+  bad = {**row(), 'reward': jnp.float32(np.nan)}
+  with pytest.raises(FloatingPointError, match='^reward is nan at step 1, sample 0'):
+    health.average([bad], 1, 0, formats_of)
+  skipped = {**bad, 'skipped_in_a_row': 1}
+  assert health.average([skipped], 1, 1, formats_of) == {'skipped_steps': 1}
+
+
 def test_fixed_formats_have_no_choices():
   bad = row(loss=np.inf)
   del bad['choices']
