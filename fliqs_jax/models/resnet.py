@@ -4,9 +4,9 @@ What can be decided of their architecture: the width of each stage, that of the 
 being the stem's too, and of each block after the first of a stage whether it is there.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Any
-from collections.abc import Sequence
 
 from flax import linen as nn
 import jax

@@ -27,6 +27,7 @@ from fliqs_jax.search import devices, latency
 from fliqs_jax.search.quantities import Array, LayerQuantities, layer_quantities
 from fliqs_jax.search.space import SearchSpace, uniform_space
 
+
 class CostModel(NamedTuple):
   """A hardware cost, from the costs of the layers."""
 

@@ -4,9 +4,9 @@ All rates are dense, of one chip or GPU. What has no published rate is left out,
 formats that would use it run in the next wider type that the device has.
 """
 
+from collections.abc import Mapping
 import functools
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np

@@ -4,10 +4,10 @@
 layer is found by what it computes, not by its name, so networks may share a file.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -6,10 +6,10 @@ size of the network's architecture. *Choices* are one option index for each deci
 `int32[N]`; the package's docstring explains the letters.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax

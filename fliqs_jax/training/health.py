@@ -1,6 +1,7 @@
 """Health of a run: steps whose numbers are sound, and their averages."""
 
 from collections.abc import Callable, Mapping, Sequence
+
 import jax
 import numpy as np
 

@@ -6,7 +6,8 @@ Each device scans the samples of its row, and the devices of a row split the exa
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 

@@ -14,7 +14,8 @@ from flax import traverse_util
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 import optax
 
 from fliqs_jax.errors import ConfigError

@@ -10,9 +10,8 @@ import pytest
 from whole_runs import Smallest
 
 from fliqs_jax import models
-from fliqs_jax.runs import files
-from fliqs_jax.runs import loop
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import files, loop
 
 FORMATS = {
   layer: {'weights': 'int4', 'activations': 'int4'}

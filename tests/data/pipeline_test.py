@@ -3,17 +3,17 @@
 import importlib
 import io
 
+from conftest import ROOT
 import jax
 import numpy as np
 from PIL import Image
 import pytest
+from references import area_means
 from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
-from conftest import ROOT
-from references import area_means
 
-from fliqs_jax.data import pipeline as input_pipeline
-from fliqs_jax.runs import loop as train
+from fliqs_jax.data import pipeline
+from fliqs_jax.runs import loop
 
 
 @pytest.fixture
@@ -23,11 +23,11 @@ def config(tiny_config):
 
 @pytest.fixture
 def builder(config):
-  return input_pipeline.find_builder(config)
+  return pipeline.find_builder(config)
 
 
 def test_evaluation_sees_every_example_once(config, builder):
-  batches = list(input_pipeline.eval_batches(config, builder))
+  batches = list(pipeline.eval_batches(config, builder))
   assert [batch['mask'].sum() for batch in batches] == [128, 128, 104]
   assert {batch['image'].shape for batch in batches} == {(128, 8, 8, 1)}
   images = np.concatenate([b['image'][b['mask']] for b in batches])
@@ -43,7 +43,7 @@ def test_evaluation_sees_every_example_once(config, builder):
 
 def test_training_batches_are_a_function_of_seed_and_step(config, builder):
   def take(seed, count):
-    batches = input_pipeline.train_batches(config, builder, seed)
+    batches = pipeline.train_batches(config, builder, seed)
     return [next(batches) for _ in range(count)]
 
   first, again, other = take(0, 4), take(0, 4), take(1, 4)
@@ -54,12 +54,12 @@ def test_training_batches_are_a_function_of_seed_and_step(config, builder):
 
 
 def test_iterator_goes_on_from_its_state(config, builder):
-  batches = input_pipeline.train_batches(config, builder, 0)
+  batches = pipeline.train_batches(config, builder, 0)
   for _ in range(3):
     next(batches)
   state = batches.get_state()
   expected = next(batches)
-  restored = input_pipeline.train_batches(config, builder, 0)
+  restored = pipeline.train_batches(config, builder, 0)
   restored.set_state(state)
   jax.tree.map(np.testing.assert_array_equal, next(restored), expected)
 
@@ -67,7 +67,7 @@ def test_iterator_goes_on_from_its_state(config, builder):
 def test_an_epoch_holds_every_training_example_once(config, builder):
   config.batch_size = 1437 // 3  # a divisor of the examples there are
   config.search.num_samples = 1
-  batches = input_pipeline.train_batches(config, builder, 0)
+  batches = pipeline.train_batches(config, builder, 0)
   epoch = np.concatenate([next(batches)['image'][0] for _ in range(3)])
   images = sklearn_datasets.load_digits().images
   expected = np.delete(images, np.s_[::5], axis=0).reshape(1437, -1)
@@ -81,7 +81,7 @@ def test_an_epoch_holds_every_training_example_once(config, builder):
 def test_held_out_examples_come_from_their_own_split(config, builder):
   config.reward.split = 'validation'
   config.input.train_split, config.input.reward_split = 'train[:50]', 'train[50:100]'
-  batches = input_pipeline.train_batches(config, builder, 0)
+  batches = pipeline.train_batches(config, builder, 0)
   trained, held_out = set(), set()
   for _ in range(8):
     batch = next(batches)
@@ -102,14 +102,14 @@ def test_held_out_examples_come_from_their_own_split(config, builder):
 def test_unusable_dataset(config, changes, expected):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=expected) as error:
-    input_pipeline.find_builder(config)
+    pipeline.find_builder(config)
   assert '\n' not in str(error.value)
 
 
 def test_unknown_split(config, builder):
   config.input.eval_split = 'nonsense'
   with pytest.raises(ValueError, match="split 'nonsense'"):
-    input_pipeline.prepare(config, builder)
+    pipeline.prepare(config, builder)
 
 
 @pytest.fixture(scope='module')
@@ -130,8 +130,8 @@ def photographs(tiny_config, tmp_path_factory):
     config.dataset, data_dir=config.input.data_dir, file_format='array_record'
   )
   builder.download_and_prepare()
-  builder = input_pipeline.find_builder(config)
-  input_pipeline.prepare(config, builder)
+  builder = pipeline.find_builder(config)
+  pipeline.prepare(config, builder)
   return config, builder
 
 
@@ -156,7 +156,7 @@ def test_photographs_have_the_sizes_of_imagenet(photographs):
 
 def test_evaluation_of_jpeg_files_is_that_of_pil(photographs):
   config, builder = photographs
-  batches = list(input_pipeline.eval_batches(config, builder))
+  batches = list(pipeline.eval_batches(config, builder))
   assert [batch['mask'].sum() for batch in batches] == [16, 9]
   images = np.concatenate([batch['image'][batch['mask']] for batch in batches])
   labels = np.concatenate([batch['label'][batch['mask']] for batch in batches])
@@ -185,7 +185,7 @@ def test_augmentation_is_a_function_of_seed_and_step_and_place(photographs):
   config, builder = photographs
   take = lambda seed, **options: [
     next(batches)
-    for batches in [input_pipeline.train_batches(config, builder, seed, **options)]
+    for batches in [pipeline.train_batches(config, builder, seed, **options)]
     for _ in range(2)
   ]
   whole, again, other = take(0), take(0), take(1)
@@ -210,9 +210,9 @@ def test_held_out_photographs_are_not_augmented(photographs):
   config, builder = photographs
   config = config.copy_and_resolve_references()
   config.reward.split, config.input.reward_split = 'validation', 'test'
-  batch = next(input_pipeline.train_batches(config, builder, 0))['reward']
+  batch = next(pipeline.train_batches(config, builder, 0))['reward']
   evaluated = np.concatenate(
-    [batch['image'] for batch in input_pipeline.eval_batches(config, builder)]
+    [batch['image'] for batch in pipeline.eval_batches(config, builder)]
   )
   for image in batch['image'].reshape(-1, 48, 64, 3):
     assert (image == evaluated).all(axis=(1, 2, 3)).any()
@@ -223,8 +223,8 @@ def test_file_that_is_no_image(photographs, monkeypatch):
   examples = [{'image': b'no image', 'label': 0}] * 16
   monkeypatch.setattr(builder, 'as_data_source', lambda *args, **kwargs: examples)
   for batches in (
-    input_pipeline.train_batches(config, builder, 0),
-    input_pipeline.eval_batches(config, builder),
+    pipeline.train_batches(config, builder, 0),
+    pipeline.eval_batches(config, builder),
   ):
     with pytest.raises(ValueError, match='example [0-9]+ .*a JPEG or a PNG file'):
       next(batches)
@@ -234,6 +234,6 @@ def test_search_on_photographs(photographs, tmp_path):
   config, _ = photographs
   config = config.copy_and_resolve_references()
   config.search.statistics_batches = 1
-  result = train.run(config, tmp_path / 'run')
+  result = loop.run(config, tmp_path / 'run')
   assert result['eval']['num_examples'] == 25
   assert np.isfinite(result['eval']['loss'])

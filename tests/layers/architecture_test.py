@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax.layers import architecture
-from fliqs_jax.linen import discovery
-from fliqs_jax.linen import operators as layers
-from fliqs_jax.search import budget, cost_models, latency
 from fliqs_jax import models
-from fliqs_jax.search import space as search_space
-from fliqs_jax.training import classification
+from fliqs_jax.layers import architecture
 from fliqs_jax.layers.architecture import Decision, Table
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variants import architecture_decisions
+from fliqs_jax.linen import discovery
+from fliqs_jax.linen import operators as layers
 from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES, nest
+from fliqs_jax.models import resnet
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.masking import Axes, LayerSizes
 from fliqs_jax.numerics.products import LayerFormats
-from fliqs_jax.models import resnet
 from fliqs_jax.runs.supernet import slice_variables
+from fliqs_jax.search import budget, cost_models, latency
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import classification
 
 IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 MOBILENET = {

@@ -2,17 +2,17 @@
 
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from flax import linen as nn
 
 from fliqs_jax.linen import operators as layers
+from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.formats import get_format
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats
 
 # Constructor, input shape, the axes of the kernel that one output channel spans.

@@ -11,8 +11,8 @@ import pytest
 
 from fliqs_jax import models
 from fliqs_jax.linen import discovery
-from fliqs_jax.search import cost_models
 from fliqs_jax.models.common import make_divisible
+from fliqs_jax.search import cost_models
 
 SMALL = {'width': 0.25, 'small_images': True}
 SMALL_DEIT = {'width': 0.5, 'patch_size': 2}

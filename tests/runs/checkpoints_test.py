@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
+from fliqs_jax.errors import RunError
 from fliqs_jax.runs import checkpoints
 from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.errors import RunError
 from fliqs_jax.training.train_state import Arguments, create_train_state
 
 

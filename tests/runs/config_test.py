@@ -4,8 +4,8 @@ import jax
 import ml_collections
 import pytest
 
-from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import default_config, resolve
 from fliqs_jax.runs.validation import validate
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import whole_runs
 
-from fliqs_jax.data import pipeline as input_pipeline
-from fliqs_jax.runs import distributed
-from fliqs_jax.training import steps
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.data import pipeline
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import distributed
+from fliqs_jax.training import sharding, steps
 
 NUM_STEPS = 8
 FIELDS = {
@@ -32,7 +31,7 @@ class PartOfDevices:
   """The sharding of `[S, B]` on a mesh, as one process sees it."""
 
   def __init__(self, num_samples, num_devices, num_processes, process):
-    self.rows = meshes.sample_axis_size(num_samples, num_devices, num_processes)
+    self.rows = sharding.sample_axis_size(num_samples, num_devices, num_processes)
     local = num_devices // num_processes
     self.devices = range(process * local, (process + 1) * local)
     self.columns = num_devices // self.rows
@@ -60,7 +59,7 @@ topologies = st.tuples(
 def test_a_process_holds_whole_samples_or_a_part_of_one(topology):
   num_samples, num_processes, local = topology
   num_devices = num_processes * local
-  rows = meshes.sample_axis_size(num_samples, num_devices, num_processes)
+  rows = sharding.sample_axis_size(num_samples, num_devices, num_processes)
   assert num_samples % rows == 0 and num_devices % rows == 0
   columns = num_devices // rows
   for process in range(num_processes):
@@ -82,7 +81,7 @@ def test_a_process_holds_whole_samples_or_a_part_of_one(topology):
   ],
 )
 def test_sample_axis(num_samples, num_devices, num_processes, rows):
-  assert meshes.sample_axis_size(num_samples, num_devices, num_processes) == rows
+  assert sharding.sample_axis_size(num_samples, num_devices, num_processes) == rows
 
 
 @pytest.mark.parametrize('num_samples', [1, 2, 4, 8])
@@ -93,14 +92,14 @@ def test_processes_load_the_batch_of_one(
   config = tiny_config.copy_and_resolve_references()
   config.search.num_samples = num_samples
   config.input.train_split = 'train[:50]'  # epochs end within batches
-  builder = input_pipeline.find_builder(config)
-  whole = input_pipeline.train_batches(config, builder, 3)
+  builder = pipeline.find_builder(config)
+  whole = pipeline.train_batches(config, builder, 3)
   expected = [next(whole) for _ in range(3)]
   shape = expected[0]['label'].shape
   found = [np.full_like(batch['label'], -1) for batch in expected]
   for process in range(num_processes):
     part = PartOfDevices(num_samples, num_devices, num_processes, process)
-    batches = input_pipeline.train_batches(config, builder, 3, part)
+    batches = pipeline.train_batches(config, builder, 3, part)
     for batch, labels, target in zip(batches, found, expected):
       cells = part.addressable_devices_indices_map(shape).values()
       rows, columns = (
@@ -117,10 +116,10 @@ def test_processes_load_the_batch_of_one(
 def test_processes_evaluate_every_example_once(tiny_config, num_examples):
   config = tiny_config.copy_and_resolve_references()
   config.input.eval_split = f'test[:{num_examples}]'
-  builder = input_pipeline.find_builder(config)
-  (*whole,) = input_pipeline.eval_batches(config, builder)
+  builder = pipeline.find_builder(config)
+  (*whole,) = pipeline.eval_batches(config, builder)
   parts = [
-    list(input_pipeline.eval_batches(config, builder, PartOfDevices(4, 8, 4, process)))
+    list(pipeline.eval_batches(config, builder, PartOfDevices(4, 8, 4, process)))
     for process in range(4)
   ]
   assert sum(batch['mask'].sum() for batch in whole) == num_examples

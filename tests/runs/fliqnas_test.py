@@ -8,16 +8,15 @@ import pytest
 
 import fliqs_jax
 from fliqs_jax import models
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import architecture
 from fliqs_jax.reporting import overview, terminal
-from fliqs_jax.runs import builders, network
-from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.search import budget
-from fliqs_jax.runs import loop as train
+from fliqs_jax.runs import builders, loop, network
 from fliqs_jax.runs import result as results
-from fliqs_jax.search import space as search_space
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.search import budget
+from fliqs_jax.search import space as search_space
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +34,7 @@ def run(joint_config, tmp_path):
   def run(name, **changes):
     config = joint_config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
-    return train.run(config, tmp_path / name)
+    return loop.run(config, tmp_path / name)
 
   return run
 
@@ -44,7 +43,7 @@ def run(joint_config, tmp_path):
 def found(joint_config, tmp_path_factory):
   """The folder of a finished search and its result."""
   workdir = tmp_path_factory.mktemp('joint') / 'run'
-  return workdir, train.run(joint_config, workdir)
+  return workdir, loop.run(joint_config, workdir)
 
 
 def test_search_finds_architecture_and_formats(found, joint_config):

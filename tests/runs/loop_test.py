@@ -2,23 +2,23 @@
 
 import json
 
+from conftest import TINY_LAYERS
 from etils import epath
 import jax
 import ml_collections
 import numpy as np
 import pytest
-from conftest import TINY_LAYERS
 
-from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import builders, network
-from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.runs import result as results
-from fliqs_jax.search import budget, rewards
-from fliqs_jax.runs import loop as train
-from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.search import space as search_space
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.reporting import terminal
+from fliqs_jax.runs import builders, evaluation, loop, network, preparation
+from fliqs_jax.runs import result as results
+from fliqs_jax.runs import setup as setup_lib
+from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.search import budget, rewards
+from fliqs_jax.search import space as search_space
+from fliqs_jax.training import sharding
 
 RESULT_FIELDS = {
     'model', 'dataset', 'cost_model', 'cost_unit', 'target', 'cost', 'seed', 'steps',
@@ -49,7 +49,7 @@ def finished(tiny_config, tmp_path_factory):
   reward = rewards.REWARDS['absolute']._replace(function=counted)
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setitem(rewards.REWARDS, 'absolute', reward)
-    result = train.run(tiny_config, workdir)
+    result = loop.run(tiny_config, workdir)
   return workdir, result, len(traces)
 
 
@@ -60,7 +60,7 @@ def run(tiny_config, tmp_path):
   def run(name, **changes):
     config = tiny_config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
-    return train.run(config, tmp_path / name)
+    return loop.run(config, tmp_path / name)
 
   return run
 
@@ -95,7 +95,7 @@ def test_one_trace_in_a_whole_run(finished):
 def test_finished_run_is_left_as_it_is(finished, tiny_config):
   workdir, result, _ = finished
   before = (workdir / 'search_result.json').stat().st_mtime_ns
-  assert train.run(tiny_config, workdir) == result
+  assert loop.run(tiny_config, workdir) == result
   assert (workdir / 'search_result.json').stat().st_mtime_ns == before
 
 
@@ -124,7 +124,7 @@ def test_other_config_in_the_workdir_is_refused_by_field(finished, tiny_config):
   config = tiny_config.copy_and_resolve_references()
   config.seed = 1
   with pytest.raises(ConfigError, match=r'another config: seed \(0 there, 1 here\)'):
-    train.run(config, finished[0])
+    loop.run(config, finished[0])
 
 
 def test_train_with_the_found_formats(finished, run):

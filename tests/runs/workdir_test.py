@@ -12,10 +12,9 @@ from etils import epath
 import pytest
 import whole_runs
 
-from fliqs_jax.runs import workdir as workdirs
-from fliqs_jax.errors import ConfigError
-from fliqs_jax.errors import RunError
+from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
+from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.result import read_result
 
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import files, network
 from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.search import assignments
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.search import assignments
 
 INT8 = {'weights': 'int8', 'activations': 'int8'}
 MIXED = {'weights': 'int3', 'activations': 'int4'}

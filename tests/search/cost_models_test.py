@@ -1,19 +1,19 @@
 """Cost models: published costs, hand computation, and what every model must do."""
 
+from conftest import ROOT
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from fliqs_jax import models
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.linen import discovery
 from fliqs_jax.numerics import formats
 from fliqs_jax.runs import setup as setup_lib
+from fliqs_jax.runs.config import resolve
 from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search import space as search_space
-from fliqs_jax.runs.config import resolve
 from fliqs_jax.search.cost_models import COST_MODELS, get_cost_model
 
 WITHOUT_FILES = tuple(name for name in COST_MODELS if name != 'latency_table')

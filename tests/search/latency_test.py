@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax.runs import files, latency_measurement, network
-from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.runs import result as results
-from fliqs_jax.search import devices, latency
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import files, latency_measurement, network
+from fliqs_jax.runs import result as results
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.search import devices, latency
 
 BATCH_SIZE = 2
 FORMATS = ('int4', 'e4m3', 'bf16')

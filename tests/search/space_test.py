@@ -3,22 +3,22 @@
 import functools
 import re
 
+from flax import linen as nn
+from flax import traverse_util
 import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import traverse_util
-from hypothesis import strategies as st
 
-from fliqs_jax.linen import operators as layers_lib
 from fliqs_jax import models
-from fliqs_jax.search import space as search_space
-from fliqs_jax.numerics.formats import get_format
+from fliqs_jax.linen import operators as layers_lib
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, nest
+from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats
+from fliqs_jax.search import space as search_space
 from fliqs_jax.search.space import build_space
 
 OPTIONS = ('int4', 'e2m1', 'int8', 'bf16')

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax.training import health, steps
-from fliqs_jax.training import sharding as meshes
+from fliqs_jax.training import health, sharding, steps
 from fliqs_jax.training.train_state import TrainState
 
 
@@ -82,7 +81,7 @@ def test_too_many_in_a_row_stop_the_run():
 
 
 def test_an_unsound_step_changes_nothing_but_the_counts():
-  mesh = meshes.make_mesh(1)
+  mesh = sharding.make_mesh(1)
   zero = lambda: jnp.zeros((), jnp.int32)
   state = TrainState(
       step=zero(), apply_fn=None, params={'w': jnp.ones(3)}, tx=None, opt_state={},
