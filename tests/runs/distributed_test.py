@@ -134,8 +134,8 @@ def record_steps(folder):
   """Writes the choices and the weights after every step; in a run's own process."""
   make = steps.make_search_step
 
-  def make_recorded(*args):
-    step = make(*args)
+  def make_recorded(*args, **kwargs):
+    step = make(*args, **kwargs)
 
     def recorded(state, batch):
       state, metrics = step(state, batch)
@@ -201,8 +201,8 @@ def slow_steps():
   """Lets a run last long enough to be stopped."""
   make = steps.make_search_step
 
-  def make_slow(*args):
-    step = make(*args)
+  def make_slow(*args, **kwargs):
+    step = make(*args, **kwargs)
 
     def slow(state, batch):
       time.sleep(0.3)
