@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from fliqs_jax.runs import quality
 from fliqs_jax.reporting.summary import number
 from fliqs_jax.reporting.tables import option_order
+from fliqs_jax.runs import quality
 
 
 def scale(models: Sequence[Mapping], target: float | None, unit: str) -> str:

@@ -14,12 +14,12 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics import quantization_error
 from fliqs_jax.numerics.formats import get_format, parse_names
 from fliqs_jax.reporting import analysis_figures
-from fliqs_jax.runs.quality import from_evaluation
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
 from fliqs_jax.runs import evaluation, loop
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs.quality import from_evaluation
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.workdir import check_model
 from fliqs_jax.search.quantities import counted_bits

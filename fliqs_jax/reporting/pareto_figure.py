@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from fliqs_jax.runs import quality as quality_lib
 from fliqs_jax.reporting.figure_style import (
   LINES,
   PALETTE,
@@ -23,6 +22,7 @@ from fliqs_jax.reporting.figure_style import (
   styled,
 )
 from fliqs_jax.reporting.rendering import to_png
+from fliqs_jax.runs import quality as quality_lib
 
 SWEEP_FILE = 'pareto.png'
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-from fliqs_jax.runs import quality
 from fliqs_jax.reporting.recorded_run import Run
+from fliqs_jax.runs import quality
 from fliqs_jax.search.quantities import counted_bits
 
 

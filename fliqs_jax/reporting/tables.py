@@ -6,9 +6,9 @@ import shlex
 from typing import Any
 
 from fliqs_jax.numerics.formats import NAMES
-from fliqs_jax.runs import quality
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
 from fliqs_jax.reporting.training_figures import Milestone
+from fliqs_jax.runs import quality
 from fliqs_jax.search.quantities import counted_bits
 
 # Scalars of a history that a report draws: title, how a number reads, reference line.
