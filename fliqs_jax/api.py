@@ -102,7 +102,11 @@ class SearchResult:
       raise ConfigError(f'{folder!r} exists: expected a new or empty folder')
     try:
       ignored = shutil.ignore_patterns(workdir_lib.LOCK_FILE)
+      # A temporary folder is its owner's alone, and copytree copies the mode.
+      os.makedirs(folder, exist_ok=True)
+      mode = os.stat(folder).st_mode
       shutil.copytree(self.workdir, folder, ignore=ignored, dirs_exist_ok=True)
+      os.chmod(folder, mode)
     except OSError as error:
       raise ConfigError(f'cannot write to {folder!r}: {error}') from None
 

@@ -20,6 +20,7 @@ flags.disclaim_key_flags()
 
 _USER_ERROR_STATUS = 2
 _PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
+_INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 
 
 @functools.cache
@@ -50,6 +51,8 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
       _fail([str(error)], status=1, alone=True)
     except Preempted as error:
       _fail([str(error)], status=_PREEMPTED_STATUS)
+    except KeyboardInterrupt:
+      _fail(['stopped by Ctrl-C'], status=_INTERRUPTED_STATUS, alone=True)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise

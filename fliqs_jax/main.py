@@ -4,7 +4,7 @@
 
 Any field of the config is overridden as --config.search.target_scale=0.5. The same
 workdir resumes by itself. Bad input ends with one line for each problem and status 2;
-SIGTERM with a checkpoint and status 75.
+SIGTERM or Ctrl-C with a checkpoint and status 75.
 """
 
 import logging

@@ -194,6 +194,8 @@ def test_the_report_of_a_loss_of_its_own(searched, tmp_path, monkeypatch):
 def test_evaluation_of_a_saved_search(searched, tmp_path):
   result, evaluation = searched
   result.save(tmp_path / 'saved')
+  (tmp_path / 'made').mkdir()
+  assert (tmp_path / 'saved').stat().st_mode == (tmp_path / 'made').stat().st_mode
   own = fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'saved', **TASK)
   assert own['loss'] == pytest.approx(result.eval['loss'], rel=1e-5)
   with pytest.raises(ConfigError, match='holds no run'):

@@ -74,30 +74,45 @@ def _problem(detect, coordinator, num_processes, process_id):
 
 
 class Preemption:
-  """Whether the run is asked to stop by SIGTERM. A context manager.
+  """Requests to stop by SIGTERM or SIGINT, which Ctrl-C sends. A context manager.
+
+  The first request is remembered until a step ends. Signals then do again what they
+  did before, so that a second Ctrl-C leaves at once.
 
   With `jax.distributed` JAX listens, and spreads the request of one process to all.
   Outside the main thread, where Python takes no signals, none is noticed.
   """
 
   def __init__(self):
-    self._requested = False
-    self._previous = None
+    self._received = None
+    self._previous = {}
 
   def __enter__(self) -> 'Preemption':
     if (
       not jax.distributed.is_initialized()
       and threading.current_thread() is threading.main_thread()
     ):
-      self._previous = signal.signal(signal.SIGTERM, self._request)
+      for number in (signal.SIGTERM, signal.SIGINT):
+        # A shell lets its background jobs ignore SIGINT.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._request)
     return self
 
   def __exit__(self, *_) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+    self._restore()
 
-  def _request(self, *_):
-    self._requested = True
+  def _restore(self):
+    while self._previous:
+      signal.signal(*self._previous.popitem())
+
+  def _request(self, number, _):
+    self._received = number
+    self._restore()
+
+  @property
+  def signal_name(self) -> str:
+    """The name of the signal that came; JAX listens to SIGTERM alone."""
+    return signal.Signals(self._received or signal.SIGTERM).name
 
   def reached(self, step: int) -> bool:
     """Returns whether to save and stop after this step, the same in all processes.
@@ -106,4 +121,4 @@ class Preemption:
     """
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._requested
+    return self._received is not None

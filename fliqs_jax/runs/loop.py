@@ -52,7 +52,7 @@ def run(
     ConfigError: for whatever the user can mend; nothing was written then.
     RunError: where the run cannot go on: its disk or its checkpoints.
     FloatingPointError: where its numbers are not finite.
-    Preempted: where SIGTERM stopped it; the same call resumes it.
+    Preempted: where SIGTERM or SIGINT stopped it; the same call resumes it.
   """
   config, folder = resolve(config), epath.Path(folder)
   if config.mode == 'eval':
@@ -136,7 +136,8 @@ def _loop(
   """Takes the steps from `state.step` to the last one; returns the state after it.
 
   Raises:
-    Preempted: where SIGTERM came before the last step, once a checkpoint is saved.
+    Preempted: where SIGTERM or SIGINT came before the last step, once a checkpoint
+      is saved.
   """
   start, config = int(state.step), setup.config
   placed = sharding.batch_sharding(mesh)
@@ -170,7 +171,8 @@ def _loop(
       if save:
         checkpoints.save(state, batches)
       if stop:
-        raise Preempted(f'stopped by SIGTERM at step {done}: start me again to go on')
+        name = preemption.signal_name
+        raise Preempted(f'stopped by {name} at step {done}: start me again to go on')
   return state
 
 

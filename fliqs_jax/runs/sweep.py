@@ -48,7 +48,7 @@ def sweep(
 
   Raises:
     ConfigError: with all that is wrong, before the first run.
-    Preempted: where SIGTERM stopped a run; the same call goes on.
+    Preempted: where SIGTERM or SIGINT stopped a run; the same call goes on.
   """
   folder = epath.Path(folder)
   runs = _prepare(config, folder, targets, widths)

@@ -11,6 +11,8 @@ import jax
 import pytest
 import whole_runs
 
+from fliqs_jax.runs.distributed import Preemption
+
 # Enough checkpoints that no run ends before it has been killed as often as it shall be.
 LONG = {'num_steps': 150, 'checkpoint_every': 3, 'log_every': 5}
 NUM_KILLS = 10  # of each of two runs
@@ -140,3 +142,13 @@ def _report_cache_hits():
       print('cache hit', flush=True)
 
   jax.monitoring.register_event_listener(report)
+
+
+def test_the_first_ctrl_c_waits_for_a_step_and_the_second_leaves():
+  with Preemption() as preemption:
+    assert not preemption.reached(1)
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.reached(2) and preemption.signal_name == 'SIGINT'
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
