@@ -97,6 +97,16 @@ def _squared_errors(channels, format, thresholds):
   return jax.lax.map(squared_error, thresholds)
 
 
+def normal_errors(names: Sequence[str], calibration: str = 'rms') -> np.ndarray:
+  """Returns the error of each format on standard normal data, float64[F]."""
+  values = normal_values(100_000)
+  power = float(np.sum(np.square(np.asarray(values, np.float64))))
+  return np.array([
+      np.sum(np.square(_quantize(values, name, calibration) - np.asarray(values))) / power
+      for name in names
+  ])  # fmt: skip
+
+
 def normal_values(count: int = 1_000_000) -> jax.Array:
   """Returns standard normal data without chance, its quantiles, float32[count, 1].
 

@@ -22,6 +22,8 @@ from fliqs_jax.search.budget import (
   lowest_within,
   most_likely_within,
 )
+from fliqs_jax.search.strategies import STRATEGIES
+from fliqs_jax.search.strategies.problem import Problem
 
 # The sums of a float32 target written in decimals are given a rounding's leeway.
 _LEEWAY = 1e-6
@@ -185,15 +187,41 @@ def _check_cap(config, space, budget, cap):
     )
 
 
+def build_problem(
+  config: ml_collections.ConfigDict,
+  space: search_space.SearchSpace,
+  target: Budget,
+  caps: tuple[Budget, ...],
+) -> Problem:
+  """Returns the record of what a config's strategy searches."""
+  return Problem(
+    space=space,
+    target=target,
+    caps=caps,
+    num_samples=config.search.num_samples,
+    policy_delay=config.search.policy_delay,
+    commit_step=config.search.commit_step,
+    seed=config.seed,
+    entropy_schedule=config.controller.entropy_schedule,
+  )
+
+
 def build_controller(
-  config: ml_collections.ConfigDict, space: search_space.SearchSpace, target: float
+  config: ml_collections.ConfigDict, problem: Problem
 ) -> controller_lib.Controller:
-  """Returns the controller that a config describes, over the decisions of a space."""
+  """Returns the controller that a config describes.
+
+  Raises:
+    ConfigError: where the strategy cannot search the problem.
+  """
+  build = STRATEGIES[config.search.strategy].build
+  if build is not None:
+    return build(problem)
   settings = config.controller
   reward = rewards.REWARDS[config.reward.name].function
   return controller_lib.policy_gradient_controller(
-    space.valid,
-    functools.partial(reward, target=target, beta=config.reward.beta),
+    problem.space.valid,
+    functools.partial(reward, target=problem.target.limit, beta=config.reward.beta),
     controller_lib.entropy_weight(
       settings.entropy_schedule,
       settings.entropy_weight,

@@ -5,6 +5,11 @@ from ml_collections import config_dict
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import validation
+from fliqs_jax.search.strategies import (
+  FIXED_FORMATS,
+  STRATEGIES,
+  default_strategy,
+)
 
 # The dataset of a run of `fliqs_jax.search`, whose network and data no config can name.
 OWN_BATCHES = 'own batches'
@@ -74,6 +79,9 @@ def default_config() -> ml_collections.ConfigDict:
         'momentum': 0.95,  # of the activations' statistics
       },
       'search': {
+        # A name of `search.strategies`; default: actor_critic, or policy_gradient where
+        # the architecture is decided.
+        'strategy': config_dict.placeholder(str),
         'decide': 'formats',  # or architecture (in one format), or both
         'formats': 'int_small',  # a space's name or a comma-separated list
         'weights_and_activations': 'tied',  # or separate, or weights
@@ -90,16 +98,20 @@ def default_config() -> ml_collections.ConfigDict:
         'cap_scale': 1.0,
         'device': 'tpu_v5e',  # of the cost model roofline
         'latency_table': '',  # path, of the cost model latency_table
-        'activation_delay': integer(),  # default: 10 % of num_steps
-        'policy_delay': integer(),  # default: 25 % of num_steps
-        'hard_budget': True,  # commit to the likeliest formats within the target
-        'commit_step': integer(),  # default: 90 % of num_steps
+        # First steps with quantized weights, with quantized activations, and of the
+        # policy, and that of the commitment; the defaults are the strategy's.
+        'weight_delay': integer(),
+        'activation_delay': integer(),
+        'policy_delay': integer(),
+        'commit_step': integer(),
+        'hard_budget': True,  # commit to the best formats within the target
         'statistics_batches': 50,  # that re-estimate batch norm at the end
       },
       'reward': {
         'name': 'absolute',
-        # or minus_loss; of a language model, minus_bits_per_byte
-        'quality': 'accuracy',
+        # accuracy or minus_loss; of a language model, minus_bits_per_byte. Default: the
+        # accuracy with policy_gradient, else minus_loss.
+        'quality': config_dict.placeholder(str),
         'beta': 1.0,  # negative for the exponential rewards
         'split': 'train',  # or validation
       },
@@ -126,17 +138,37 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if problems := validation.check_types(config, default_config()):
     raise ConfigError(*problems)
   search, controller = config.search, config.controller
-  for section, field, fraction in (
-    (config.optimizer, 'warmup_steps', 0.05),
-    (search, 'activation_delay', 0.1),
-    (search, 'policy_delay', 0.25),
-  ):
-    if section[field] is None:
-      section[field] = int(fraction * config.num_steps)
-  if search.commit_step is None:
-    # However late the policy starts, it has half of what is left.
-    halfway = (search.policy_delay + config.num_steps) // 2
-    search.commit_step = max(int(0.9 * config.num_steps), halfway)
+  if config.optimizer.warmup_steps is None:
+    config.optimizer.warmup_steps = int(0.05 * config.num_steps)
+  if search.strategy is None:
+    search.strategy = default_strategy(search.decide != 'formats')
+  _resolve_delays(config)
+  if config.reward.quality is None:
+    config.reward.quality = _default_quality(config)
   if controller.baseline is None:
     controller.baseline = 'leave_one_out' if search.num_samples > 1 else 'moving'
   return config
+
+
+def _resolve_delays(config):
+  """Fills in when the phases of a run begin, as its strategy has them."""
+  search, steps = config.search, config.num_steps
+  strategy = STRATEGIES.get(search.strategy)
+  if config.mode == 'train' or strategy is None:  # an unknown one is reported later
+    strategy = FIXED_FORMATS
+  if search.policy_delay is None:
+    search.policy_delay = int(strategy.policy_delay * steps)
+  if search.commit_step is None:
+    # However late the policy starts, it has half of what is left.
+    halfway = (search.policy_delay + steps) // 2
+    late = search.policy_delay > strategy.commit_step * steps
+    search.commit_step = halfway if late else int(strategy.commit_step * steps)
+  for field in ('weight_delay', 'activation_delay'):
+    if search[field] is None:
+      search[field] = int(getattr(strategy, field) * steps)
+
+
+def _default_quality(config):
+  if config.input.context is not None:
+    return 'minus_bits_per_byte'
+  return 'accuracy' if config.search.strategy == 'policy_gradient' else 'minus_loss'

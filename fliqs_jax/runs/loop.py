@@ -21,7 +21,6 @@ from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.distributed import Preemption
 from fliqs_jax.runs.progress import Progress
 from fliqs_jax.runs.setup import Setup
-from fliqs_jax.search import budget
 from fliqs_jax.training import health, sharding, steps
 from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.training.train_state import TrainState
@@ -115,11 +114,16 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       num_samples=setup.num_samples,
       target=setup.target,
       activation_delay=config.search.activation_delay,
+      weight_delay=config.search.weight_delay,
       held_out=config.reward.split == 'validation',
     )
   else:
     step = steps.make_train_step(
-      setup.task, setup.space, mesh, config.search.activation_delay
+      setup.task,
+      setup.space,
+      mesh,
+      config.search.activation_delay,
+      config.search.weight_delay,
     )
   return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
 
@@ -208,12 +212,9 @@ def _policy(setup, state):
 
 
 def _commit(setup, state, mesh):
-  """Fixes the likeliest choices within the target for the rest of the run."""
-  with np.errstate(divide='ignore'):
-    log_policy = np.log(_policy(setup, state).astype(np.float64))
-  choices = budget.most_likely_within(
-    setup.space, setup.cost_model, log_policy, setup.target, setup.caps
-  )
+  """Fixes the best choices within the budgets for the rest of the run."""
+  scores = setup.controller.scores(jax.device_get(state.controller))
+  choices = setup.problem.best_choices(jax.device_get(scores))
   choices = jax.device_put(choices, sharding.replicated(mesh))
   return state.replace(controller=setup.controller.commit(state.controller, choices))
 

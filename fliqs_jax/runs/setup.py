@@ -24,6 +24,7 @@ from fliqs_jax.search.budget import Budget
 from fliqs_jax.search.controller import Controller
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.search.strategies.problem import Problem
 from fliqs_jax.training.task import Batch, Task
 from fliqs_jax.training.train_state import Arguments, Variables
 
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
     cost_model: the cost that is searched for.
     target: in the cost model's unit; of no effect where formats are fixed.
     caps: other costs that the final formats keep within.
+    problem: what is searched; None where formats are fixed.
     controller: the policy; None where formats are fixed.
     optimizer: of the weights.
     learning_rate: its schedule.
@@ -71,6 +73,7 @@ class Setup(NamedTuple):
   cost_model: CostModel
   target: float
   caps: tuple[Budget, ...]
+  problem: Problem | None
   controller: Controller | None
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
@@ -115,6 +118,9 @@ def build(
     priced(space, np.zeros(len(space.decisions), np.int32))
   if searches:
     builders.check_reachable(config, space, Budget(cost_model, target), caps)
+  problem = None
+  if searches:
+    problem = builders.build_problem(config, space, Budget(cost_model, target), caps)
   learning_rate = builders.build_learning_rate(config)
   return Setup(
     config=config,
@@ -127,7 +133,8 @@ def build(
     cost_model=cost_model,
     target=target,
     caps=caps,
-    controller=builders.build_controller(config, space, target) if searches else None,
+    problem=problem,
+    controller=builders.build_controller(config, problem) if searches else None,
     optimizer=builders.build_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     num_samples=config.search.num_samples if searches else 1,

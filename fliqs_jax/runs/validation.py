@@ -7,6 +7,7 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.numerics import calibration, formats
+from fliqs_jax.search.strategies import STRATEGIES
 from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.search.rewards import REWARDS
@@ -29,7 +30,8 @@ _NOT_NEGATIVE = (
     'seed', 'max_skipped_steps', 'optimizer.warmup_steps', 'optimizer.weight_decay',
     'optimizer.auxiliary_weight', 'input.rand_augment_magnitude', 'input.mixup_alpha',
     'input.cutmix_alpha',
-    'search.activation_delay', 'search.policy_delay', 'search.commit_step',
+    'search.weight_delay', 'search.activation_delay', 'search.policy_delay',
+    'search.commit_step',
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
@@ -50,6 +52,7 @@ def _names(config):
     'optimizer.name': OPTIMIZERS,
     'quantizer.calibration': calibration.CALIBRATIONS,
     'search.weights_and_activations': SEARCHED_OPERANDS,
+    'search.strategy': tuple(STRATEGIES),
     'search.decide': ('formats', 'architecture', 'both'),
     'search.cost_model': tuple(cost_models.COST_MODELS),
     'search.cap_cost_model': ('', *cost_models.COST_MODELS),
@@ -224,11 +227,13 @@ def _check_delays(config):
   search, problems = config.search, []
   if config.num_steps < 1:
     return []  # reported as a number
-  if search.activation_delay >= config.num_steps:
-    problems.append(
-      f'search.activation_delay={search.activation_delay}: expected fewer than '
-      f'num_steps={config.num_steps}, or activations are never quantized'
-    )
+  for operands in ('activation', 'weight'):
+    delay = search[f'{operands}_delay']
+    if delay >= config.num_steps:
+      problems.append(
+        f'search.{operands}_delay={delay}: expected fewer than '
+        f'num_steps={config.num_steps}, or {operands}s are never quantized'
+      )
   if search.policy_delay >= config.num_steps:
     problems.append(
       f'search.policy_delay={search.policy_delay}: expected fewer than '
@@ -287,13 +292,26 @@ def _check_cap(config):
 
 
 def _check_decide(config):
-  decide = config.search.decide
+  decide, strategy = config.search.decide, config.search.strategy
+  problems = []
+  if decide != 'formats' and strategy in STRATEGIES:
+    able = [name for name, s in STRATEGIES.items() if s.searches_architectures]
+    if strategy not in able:
+      problems.append(
+        f'search.strategy={strategy}: expected {", ".join(able)} for '
+        f'search.decide={decide}, whose supernet trains under sampled architectures'
+      )
+  if not config.search.hard_budget and strategy != 'policy_gradient':
+    problems.append(
+      f'search.hard_budget=False: expected search.strategy=policy_gradient, since '
+      f'{strategy} commits to its choices'
+    )
   if decide != 'formats' and config.architecture:
-    return [
+    problems.append(
       f'architecture={config.architecture!r}: expected search.decide=formats, since '
       f'search.decide={decide} searches the architecture'
-    ]
-  return []
+    )
+  return problems
 
 
 def _check_reward(config):

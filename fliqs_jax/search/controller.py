@@ -37,6 +37,8 @@ class Outcome(NamedTuple):
   choices: jax.Array  # shape=(S, N), int32
   qualities: jax.Array  # shape=(S,), float32
   costs: jax.Array  # shape=(S,), float32, in the cost model's unit
+  # shape=(), bool; where False the qualities are to be ignored.
+  measured: jax.Array | bool = True
 
 
 class Init(Protocol):
@@ -80,8 +82,25 @@ class FinalChoices(Protocol):
   def __call__(self, state: ControllerState) -> jax.Array: ...
 
 
+class Scores(Protocol):
+  """Returns float32[N, K], the worth of each option; their sum sets the commitment."""
+
+  def __call__(self, state: ControllerState) -> jax.Array: ...
+
+
+class IsMeasured(Protocol):
+  """Returns whether the samples of a step are measured on shared examples, bool[]."""
+
+  def __call__(self, step: jax.Array) -> jax.Array: ...
+
+
 class Controller(NamedTuple):
-  """A policy over N independent decisions of up to K options."""
+  """A policy over N independent decisions of up to K options.
+
+  Where `is_measured` is None, the quality of a sample is that of its own part of the
+  batch, on which the weights train under it. Otherwise it comes from a forward pass of
+  its own, at the steps for which `is_measured` holds.
+  """
 
   init: Init
   sample: Sample
@@ -89,6 +108,8 @@ class Controller(NamedTuple):
   policy: Policy
   commit: Commit
   final_choices: FinalChoices
+  scores: Scores
+  is_measured: IsMeasured | None = None
 
 
 class PolicyGradientState(NamedTuple):
@@ -165,9 +186,10 @@ def policy_gradient_controller(
     init=functools.partial(_init, valid, optimizer),
     sample=functools.partial(_sample, valid=valid),
     update=update,
-    policy=lambda state: _policy(state.logits, valid),
+    policy=lambda state: masked_softmax(state.logits, valid),
     commit=lambda state, choices: state._replace(commitment=choices),
     final_choices=functools.partial(_final_choices, valid=valid),
+    scores=lambda state: _log_policy(state.logits, valid),
   )
 
 
@@ -197,7 +219,7 @@ def _descend(optimizer, state, gradient, active):
 
 
 def _final_choices(state, valid):
-  likeliest = jnp.argmax(_policy(state.logits, valid), axis=1).astype(jnp.int32)
+  likeliest = jnp.argmax(masked_softmax(state.logits, valid), axis=1).astype(jnp.int32)
   return jnp.where(state.commitment >= 0, state.commitment, likeliest)
 
 
@@ -222,10 +244,11 @@ def _loss(logits, valid, choices, advantages, entropy_weight):
 def policy_entropy(logits: jax.Array, valid: np.ndarray) -> jax.Array:
   """Returns the entropy of each decision in nats, float32[N]."""
   log_policy = jnp.where(valid, _log_policy(logits, valid), 0.0)
-  return -jnp.sum(_policy(logits, valid) * log_policy, axis=-1)
+  return -jnp.sum(masked_softmax(logits, valid) * log_policy, axis=-1)
 
 
-def _policy(logits, valid):
+def masked_softmax(logits: jax.Array, valid: np.ndarray) -> jax.Array:
+  """Returns the softmax of each row over its valid options, 0 for the others."""
   return jnp.where(valid, jnp.exp(_log_policy(logits, valid)), 0.0)
 
 

@@ -116,7 +116,10 @@ class SearchSpace:
     ))  # fmt: skip
 
   def bind(
-    self, choices: jax.Array, quantize_activations: jax.Array | bool = True
+    self,
+    choices: jax.Array,
+    quantize_activations: jax.Array | bool = True,
+    quantize_weights: jax.Array | bool = True,
   ) -> dict[str, BoundLayer]:
     """Returns the formats of each layer, and its sizes, by path.
 
@@ -124,12 +127,13 @@ class SearchSpace:
       choices: int32[N], may be traced.
       quantize_activations: a traced scalar; where False, all activations are left
         unquantized.
+      quantize_weights: the same for the weights.
     """
     table = formats.stack(self.format_names)
     weights, activations = self.format_ids(choices)
-    activations = jnp.where(
-      quantize_activations, activations, self.format_names.index(UNQUANTIZED)
-    )
+    unquantized = self.format_names.index(UNQUANTIZED)
+    activations = jnp.where(quantize_activations, activations, unquantized)
+    weights = jnp.where(quantize_weights, weights, unquantized)
     rows = jax.tree.map(
       lambda field: LayerFormats(
         jnp.asarray(field)[weights], jnp.asarray(field)[activations]

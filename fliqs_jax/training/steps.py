@@ -159,6 +159,7 @@ def make_search_step(
   num_samples: int,
   target: float,
   activation_delay: int = 0,
+  weight_delay: int = 0,
   held_out: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that updates weights and policy together.
@@ -174,6 +175,7 @@ def make_search_step(
     num_samples: S, which the mesh's sample axis divides.
     target: in the cost model's unit, for the metric `cost_ratio`.
     activation_delay: the first step with quantized activations.
+    weight_delay: the first step with quantized weights.
     held_out: whether the quality is that of `batch['reward']`.
 
   Returns:
@@ -183,23 +185,35 @@ def make_search_step(
   """
 
   def one_sample(state, batch, choices, key):
-    bound = space.bind(choices, state.step >= activation_delay)
+    bound = space.bind(
+      choices, state.step >= activation_delay, state.step >= weight_delay
+    )
     formats = nest(space.layers, bound)
     gradients, stats, metrics = _gradients(state, task, formats, batch, key)
-    if held_out:
+    if held_out and controller.is_measured is None:
       held = batch['reward']
       outputs, _, _ = _forward(state, task, state.params, formats, held, key)
       metrics['quality'] = jnp.mean(task.quality(outputs, held))
     return (gradients, stats), metrics
 
+  measure = _make_measure(task, space, mesh, held_out)
+
   def search_step(state, batch):
-    policy_keys, model_keys = _sample_keys(state, num_samples)
+    step_key = jax.random.fold_in(state.key, state.step)
+    policy_keys, model_keys = _sample_keys(step_key, num_samples)
     choices = controller.sample(state.controller, policy_keys)
     (gradients, stats), metrics = _mean_over_samples(
       one_sample, mesh, state, batch, choices, model_keys
     )
-    costs = cost_model(space, choices)
-    outcome = Outcome(choices, metrics['quality'], costs)
+    outcome = Outcome(choices, metrics['quality'], cost_model(space, choices))
+    if controller.is_measured is not None:
+      measured = controller.is_measured(state.step)
+      qualities = lax.cond(
+        measured,
+        lambda: measure(state, batch, choices, step_key),
+        lambda: metrics['quality'],
+      )
+      outcome = outcome._replace(qualities=qualities, measured=measured)
     controller_state, controller_metrics = controller.update(
       state.controller, outcome, state.step
     )
@@ -208,6 +222,34 @@ def make_search_step(
     return new_state, {**own_metrics, **controller_metrics}
 
   return _jit_step(search_step, mesh)
+
+
+def _make_measure(task, space, mesh, held_out):
+  """Returns the function that measures samples on the same examples.
+
+  It is `(state, batch, choices int32[S, N], key) -> float32[S]`. The examples are those
+  of `batch['reward']` where it is held out, else half of the batch, before the weights
+  train on it. Common random numbers take what the examples contribute to a quality out
+  of the differences between samples.
+  """
+
+  def one_sample(shared, choices):
+    state, examples, key = shared
+    formats = nest(space.layers, space.bind(choices))
+    outputs, _, _ = _forward(state, task, state.params, formats, examples, key)
+    return {}, jnp.mean(task.quality(outputs, examples))
+
+  def measure(state, batch, choices, key):
+    if held_out:
+      examples = batch['reward']
+    else:
+      half = max(jax.tree.leaves(batch)[0].shape[1] // 2, 1)
+      examples = jax.tree.map(lambda a: a[:, :half], batch)
+    examples = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), examples)
+    _, qualities = _mean_over_samples(one_sample, mesh, (state, examples, key), choices)
+    return lax.with_sharding_constraint(qualities, replicated(mesh))
+
+  return measure
 
 
 def _search_metrics(metrics, outcome, gradients, target):
@@ -223,9 +265,8 @@ def _search_metrics(metrics, outcome, gradients, target):
   }
 
 
-def _sample_keys(state, num_samples):
+def _sample_keys(step_key, num_samples):
   """Returns the keys [S] of the policy and those of the network, of this step."""
-  step_key = jax.random.fold_in(state.key, state.step)
   sample_keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
     jnp.arange(num_samples)
   )
@@ -233,7 +274,11 @@ def _sample_keys(state, num_samples):
 
 
 def make_train_step(
-  task: Task, space: SearchSpace, mesh: Mesh, activation_delay: int = 0
+  task: Task,
+  space: SearchSpace,
+  mesh: Mesh,
+  activation_delay: int = 0,
+  weight_delay: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that trains the weights under fixed formats.
 
@@ -242,13 +287,18 @@ def make_train_step(
     space: without decisions, from `fixed_space`.
     mesh: from `sharding.make_mesh`.
     activation_delay: the first step with quantized activations.
+    weight_delay: the first step with quantized weights.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated.
   """
 
   def train_step(state, batch):
-    bound = space.bind(jnp.zeros(0, jnp.int32), state.step >= activation_delay)
+    bound = space.bind(
+      jnp.zeros(0, jnp.int32),
+      state.step >= activation_delay,
+      state.step >= weight_delay,
+    )
     formats = nest(space.layers, bound)
     key = jax.random.fold_in(state.key, state.step)
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])

@@ -1,0 +1,205 @@
+"""The default: a policy gradient without sampling noise, by an additive critic.
+
+The weights train unquantized while the policy learns from forward passes under its
+samples, all on the same examples. With the critic's utilities `u` the gradient of
+
+    J(π) = E_π[Q] − λ · E_π[C] + τ · H(π)
+
+over all options of all decisions is exact, and its natural gradient step of size 1/τ
+lands at `π = softmax((u − λ·c) / τ)` (Cen et al., 2021, arXiv 2007.06558, Section 3.2).
+`c_i[k]` is the expected cost of option k of decision i, the others as they were
+sampled, which is exact for additive costs. λ is the multiplier at which E_π[C] meets a
+budget that falls from near the highest cost to the target, while the temperature τ
+falls to a twentieth of the spread of `u`, both on the entropy schedule. No weight of
+cost against quality has to be chosen.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.numerics.quantization_error import normal_errors
+from fliqs_jax.search import critic
+from fliqs_jax.search.budget import cost_range
+from fliqs_jax.search.controller import (
+  ENTROPY_SCHEDULES,
+  Controller,
+  masked_softmax,
+  policy_entropy,
+)
+from fliqs_jax.search.strategies import measuring
+from fliqs_jax.search.strategies.problem import Problem
+
+# The first budget, of the highest cost: most decisions have their widest format.
+_FIRST_BUDGET = 0.7
+_LAST_TEMPERATURE = 0.05  # of the spread of the utilities, and at first 1
+_UPDATES = 12  # of the policy
+_BISECTIONS = 40
+
+
+class ActorCriticState(NamedTuple):
+  """The policy, and what was measured under it."""
+
+  logits: jax.Array  # shape=(N, K), float32; entries of options that do not exist are 0
+  measurements: critic.Measurements
+  commitment: jax.Array  # shape=(N,), int32, the final choices, -1 while there are none
+
+
+def actor_critic(problem: Problem) -> Controller:
+  """Returns the controller that the module describes."""
+  space, valid = problem.space, problem.space.valid
+  schedule = ENTROPY_SCHEDULES[problem.entropy_schedule]
+  rounds = measuring.count_rounds(problem)
+  errors = _option_errors(space)
+  _, highest = cost_range(space, problem.target.cost_model)
+  first = jnp.log(max(_FIRST_BUDGET * highest / problem.target.limit, 1.0))
+  update_every = max(rounds // _UPDATES, 1)
+
+  def budget_and_temperature(step):
+    """Returns the budget, of the target, and the temperature, of the spread."""
+    progress = (step - problem.policy_delay) / max(
+      problem.commit_step - problem.policy_delay, 1
+    )
+    risen = schedule(jnp.clip(progress, 0.0, 1.0))
+    return jnp.exp((1 - risen) * first), _LAST_TEMPERATURE**risen
+
+  def improve(measurements, choices, step):
+    """Returns the logits after a natural gradient step."""
+    worth = critic.utilities(measurements, errors)
+    worth = worth - jnp.max(jnp.where(valid, worth, -jnp.inf), axis=1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean(jnp.square(worth), where=valid))
+    budget, temperature = budget_and_temperature(step)
+    worth = worth / jnp.where(spread > 0, spread, 1.0)
+    costs = expected_costs(space, problem.target, choices)
+    return _constrained_logits(worth, costs, budget, temperature, valid)
+
+  def init():
+    keys = jax.random.split(jax.random.key(0), problem.num_samples)
+    none = critic.no_measurements(rounds, problem.num_samples, len(valid))
+    middle = jnp.argmax(jax.random.uniform(keys[0], valid.shape) * valid, axis=1)
+    choices = jnp.broadcast_to(middle.astype(jnp.int32), none.choices.shape[1:])
+    return ActorCriticState(
+      logits=improve(none, choices, problem.policy_delay),
+      measurements=none,
+      commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
+    )
+
+  def update(state, outcome, step):
+    recorded = critic.record(state.measurements, outcome.choices, outcome.qualities)
+    measurements = jax.tree.map(
+      functools.partial(jnp.where, outcome.measured), recorded, state.measurements
+    )
+    improves = outcome.measured & (measurements.count % update_every == 0)
+    logits = jax.lax.cond(
+      improves,
+      lambda: improve(measurements, outcome.choices, step),
+      lambda: state.logits,
+    )
+    budget, temperature = budget_and_temperature(step)
+    metrics = {
+      'reward': jnp.mean(outcome.qualities),
+      'entropy': jnp.mean(policy_entropy(state.logits, valid)),
+      'temperature': temperature,
+      'budget': budget,
+    }
+    return state._replace(logits=logits, measurements=measurements), metrics
+
+  def sample(state, keys):
+    sampled = stratified_samples(masked_softmax(state.logits, valid), keys)
+    return jnp.where(state.commitment >= 0, state.commitment, sampled)
+
+  return Controller(
+    init=init,
+    sample=sample,
+    update=update,
+    policy=lambda state: masked_softmax(state.logits, valid),
+    commit=lambda state, choices: state._replace(commitment=choices),
+    final_choices=lambda state: state.commitment,
+    scores=lambda state: critic.utilities(state.measurements, errors),
+    is_measured=functools.partial(measuring.is_measured, problem),
+  )
+
+
+def _option_errors(space):
+  """Returns the relative error of each option on normal data, float32[N, K]."""
+  names = sorted({name for d in space.format_decisions for name in d.options})
+  by_name = dict(zip(names, normal_errors(names)))
+  errors = np.zeros(space.valid.shape, np.float32)
+  for row, decision in zip(errors, space.format_decisions):
+    row[: len(decision.options)] = [by_name[name] for name in decision.options]
+  return errors / errors.max()
+
+
+def stratified_samples(policy: jax.Array, keys: jax.Array) -> jax.Array:
+  """Returns samples int32[S, N] that follow the policy more evenly than chance.
+
+  Each sample by itself is distributed as the policy is. The S samples of a decision
+  are one from each S-th part of its distribution (McKay et al., 1979, Latin hypercube
+  sampling), in an order that is random for each decision.
+
+  Args:
+    policy: float32[N, K].
+    keys: [S], of which the first sets all samples; consumed.
+  """
+  num_samples, num_decisions = keys.shape[0], policy.shape[0]
+  order_key, offset_key = jax.random.split(keys[0])
+  parts = jnp.broadcast_to(jnp.arange(num_samples)[:, None], keys.shape + (num_decisions,))
+  parts = jax.random.permutation(order_key, parts, axis=0, independent=True)
+  offsets = jax.random.uniform(offset_key, (num_samples, num_decisions))
+  quantiles = (parts + offsets) / num_samples
+  cumulative = jnp.cumsum(policy, axis=1)
+  chosen = jnp.sum(cumulative[None] <= quantiles[..., None], axis=-1)
+  # A cumulative sum may end a rounding below 1.
+  last = jnp.max(jnp.where(policy > 0, jnp.arange(policy.shape[1]), 0), axis=1)
+  return jnp.minimum(chosen, last).astype(jnp.int32)
+
+
+def expected_costs(space, target, choices: jax.Array) -> jax.Array:
+  """Returns the expected cost of each option, of the target, float32[N, K].
+
+  The other decisions are as they were sampled: the conditional expectation over S
+  samples, which differs between options by exactly their own cost where costs add up.
+
+  Args:
+    space: the search space.
+    target: the budget whose cost is meant.
+    choices: int32[S, N].
+  """
+  num_options = space.valid.shape[1]
+
+  def of_decision(decision):
+    def of_option(option):
+      changed = choices.at[:, decision].set(option)
+      return jnp.mean(target.cost_model(space, changed)) / target.limit
+
+    return jax.lax.map(of_option, jnp.arange(num_options))
+
+  costs = jax.lax.map(of_decision, jnp.arange(choices.shape[1]))
+  own = jnp.take_along_axis(costs, choices.T, axis=1)  # [N, S], of the sampled options
+  mean = jnp.mean(target.cost_model(space, choices)) / target.limit
+  # So that Σ_i E_π[c_i] is the expected cost of the network.
+  return costs - jnp.mean(own, axis=1, keepdims=True) + mean / choices.shape[1]
+
+
+def _constrained_logits(worth, costs, budget, temperature, valid):
+  """Returns `(worth − λ·costs) / τ` with the smallest λ that meets the budget."""
+
+  def logits(multiplier):
+    values = (worth - multiplier * costs) / temperature
+    values = values - jnp.max(jnp.where(valid, values, -jnp.inf), axis=1, keepdims=True)
+    return jnp.where(valid, values, 0.0)
+
+  def expected_cost(multiplier):
+    return jnp.sum(masked_softmax(logits(multiplier), valid) * costs, where=valid)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = jnp.where(low > 0, jnp.sqrt(low * high), high / 2)
+    above = expected_cost(middle) > budget
+    return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+  _, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.float32(1e-4), jnp.float32(1e8)))
+  return logits(jnp.where(expected_cost(0.0) > budget, high, 0.0))
