@@ -100,11 +100,9 @@ def _squared_errors(channels, format, thresholds):
 def normal_errors(names: Sequence[str], calibration: str = 'rms') -> np.ndarray:
   """Returns the error of each format on standard normal data, float64[F]."""
   values = normal_values(100_000)
-  power = float(np.sum(np.square(np.asarray(values, np.float64))))
-  return np.array([
-      np.sum(np.square(_quantize(values, name, calibration) - np.asarray(values))) / power
-      for name in names
-  ])  # fmt: skip
+  rounded = np.stack([_quantize(values, name, calibration) for name in names])
+  squares = np.square(rounded - np.asarray(values, np.float64))
+  return np.mean(squares, axis=(1, 2)) / np.mean(np.square(values, dtype=np.float64))
 
 
 def normal_values(count: int = 1_000_000) -> jax.Array:

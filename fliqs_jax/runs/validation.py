@@ -7,11 +7,11 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.numerics import calibration, formats
-from fliqs_jax.search.strategies import STRATEGIES
 from fliqs_jax.search import cost_models, devices
 from fliqs_jax.search.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.search.rewards import REWARDS
 from fliqs_jax.search.space import SEARCHED_OPERANDS
+from fliqs_jax.search.strategies import STRATEGIES
 from fliqs_jax.training import classification, language_modelling
 
 MODES = ('search', 'train', 'eval')

@@ -105,7 +105,8 @@ def utilities(measurements: Measurements, errors: jax.Array) -> jax.Array:
 def _dual_weights(kernel, qualities, filled):
   """Returns `(K + ρ·I)⁻¹ q` for the noise ratio ρ with the largest evidence."""
   count = jnp.maximum(jnp.sum(filled), 1)
-  scale = jnp.maximum(jnp.trace(kernel) / count, jnp.finfo(jnp.float32).tiny)
+  scale = jnp.trace(kernel) / count
+  scale = jnp.where(scale > 0, scale, 1.0)
   identity = jnp.eye(kernel.shape[0])
 
   def solve(ratio):

@@ -146,7 +146,9 @@ def stratified_samples(policy: jax.Array, keys: jax.Array) -> jax.Array:
   """
   num_samples, num_decisions = keys.shape[0], policy.shape[0]
   order_key, offset_key = jax.random.split(keys[0])
-  parts = jnp.broadcast_to(jnp.arange(num_samples)[:, None], keys.shape + (num_decisions,))
+  parts = jnp.broadcast_to(
+    jnp.arange(num_samples)[:, None], keys.shape + (num_decisions,)
+  )
   parts = jax.random.permutation(order_key, parts, axis=0, independent=True)
   offsets = jax.random.uniform(offset_key, (num_samples, num_decisions))
   quantiles = (parts + offsets) / num_samples
@@ -201,5 +203,7 @@ def _constrained_logits(worth, costs, budget, temperature, valid):
     above = expected_cost(middle) > budget
     return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-  _, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.float32(1e-4), jnp.float32(1e8)))
+  _, high = jax.lax.fori_loop(
+    0, _BISECTIONS, halve, (jnp.float32(1e-4), jnp.float32(1e8))
+  )
   return logits(jnp.where(expected_cost(0.0) > budget, high, 0.0))

@@ -1,8 +1,8 @@
 """Sensitivities: each option measured alone, the other decisions at their widest.
 
 The baseline of post-training mixed precision (HAWQ, Dong et al., 2019, arXiv
-1905.03696, and many since): `u_i[k]` is the mean quality lost by option k of decision i,
-and the assignment of the largest sum within the budget is an integer program.
+1905.03696, and many since): `u_i[k]` is the mean quality lost by option k of decision
+i, and the assignment of the largest sum within the budget is an integer program.
 """
 
 import functools
@@ -37,13 +37,15 @@ def sensitivity(problem: Problem) -> Controller:
   """
   valid = problem.space.valid
   widest = _widest(problem)
-  decisions, options = np.nonzero(valid & (np.arange(valid.shape[1]) != widest[:, None]))
+  decisions, options = np.nonzero(
+    valid & (np.arange(valid.shape[1]) != widest[:, None])
+  )
   a_round = problem.num_samples - 1
   if a_round * measuring.count_rounds(problem) < len(decisions):
     raise ConfigError(
       f'search.strategy=sensitivity: {len(decisions)} changes are to be measured, and '
-      f'there is room for {a_round * measuring.count_rounds(problem)}: expected a later '
-      'search.commit_step, or more search.num_samples, 2 at least'
+      f'there is room for {a_round * measuring.count_rounds(problem)}: expected a '
+      'later search.commit_step, or more search.num_samples, 2 at least'
     )
 
   def turns(state):
@@ -97,8 +99,11 @@ def sensitivity(problem: Problem) -> Controller:
 
 
 def _widest(problem):
-  """The option of each decision that costs most, the others at their first, int32[N]."""
-  cost, choices = problem.target.cost_model, np.zeros(len(problem.space.valid), np.int32)
+  """Returns the dearest option of each decision, the others at their first."""
+  cost, choices = (
+    problem.target.cost_model,
+    np.zeros(len(problem.space.valid), np.int32),
+  )
   widest = choices.copy()
   for i, decision in enumerate(problem.space.decisions):
     changed = np.tile(choices, (len(decision.options), 1))

@@ -1,8 +1,8 @@
-"""The uniform model: one format for all layers, the widest that is within the budget."""
+"""The uniform model: one format for all layers, the widest within the budget."""
 
-import numpy as np
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.search.budget import fits
@@ -24,7 +24,8 @@ def uniform(problem: Problem) -> Controller:
     init=lambda: (),
     sample=lambda state, keys: jnp.tile(committed(state), (problem.num_samples, 1)),
     update=lambda state, outcome, step: (
-      state, {'reward': jnp.mean(outcome.qualities)}
+      state,
+      {'reward': jnp.mean(outcome.qualities)},
     ),
     policy=lambda state: jax.nn.one_hot(choices, problem.space.valid.shape[1]),
     commit=lambda state, choices: state,
@@ -37,11 +38,13 @@ def _best_uniform(problem):
   space, budgets = problem.space, (problem.target, *problem.caps)
   options = [decision.options for decision in space.decisions]
   common = [name for name in options[0] if all(name in names for names in options)]
-  found = [np.array([names.index(name) for names in options], np.int32) for name in common]
+  found = [
+    np.array([names.index(name) for names in options], np.int32) for name in common
+  ]
   found = [choices for choices in found if fits(space, choices, budgets)]
   if not found:
     raise ConfigError(
-      'search.strategy=uniform: no format that all decisions have is within the budget: '
-      'expected a larger target, or another strategy'
+      'search.strategy=uniform: no format that all decisions have is within the '
+      'budget: expected a larger target, or another strategy'
     )
   return max(found, key=lambda choices: problem.target.cost_model(space, choices))
