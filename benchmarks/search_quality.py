@@ -120,7 +120,8 @@ def read_results(folder, methods):
 
 def print_table(results, methods):
   """Prints mean and standard error of each method, and differences to `one_shot`."""
-  print('| budget | method | bits per byte | less one-shot | p | cost / target | seeds |')
+  columns = ('budget', 'method', 'bits per byte', 'less one-shot', 'p', 'cost / target')
+  print(f'| {" | ".join(columns)} | seeds |')
   print('|---|---|---|---|---|---|---|')
   for budget in dict.fromkeys(budget for _, budget in results):
     ours = results.get(('one_shot', budget), {})

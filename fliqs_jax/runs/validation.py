@@ -315,6 +315,24 @@ def _check_decide(config):
 
 
 def _check_reward(config):
+  problems = []
+  if config.reward.split == 'validation' and not config.input.reward_split:
+    problems.append(
+      'reward.split=validation: expected held-out examples in input.reward_split, '
+      "such as 'train[90%:]'"
+    )
+  if config.search.strategy == 'policy_gradient':
+    problems += _check_policy_gradient(config)
+  elif config.search.num_samples == 1 and config.search.strategy != 'uniform':
+    problems.append(
+      'search.num_samples=1: expected 2 or more, since '
+      f'search.strategy={config.search.strategy} compares samples on the same examples'
+    )
+  return problems
+
+
+def _check_policy_gradient(config):
+  """Returns what is wrong with the fields that REINFORCE alone has."""
   problems, reward = [], REWARDS.get(config.reward.name)
   if reward and config.reward.beta * reward.beta_sign <= 0:
     sign = 'above' if reward.beta_sign > 0 else 'below'
@@ -327,11 +345,6 @@ def _check_reward(config):
     problems.append(
       f'reward.quality={quality}: expected accuracy for the reward '
       f'{config.reward.name!r}, which multiplies the quality'
-    )
-  if config.reward.split == 'validation' and not config.input.reward_split:
-    problems.append(
-      'reward.split=validation: expected held-out examples in input.reward_split, '
-      "such as 'train[90%:]'"
     )
   if config.controller.baseline == 'leave_one_out' and config.search.num_samples == 1:
     problems.append(

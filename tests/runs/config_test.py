@@ -10,6 +10,9 @@ from fliqs_jax.runs.config import default_config, resolve
 from fliqs_jax.runs.validation import validate
 
 
+REINFORCE = {'search.strategy': 'policy_gradient'}
+
+
 def problems_of(num_devices=1, **changes):
   config = default_config()
   config.update_from_flattened_dict(changes)
@@ -26,12 +29,34 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
   config = default_config()
   config.num_steps = 1000
   resolved = resolve(config)
-  assert resolved.search.policy_delay == 250  # T / 4
-  assert resolved.search.commit_step == 900  # 0.9 · T
+  assert resolved.search.strategy == 'actor_critic'
+  assert resolved.search.policy_delay == 100  # T / 10
+  assert resolved.search.commit_step == 250  # T / 4
+  assert resolved.search.weight_delay == resolved.search.activation_delay == 250
   assert config.search.policy_delay is None
   config.search.policy_delay = 980
   assert resolve(config).search.policy_delay == 980
   assert resolve(config).search.commit_step == 990  # half of what is left
+
+
+def test_delays_and_quality_of_the_paper_come_with_its_strategy():
+  config = default_config()
+  config.num_steps, config.search.strategy = 1000, 'policy_gradient'
+  resolved = resolve(config)
+  assert resolved.search.policy_delay == 250  # T / 4
+  assert resolved.search.commit_step == 900  # 0.9 · T
+  assert resolved.search.activation_delay == 100  # T / 10
+  assert resolved.search.weight_delay == 0
+  assert resolved.reward.quality == 'accuracy'
+  assert resolve(default_config()).reward.quality == 'minus_loss'
+
+
+def test_architectures_are_searched_by_the_strategy_that_trains_them():
+  config = default_config()
+  config.search.decide = 'both'
+  assert resolve(config).search.strategy == 'policy_gradient'
+  (problem,) = problems_of(**{'search.decide': 'both', 'search.strategy': 'random'})
+  assert 'expected policy_gradient for search.decide=both' in problem
 
 
 @pytest.mark.parametrize('num_samples, baseline', [(1, 'moving'), (2, 'leave_one_out')])
@@ -65,7 +90,11 @@ def test_short_runs_are_valid(num_steps):
     ({'search.cap': 3.0}, 'search.cap_cost_model'),
     ({'search.cap_cost_model': 'bops', 'search.cap_format': 'e9m9'}, "'e9m9'"),
     (
-      {'search.cap_cost_model': 'bops', 'search.hard_budget': False},
+      {
+        'search.cap_cost_model': 'bops',
+        'search.hard_budget': False,
+        'search.strategy': 'policy_gradient',
+      },
       'expected search.hard_budget=True',
     ),
     ({'search.formats': 'int4,int9'}, "the nearest is 'int8'"),
@@ -74,14 +103,21 @@ def test_short_runs_are_valid(num_steps):
     ({'search.target': 0.0}, 'search.target=0.0'),
     ({'search.policy_delay': 1000}, 'never learns'),
     ({'search.activation_delay': 1000}, 'never quantized'),
-    ({'search.commit_step': 249}, 'search.commit_step=249'),
+    ({'search.commit_step': 99}, 'search.commit_step=99'),
+    ({'search.weight_delay': 1000}, 'weights are never quantized'),
+    ({'search.strategy': 'critic'}, "the nearest is 'actor_critic'"),
+    ({'search.num_samples': 1}, 'compares samples on the same examples'),
+    ({'search.hard_budget': False}, 'expected search.strategy=policy_gradient'),
     ({'search.commit_step': 1000}, 'search.commit_step=1000'),
     ({'reward.name': 'abs'}, "reward.name='abs'"),
-    ({'reward.beta': -1.0}, 'expected a number above 0'),
-    ({'reward.name': 'soft_exponential'}, 'expected a number below 0'),
+    (REINFORCE | {'reward.beta': -1.0}, 'expected a number above 0'),
+    (
+      REINFORCE | {'reward.name': 'soft_exponential'},
+      'expected a number below 0',
+    ),
     ({'reward.split': 'validation'}, 'input.reward_split'),
     (
-      {'search.num_samples': 1, 'controller.baseline': 'leave_one_out'},
+      REINFORCE | {'search.num_samples': 1, 'controller.baseline': 'leave_one_out'},
       'the baseline `moving`',
     ),
   ],
@@ -93,7 +129,8 @@ def test_one_line_for_each_mistake(changes, expected):
 
 def test_exponential_rewards_take_no_negative_quality():
   problems = problems_of(
-    **{
+    **REINFORCE
+    | {
       'reward.name': 'hard_exponential',
       'reward.beta': -0.07,
       'reward.quality': 'minus_loss',
