@@ -8,7 +8,9 @@ devices      peak rates and bandwidths of accelerators
 latency      tables of measured times
 budget       the range of costs that is reached, and the best choices within one
 rewards      quality and cost as one number
-controller   the policy that is learned
+controller   the interface of what is learned, and REINFORCE
+critic       the additive model of the quality
+strategies   how formats are found, one file each
 
 Besides the letters of the package's docstring, which hold everywhere: F decisions on
 formats and A on sizes, N together; M layers that the L layers of a supernet can become.

@@ -9,7 +9,6 @@ from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import default_config, resolve
 from fliqs_jax.runs.validation import validate
 
-
 REINFORCE = {'search.strategy': 'policy_gradient'}
 
 
