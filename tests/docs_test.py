@@ -1,5 +1,6 @@
 """The documentation builds strictly, is whole, and says what the code does."""
 
+import doctest
 import importlib.util
 import os
 import re
@@ -7,11 +8,14 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from flax import linen as nn
+import griffe
 import ml_collections
 import numpy as np
 import pytest
 import references
 
+import fliqs_jax
 from fliqs_jax.numerics import formats
 from fliqs_jax.runs.config import default_config
 
@@ -79,6 +83,36 @@ def test_a_link_to_nothing_is_a_warning(hooks, caplog):
   ]
 
 
+@pytest.fixture(scope='module')
+def source():
+  """The package as griffe reads it, without importing it."""
+  return griffe.load('fliqs_jax', search_paths=[ROOT], try_relative_path=False)
+
+
+def public(folder):
+  """Yields what a folder's facade names, or, without one, what its modules define."""
+  if folder.exports:
+    yield from (folder[name] for name in folder.exports)
+    return
+  for member in folder.members.values():
+    if member.is_public and not member.is_alias:
+      if member.is_module:
+        yield from public(member)
+      elif member.is_function or member.is_class:
+        yield member
+
+
+def test_every_public_name_is_in_the_reference_and_has_a_docstring(site, source):
+  pages = '\n'.join(p.read_text() for p in (site / 'reference').rglob('*.html'))
+  folders = [module for module in source.modules.values() if module.is_init_module]
+  members = [source['api'], *public(source['api'])]
+  for folder in folders:
+    members += [folder, *public(folder)]
+  for member in members:
+    assert f'id="{member.path}"' in pages, member.path
+    assert member.has_docstring, member.path
+
+
 def rows(page, heading):
   """Returns the cells of the tables in a section of a page."""
   text = (ROOT / 'docs' / page).read_text()
@@ -140,10 +174,51 @@ def test_the_tables_of_fields():
       assert table[name] == (f'`{value}`' if value != '' else 'empty'), name
 
 
+class Network(nn.Module):
+  """Two layers."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+    return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_the_loop_of_your_own():
+  names = {'Network': Network, 'example': np.ones((1, 8, 8, 1), np.float32)}
+  page = (ROOT / 'docs/own_network.md').read_text()
+  (code,) = re.findall(r'```python\n(import jax\n.*?)```', page, re.DOTALL)
+  exec(code, names)
+  assert names['outputs'].shape == (1, 10)
+  assert set(names['updated']['quant_stats']) == {'Conv_0', 'Dense_0'}
+
+
+EXAMPLES = [
+  path.relative_to(ROOT)
+  for path in sorted((ROOT / 'fliqs_jax').rglob('*.py'))
+  if '>>>' in path.read_text()
+]
+
+
+@pytest.mark.parametrize('path', EXAMPLES, ids=str)
+def test_examples_in_docstrings(path):
+  module = importlib.import_module('.'.join(path.with_suffix('').parts))
+  assert doctest.testmod(module).failed == 0
+
+
 def pages():
   """Yields the name and the text of the README and of every page."""
   for path in (ROOT / 'README.md', *PAGES):
     yield path.relative_to(ROOT), path.read_text()
+
+
+def test_names_of_code_in_the_pages_exist(source):
+  for page, text in pages():
+    for path in re.findall(r'\bfliqs_jax\.([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)', text):
+      if path not in fliqs_jax.__all__:
+        try:
+          source[path]
+        except KeyError:
+          raise AssertionError(f'{page} names fliqs_jax.{path}') from None
 
 
 def test_files_in_the_pages_exist():
