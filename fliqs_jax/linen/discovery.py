@@ -25,6 +25,15 @@ def discover(model: Any, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
       `make_searchable`.
     *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
     **kwargs: passed to `model.init`.
+
+  Examples:
+    >>> from flax import linen as nn
+    >>> import jax.numpy as jnp
+    >>> from fliqs_jax.linen.discovery import discover
+    >>> from fliqs_jax.linen.interception import make_searchable
+    >>> model = make_searchable(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+    >>> [(layer.path, layer.macs) for layer in discover(model, jnp.ones((1, 8)))]
+    [('layers_0', 32), ('layers_2', 8)]
   """
 
   gates, latest = {}, []  # a gate's path, by that of the layer before it

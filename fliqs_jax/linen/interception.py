@@ -43,6 +43,15 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
 
   Raises:
     ConfigError: where the model is anything else.
+
+  Examples:
+    >>> from flax import linen as nn
+    >>> import jax.numpy as jnp
+    >>> import fliqs_jax
+    >>> model = fliqs_jax.make_searchable(nn.Dense(4))
+    >>> print(model.coverage(jnp.ones((1, 8))))
+    1 layers are searched:
+    .: dense (8, 4), 32 MACs
   """
   if not isinstance(model, nn.Module | Searchable):
     raise ConfigError(f'expected a linen module, as Network(), found {model!r}')

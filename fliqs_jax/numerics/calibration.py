@@ -16,6 +16,7 @@ from fliqs_jax.numerics.masking import ActiveAxis
 from fliqs_jax.numerics.rounding import is_scaled, power_of_two, round_to_format
 
 CALIBRATIONS = ('rms', 'absmax')
+"""Ways to set a clipping threshold: see `clipping_threshold`."""
 
 
 class Statistics(NamedTuple):
@@ -130,6 +131,15 @@ def calibrate(
 
   The scale maps the clipping threshold to the largest code. It is 1 for a format that
   is not scaled and for a tensor of zeros. The arguments are `clipping_threshold`'s.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from fliqs_jax.numerics import calibrate, get_format
+    >>> x = jnp.array([0.5, -1.0, 0.25, 4.0])
+    >>> absmax = jnp.max(jnp.abs(x))
+    >>> quantizer = calibrate(get_format('int4'), jnp.mean(x**2), absmax, 'absmax')
+    >>> quantizer.codes(x)
+    Array([ 1., -2.,  0.,  7.], dtype=float32)
   """
   threshold = clipping_threshold(format, mean_square, absmax, calibration)
   format = _to_code_range(format)

@@ -209,16 +209,27 @@ def get_format(name: str) -> NumericFormat:
   Raises:
     ConfigError: for an unknown name; the message names the nearest one.
 
-  Example:
-
-      >>> float(get_format('e4m3').max)
-      448.0
+  Examples:
+    >>> from fliqs_jax.numerics import get_format
+    >>> float(get_format('e4m3').max)
+    448.0
   """
   return find_format(name).row
 
 
 def stack(names: tuple[str, ...]) -> NumericFormat:
-  """Returns the table of these formats: every field has shape `[len(names)]`."""
+  """Returns the table of these formats: every field has shape `[len(names)]`.
+
+  Examples:
+    A choice between formats is a gather, so one compiled function serves all of them:
+
+    >>> import jax.numpy as jnp
+    >>> from fliqs_jax.numerics import NumericFormat, round_to_format, stack
+    >>> table = stack(('int2', 'int4', 'e2m1'))
+    >>> choice = NumericFormat(*(field[2] for field in table))
+    >>> round_to_format(jnp.array([0.3, 2.6]), choice)
+    Array([0.5, 3. ], dtype=float32)
+  """
   return jax.tree.map(lambda *fields: np.stack(fields), *map(get_format, names))
 
 
@@ -227,6 +238,11 @@ def parse_names(spec: str) -> tuple[str, ...]:
 
   Raises:
     ConfigError: where a name is unknown, repeated, or none is given.
+
+  Examples:
+    >>> from fliqs_jax.numerics import parse_names
+    >>> parse_names('float_small')
+    ('e2m1', 'e4m3', 'bf16')
   """
   names = SPACES.get(spec.strip()) or tuple(
     filter(None, map(str.strip, spec.split(',')))

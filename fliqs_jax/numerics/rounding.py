@@ -29,10 +29,11 @@ def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   Returns:
     The rounded values, in the shape and dtype of `x`.
 
-  Example:
-
-      >>> round_to_format(jnp.array([0.2, 2.6, 9.0]), get_format('int4'))
-      Array([0., 3., 7.], dtype=float32)
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from fliqs_jax.numerics import get_format, round_to_format
+    >>> round_to_format(jnp.array([0.2, 2.6, 9.0]), get_format('int4'))
+    Array([0., 3., 7.], dtype=float32)
   """
   x = jnp.asarray(x)
   value = x.astype(jnp.float32)

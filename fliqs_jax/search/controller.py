@@ -3,6 +3,25 @@
 In optax's form: a controller is a NamedTuple of pure functions, and its state is a
 pytree that the train state carries. `policy_gradient_controller` is REINFORCE as the
 paper and TuNAS (arXiv 2008.06120) have it.
+
+Examples:
+  Two decisions, of which the last option earns most:
+
+  >>> import jax
+  >>> import numpy as np
+  >>> from fliqs_jax.search.controller import Outcome, policy_gradient_controller
+  >>> controller = policy_gradient_controller(
+  ...   valid=np.ones((2, 3), bool),
+  ...   reward=lambda qualities, costs: qualities - costs,
+  ...   entropy_weight=lambda step: 0.0,
+  ... )
+  >>> state, update = controller.init(), jax.jit(controller.update)
+  >>> for step, key in enumerate(jax.random.split(jax.random.key(0), 100)):
+  ...   choices = controller.sample(state, jax.random.split(key, 4))
+  ...   outcome = Outcome(choices, choices.mean(1), np.zeros(4))
+  ...   state, metrics = update(state, outcome, step)
+  >>> controller.policy(state).argmax(1)
+  Array([2, 2], dtype=int32)
 """
 
 from collections.abc import Callable

@@ -4,6 +4,23 @@ A *layer* is a quantized operator of the network. A *decision* picks one format 
 several options, for one or more operands (weights or activations) of layers, or one
 size of the network's architecture. *Choices* are one option index for each decision,
 `int32[N]`; the package's docstring explains the letters.
+
+Examples:
+  >>> from flax import linen as nn
+  >>> import jax.numpy as jnp
+  >>> import numpy as np
+  >>> from fliqs_jax.linen.discovery import discover
+  >>> from fliqs_jax.linen.interception import make_searchable
+  >>> from fliqs_jax.search.cost_models import get_cost_model
+  >>> from fliqs_jax.search.space import build_space
+  >>> model = make_searchable(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+  >>> layers = discover(model, jnp.ones((1, 8)))
+  >>> space = build_space(layers, ('int2', 'int4', 'int8'))
+  >>> [decision.name for decision in space.decisions]
+  ['layers_0', 'layers_2']
+  >>> bops = get_cost_model('bops')  # in 10⁹
+  >>> round(1e9 * float(bops(space, np.array([2, 0]))))  # 32·8·8 + 8·2·2
+  2080
 """
 
 from collections.abc import Mapping, Sequence
