@@ -1,0 +1,11 @@
+"""Runs: from a config to the files that a run leaves.
+
+config, validation, recipes   fields, what follows from them, what can be wrong
+network, builders, setup      what a config names; all that a run needs, in one record
+preparation                   checks before anything is written
+loop, evaluation              the steps, and what they are worth
+checkpoints, pretrained       variables that are saved, and started from
+workdir, files, result        the files of a run
+sweep, pareto, quality        several runs, and how they compare
+distributed, progress         processes that stop together; what a run shows meanwhile
+"""

@@ -207,13 +207,9 @@ def make_search_step(
     )
     outcome = Outcome(choices, metrics['quality'], cost_model(space, choices))
     if controller.is_measured is not None:
-      measured = controller.is_measured(state.step)
-      qualities = lax.cond(
-        measured,
-        lambda: measure(state, batch, choices, step_key),
-        lambda: metrics['quality'],
+      outcome = _measured(
+        outcome, controller.is_measured(state.step), measure, state, batch, step_key
       )
-      outcome = outcome._replace(qualities=qualities, measured=measured)
     controller_state, controller_metrics = controller.update(
       state.controller, outcome, state.step
     )
@@ -222,6 +218,16 @@ def make_search_step(
     return new_state, {**own_metrics, **controller_metrics}
 
   return _jit_step(search_step, mesh)
+
+
+def _measured(outcome, measured, measure, state, batch, key):
+  """Returns the outcome with qualities that are measured, at the steps that do so."""
+  qualities = lax.cond(
+    measured,
+    lambda: measure(state, batch, outcome.choices, key),
+    lambda: outcome.qualities,
+  )
+  return outcome._replace(qualities=qualities, measured=measured)
 
 
 def _make_measure(task, space, mesh, held_out):

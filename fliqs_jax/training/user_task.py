@@ -35,8 +35,7 @@ def make_task(
     loss: what training minimises, of (outputs, batch): a mean over the batch, or a
       value for each example. By default the cross entropy of logits and
       `batch['label']`.
-    quality: what the search rewards, in the same form. By default the accuracy, or,
-      with a loss of the user's, minus that loss.
+    quality: what the search rewards, in the same form; by default minus the loss.
     metrics: what else is logged and evaluated, a dict of such values.
     inputs: the entry of a batch that the network is called with, or a function from a
       batch to its argument or to the tuple of its arguments.
@@ -44,7 +43,7 @@ def make_task(
   classifier = classification()
   task = classifier._replace(
     loss=loss or _default_loss,
-    quality=quality or (_minus(loss) if loss else classifier.quality),
+    quality=quality or _minus(loss or _default_loss),
     arguments=_arguments(model, inputs),
     mask=None,
   )

@@ -30,7 +30,6 @@ from fliqs_jax.search.controller import (
   masked_softmax,
   policy_entropy,
 )
-from fliqs_jax.search.strategies import measuring
 from fliqs_jax.search.strategies.problem import Problem
 
 # The first budget, of the highest cost: most decisions have their widest format.
@@ -51,20 +50,10 @@ class ActorCriticState(NamedTuple):
 def actor_critic(problem: Problem) -> Controller:
   """Returns the controller that the module describes."""
   space, valid = problem.space, problem.space.valid
-  schedule = ENTROPY_SCHEDULES[problem.entropy_schedule]
-  rounds = measuring.count_rounds(problem)
+  rounds = len(problem.measured_steps())
   errors = _option_errors(space)
-  _, highest = cost_range(space, problem.target.cost_model)
-  first = jnp.log(max(_FIRST_BUDGET * highest / problem.target.limit, 1.0))
+  budget_and_temperature = _annealing(problem)
   update_every = max(rounds // _UPDATES, 1)
-
-  def budget_and_temperature(step):
-    """Returns the budget, of the target, and the temperature, of the spread."""
-    progress = (step - problem.policy_delay) / max(
-      problem.commit_step - problem.policy_delay, 1
-    )
-    risen = schedule(jnp.clip(progress, 0.0, 1.0))
-    return jnp.exp((1 - risen) * first), _LAST_TEMPERATURE**risen
 
   def improve(measurements, choices, step):
     """Returns the logits after a natural gradient step."""
@@ -119,8 +108,26 @@ def actor_critic(problem: Problem) -> Controller:
     commit=lambda state, choices: state._replace(commitment=choices),
     final_choices=lambda state: state.commitment,
     scores=lambda state: critic.utilities(state.measurements, errors),
-    is_measured=functools.partial(measuring.is_measured, problem),
+    is_measured=problem.is_measured,
   )
+
+
+def _annealing(problem):
+  """Returns the function from a step to the budget and the temperature.
+
+  The budget is in multiples of the target, the temperature in those of the spread.
+  """
+  schedule = ENTROPY_SCHEDULES[problem.entropy_schedule]
+  _, highest = cost_range(problem.space, problem.target.cost_model)
+  first = jnp.log(max(_FIRST_BUDGET * highest / problem.target.limit, 1.0))
+  steps = max(problem.commit_step - problem.policy_delay, 1)
+
+  def budget_and_temperature(step):
+    progress = (step - problem.policy_delay) / steps
+    risen = schedule(jnp.clip(progress, 0.0, 1.0))
+    return jnp.exp((1 - risen) * first), _LAST_TEMPERATURE**risen
+
+  return budget_and_temperature
 
 
 def _option_errors(space):

@@ -4,7 +4,6 @@ The candidates take turns, in groups that are drawn anew in each turn, and are c
 by their mean quality less that of the rounds in which they were measured.
 """
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -16,7 +15,6 @@ import numpy as np
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.search.budget import fits
 from fliqs_jax.search.controller import Controller
-from fliqs_jax.search.strategies import measuring
 from fliqs_jax.search.strategies.problem import Problem
 
 NUM_RANDOM = 8
@@ -61,7 +59,7 @@ def exhaustive(problem: Problem) -> Controller:
   everything = itertools.product(*map(range, sizes))
   budgets = (problem.target, *problem.caps)
   within = [c for c in map(np.int32, everything) if fits(problem.space, c, budgets)]
-  measurements = measuring.count_rounds(problem) * problem.num_samples
+  measurements = len(problem.measured_steps()) * problem.num_samples
   if measurements < len(within):
     raise ConfigError(
       f'search.strategy=exhaustive: {len(within)} assignments are within the budget, '
@@ -123,5 +121,5 @@ def _best_candidate(problem, candidates):
     commit=lambda state, choices: state._replace(commitment=choices),
     final_choices=best,
     scores=lambda state: jax.nn.one_hot(best(state), num_options),
-    is_measured=functools.partial(measuring.is_measured, problem),
+    is_measured=problem.is_measured,
   )

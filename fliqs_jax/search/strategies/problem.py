@@ -2,10 +2,16 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.search.budget import Budget, most_likely_within
 from fliqs_jax.search.space import SearchSpace
+
+# A round costs a forward pass of each sample on half of a batch: two thirds of a
+# training step with four samples. These are enough for some hundred decisions.
+_MAX_ROUNDS = 128
 
 _SCORE_RANGE = 50.0  # well above the floor of what a policy may rule out
 
@@ -21,6 +27,20 @@ class Problem(NamedTuple):
   commit_step: int  # the step from which on the final choices are used
   seed: int
   entropy_schedule: str  # a key of `controller.ENTROPY_SCHEDULES`
+
+  def measured_steps(self) -> np.ndarray:
+    """Returns the steps that measure samples on shared examples, int[R].
+
+    They lie at equal distances from the policy's first step to the commitment, and are
+    no more than 128, however long the run is.
+    """
+    steps = max(self.commit_step - self.policy_delay, 1)
+    rounds = min(_MAX_ROUNDS, steps)
+    return self.policy_delay + np.arange(rounds) * steps // rounds
+
+  def is_measured(self, step: jax.Array) -> jax.Array:
+    """Returns whether a step measures, bool[]."""
+    return jnp.any(step == jnp.asarray(self.measured_steps()))
 
   def best_choices(self, scores: np.ndarray) -> np.ndarray:
     """Returns the choices int32[N] within all budgets whose sum of scores is largest.

@@ -5,7 +5,6 @@ The baseline of post-training mixed precision (HAWQ, Dong et al., 2019, arXiv
 i, and the assignment of the largest sum within the budget is an integer program.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.search.controller import Controller
-from fliqs_jax.search.strategies import measuring
 from fliqs_jax.search.strategies.problem import Problem
 
 
@@ -36,17 +34,8 @@ def sensitivity(problem: Problem) -> Controller:
     ConfigError: where not every change can be measured before the commitment.
   """
   valid = problem.space.valid
-  widest = _widest(problem)
-  decisions, options = np.nonzero(
-    valid & (np.arange(valid.shape[1]) != widest[:, None])
-  )
-  a_round = problem.num_samples - 1
-  if a_round * measuring.count_rounds(problem) < len(decisions):
-    raise ConfigError(
-      f'search.strategy=sensitivity: {len(decisions)} changes are to be measured, and '
-      f'there is room for {a_round * measuring.count_rounds(problem)}: expected a '
-      'later search.commit_step, or more search.num_samples, 2 at least'
-    )
+  widest, a_round = _widest(problem), problem.num_samples - 1
+  decisions, options = _changes(problem, widest)
 
   def turns(state):
     """Returns which changes are next, int32[S − 1]."""
@@ -94,8 +83,24 @@ def sensitivity(problem: Problem) -> Controller:
     commit=lambda state, choices: state._replace(commitment=choices),
     final_choices=final_choices,
     scores=scores,
-    is_measured=functools.partial(measuring.is_measured, problem),
+    is_measured=problem.is_measured,
   )
+
+
+def _changes(problem, widest):
+  """Returns the decision and the option of each single change, int[M] each."""
+  valid = problem.space.valid
+  decisions, options = np.nonzero(
+    valid & (np.arange(valid.shape[1]) != widest[:, None])
+  )
+  room = (problem.num_samples - 1) * len(problem.measured_steps())
+  if room < len(decisions):
+    raise ConfigError(
+      f'search.strategy=sensitivity: {len(decisions)} changes are to be measured, and '
+      f'there is room for {room}: expected a later search.commit_step, or more '
+      'search.num_samples, 2 at least'
+    )
+  return decisions, options
 
 
 def _widest(problem):
