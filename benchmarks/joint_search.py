@@ -37,6 +37,8 @@ def load_config(decide, scale, seed, num_steps, width, formats):
   config.seed, config.num_steps = seed, num_steps
   config.checkpoint_every = num_steps
   config.model.width, config.model.multipliers = width, (0.5, 0.75, 1.0, 1.5)
+  # The one that searches architectures, so that only what is decided differs.
+  config.search.strategy = 'policy_gradient'
   config.search.decide = decide
   config.search.formats = 'int8' if decide == 'architecture' else formats
   config.search.target_format, config.search.target_scale = 'int4', scale
