@@ -63,6 +63,7 @@ def tiny_config(data_dir):
   config.eval_batch_size = 128
   config.checkpoint_every = 4
   config.log_every = 3
+  config.search.strategy = 'policy_gradient'
   config.search.num_samples = 2
   config.search.statistics_batches = 2
   return config
