@@ -87,7 +87,11 @@ def test_points_of_a_sweep(finished, capsys):
     ({'optimizer.label_smoothing': 0.1}, 'optimizer.label_smoothing=0.1'),
     ({'reward.quality': 'accuracy'}, "reward.quality='accuracy'"),
     (
-      {'reward.name': 'soft_exponential', 'reward.beta': -0.1},
+      {
+        'search.strategy': 'policy_gradient',
+        'reward.name': 'soft_exponential',
+        'reward.beta': -0.1,
+      },
       'multiplies the quality',
     ),
   ],
