@@ -7,7 +7,6 @@ from typing import Any
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,7 +20,7 @@ from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.distributed import Preemption
 from fliqs_jax.runs.progress import Progress
 from fliqs_jax.runs.setup import Setup
-from fliqs_jax.training import health, sharding, steps
+from fliqs_jax.training import health, moving_averages, sharding, steps
 from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.training.train_state import TrainState
 
@@ -229,20 +228,26 @@ def _final_choices(setup, state):
 
 def _reestimate(setup, mesh, state, choices):
   """Returns the state with batch norm's statistics under the final formats."""
-  if not state.batch_stats:
+  if not jax.tree.leaves(state.batch_stats):
     return state
-  statistics_step = steps.make_statistics_step(setup.task, setup.space, mesh)
-  placed = sharding.batch_sharding(mesh)
+  step = steps.make_statistics_step(setup.task, setup.space, mesh)
+  placed, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  choices = jax.device_put(choices, everywhere)
+
+  def probe_batch(batch, probed):
+    batch = jax.make_array_from_process_local_data(placed, batch)
+    return step(state, choices, batch, jax.device_put(probed, everywhere))
+
   # An order of its own, so that doing it again after an interruption changes nothing.
   batches = setup.data.train(setup.config.seed + 1, placed)
-  choices = jax.device_put(choices, sharding.replicated(mesh))
-  total, count = jax.tree.map(jnp.zeros_like, state.batch_stats), 0
-  for batch in itertools.islice(batches, setup.config.search.statistics_batches):
-    batch = jax.make_array_from_process_local_data(placed, batch)
-    total = jax.tree.map(jnp.add, total, statistics_step(state, choices, batch))
-    count += 1
-  if not count:
+  batches = itertools.islice(batches, setup.config.search.statistics_batches)
+  first = list(itertools.islice(batches, 1))
+  if not first:
     _logger.warning('No batches are left: batch norm keeps its moving averages.')
     return state
-  mean = jax.tree.map(lambda a: a / count, total)
-  return state.replace(batch_stats=mean)
+  new, kept = moving_averages.reestimate(
+    probe_batch, state.batch_stats, itertools.chain(first, batches)
+  )
+  if kept:
+    _logger.info('No finite moving averages, left as they are: %s.', ', '.join(kept))
+  return state.replace(batch_stats=new)

@@ -8,7 +8,6 @@ its examples.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import traverse_util
 import jax
@@ -23,7 +22,7 @@ from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.search.controller import Controller, Outcome
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
-from fliqs_jax.training import health
+from fliqs_jax.training import health, moving_averages
 from fliqs_jax.training.sharding import batch_sharding, replicated
 from fliqs_jax.training.task import Batch, Metrics, Task, score_problem
 from fliqs_jax.training.train_state import BATCH_STATS, TrainState
@@ -351,40 +350,37 @@ def skip_unsound(
 
 def make_statistics_step(
   task: Task, space: SearchSpace, mesh: Mesh
-) -> Callable[[TrainState, jax.Array, Batch], Any]:
+) -> Callable[[TrainState, jax.Array, Batch, jax.Array], moving_averages.Probe]:
   """Returns the jitted step that measures batch norm's statistics on one batch.
 
   The moving averages of a search are over many assignments; the final one takes its
   own, the mean over some batches of what this returns.
 
   Returns:
-    `(state, choices int32[N], batch) -> batch_stats`, over the batch's S · B examples.
+    `(state, choices int32[N], batch, probed bool[leaves]) -> probe` of
+    `batch_stats`, over the batch's S · B examples.
   """
 
-  def statistics_step(state, choices, batch):
+  def statistics_step(state, choices, batch, probed):
     batch = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
     formats = nest(space.layers, space.bind(choices))
 
-    def updated(old):
+    def update(old):
       _, _, stats = _forward(
-          state.replace(batch_stats=jax.tree.map(old, state.batch_stats)),
+          state.replace(batch_stats=old),
           task, state.params, formats, batch, state.key,
       )  # fmt: skip
-      return stats.get(BATCH_STATS, {})
+      return stats[BATCH_STATS]
 
-    # An update is `m · old + (1 − m) · batch`. From 0 and from 1 it tells m, whatever
-    # the network's is, and the batch's own statistics; the compiler computes the
-    # network once, since in training it does not depend on the old ones.
-    from_zeros, from_ones = updated(jnp.zeros_like), updated(jnp.ones_like)
-    return jax.tree.map(
-      lambda zero, one: zero / (1 - (one - zero)), from_zeros, from_ones
-    )
+    return moving_averages.probe(update, state.batch_stats, probed)
 
   return jax.jit(
     statistics_step,
-    in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+    in_shardings=(
+      replicated(mesh), replicated(mesh), batch_sharding(mesh), replicated(mesh),
+    ),
     out_shardings=replicated(mesh),
-  )
+  )  # fmt: skip
 
 
 def make_eval_step(

@@ -18,7 +18,13 @@ from fliqs_jax.linen import operators as layers
 from fliqs_jax.linen.variables import FORMATS, nest
 from fliqs_jax.search import controller, cost_models, rewards
 from fliqs_jax.search import space as search_space
-from fliqs_jax.training import classification, sharding, steps, train_state
+from fliqs_jax.training import (
+  classification,
+  moving_averages,
+  sharding,
+  steps,
+  train_state,
+)
 
 OPTIONS = ('int2', 'int4', 'e4m3')
 CLASSES, FEATURES, EXAMPLES = 3, 5, 8
@@ -35,6 +41,20 @@ class Classifier(nn.Module):
     x = nn.BatchNorm(use_running_average=not train, momentum=0.7)(x)
     x = nn.Dropout(0.25, deterministic=not train)(nn.relu(x))
     return dense(CLASSES)(x)
+
+
+class Statistics(nn.Module):
+  """All kinds of statistics of Flax's layers, the others before the plain one."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    dense = functools.partial(nn.Dense, **layers.dense_hooks())
+    x = dense(6, name='first')(x)
+    x = nn.BatchNorm(use_running_average=True, name='frozen')(x)
+    x = nn.SpectralNorm(nn.Dense(6), name='spectral')(x, update_stats=train)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.7, name='plain')(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=1.0, name='still')(x)
+    return dense(CLASSES, name='last')(x)
 
 
 def arguments(inputs):
@@ -54,8 +74,8 @@ class Search(NamedTuple):
   target: float
 
 
-def make_search():
-  model, inputs = Classifier(), jnp.zeros((1, FEATURES))
+def make_search(network=Classifier):
+  model, inputs = network(), jnp.zeros((1, FEATURES))
   found = discovery.discover(model, inputs, train=False)
   space = search_space.build_space(found, OPTIONS)
   cost_model = cost_models.get_cost_model('bops')
@@ -222,31 +242,72 @@ def test_train_step_with_float32_is_plain_training():
   )  # fmt: skip
 
 
+def reestimate(search, state, mesh, seeds):
+  """Returns the new statistics, what stays, and the network's values on each batch.
+
+  The values are all layers' outputs `[EXAMPLES, ...]`, without dropout.
+  """
+  step = steps.make_statistics_step(classification.classification(), search.space, mesh)
+  whole, choices = sharding.replicated(mesh), jnp.zeros(2, jnp.int32)
+
+  def probe_batch(batch, probed):
+    return step(state, *jax.device_put((choices, batch, probed), placements))
+
+  placements = whole, sharding.batch_sharding(mesh), whole
+  batches = [make_batch(2, seed) for seed in seeds]
+  new, kept = moving_averages.reestimate(probe_batch, state.batch_stats, batches)
+  variables = {
+      'params': state.params, FORMATS: bound(search, choices), **state.model_stats,
+  }  # fmt: skip
+  outputs = [
+    state.apply_fn(
+        variables, batch['image'].reshape(EXAMPLES, FEATURES), train=False,
+        capture_intermediates=True, mutable=['intermediates'],
+    )[1]['intermediates']
+    for batch in batches
+  ]  # fmt: skip
+  return new, kept, outputs
+
+
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_statistics_step_gives_the_batch_statistics(num_devices):
   mesh = sharding.make_mesh(2, jax.devices()[:num_devices])
   search, init = make_search()
-  step = steps.make_statistics_step(classification.classification(), search.space, mesh)
-  state, batch = init(mesh), make_batch(2)
-  choices = jnp.zeros(2, jnp.int32)
-  stats = step(
-    state,
-    jax.device_put(choices, sharding.replicated(mesh)),
-    jax.device_put(batch, sharding.batch_sharding(mesh)),
-  )
+  new, kept, (outputs,) = reestimate(search, init(mesh), mesh, [0])
+  assert not kept
   # What batch norm sees: the first layer's outputs for all examples together.
-  _, captured = state.apply_fn(
-      {
-          'params': state.params, FORMATS: bound(search, choices),
-          **state.model_stats,
-      },
-      batch['image'].reshape(EXAMPLES, FEATURES), train=False,
-      capture_intermediates=True, mutable=['intermediates'],
-  )  # fmt: skip
-  (hidden,) = captured['intermediates']['Dense_0']['__call__']
+  (hidden,) = outputs['Dense_0']['__call__']
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  close(stats['BatchNorm_0']['mean'], np.mean(hidden, axis=0))
-  close(stats['BatchNorm_0']['var'], np.var(hidden, axis=0))
+  close(new['BatchNorm_0']['mean'], np.mean(hidden, axis=0))
+  close(new['BatchNorm_0']['var'], np.var(hidden, axis=0))
+
+
+def test_statistics_that_are_no_moving_averages_stay():
+  mesh = sharding.make_mesh(2, jax.devices()[:1])
+  search, init = make_search(Statistics)
+  state = init(mesh)
+  frozen = {'mean': jnp.linspace(-1, 1, 6), 'var': jnp.linspace(0.5, 4, 6)}
+  old = state.batch_stats | {
+    'frozen': jax.device_put(frozen, sharding.replicated(mesh))
+  }
+  state = state.replace(batch_stats=old)
+  new, kept, outputs = reestimate(search, state, mesh, [0, 1])
+  vector, sigma = 'Dense_0/kernel/u', 'Dense_0/kernel/sigma'
+  assert kept == [
+    'frozen/mean', 'frozen/var', f'spectral/{vector}', 'still/mean', 'still/var',
+  ]  # fmt: skip
+  for name in ('frozen', 'still'):
+    jax.tree.map(np.testing.assert_array_equal, new[name], old[name])
+  np.testing.assert_array_equal(new['spectral'][vector], old['spectral'][vector])
+  # The network behind them is as it was: none of them was another while it ran.
+  hidden = np.stack([output['spectral']['__call__'][0] for output in outputs])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  close(new['plain']['mean'], np.mean(hidden, axis=(0, 1)))
+  close(new['plain']['var'], np.mean(np.var(hidden, axis=1), axis=0))
+  # The singular value follows from the weights, and is the same for all batches.
+  kernel, u = state.params['Dense_0']['kernel'], old['spectral'][vector][0]
+  v = kernel @ u / np.linalg.norm(kernel @ u)
+  close(new['spectral'][sigma], np.linalg.norm(v @ kernel))
 
 
 def test_eval_step_counts_what_is_not_padding():
