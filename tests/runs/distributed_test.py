@@ -3,8 +3,8 @@
 import functools
 import itertools
 import json
-import time
 
+import child_functions
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -15,7 +15,7 @@ import whole_runs
 from fliqs_jax.data import pipeline
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import distributed
-from fliqs_jax.training import sharding, steps
+from fliqs_jax.training import sharding
 
 NUM_STEPS = 8
 FIELDS = {
@@ -130,28 +130,6 @@ def test_processes_evaluate_every_example_once(tiny_config, num_examples):
       np.testing.assert_array_equal(joined, batch[key])
 
 
-def record_steps(folder):
-  """Writes the choices and the weights after every step; in a run's own process."""
-  make = steps.make_search_step
-
-  def make_recorded(*args, **kwargs):
-    step = make(*args, **kwargs)
-
-    def recorded(state, batch):
-      state, metrics = step(state, batch)
-      number, choices, params, norm = jax.device_get(
-        (state.step, metrics['choices'], state.params, metrics['gradient_norm'])
-      )
-      if jax.process_index() == 0:
-        weights = np.concatenate([a.ravel() for a in jax.tree.leaves(params)])
-        np.savez(folder / f'{number}.npz', choices=choices, weights=weights, norm=norm)
-      return state, metrics
-
-    return recorded
-
-  steps.make_search_step = make_recorded
-
-
 @pytest.fixture(scope='module')
 def trajectories(data_dir, tmp_path_factory):
   """The steps and the result of one search on several topologies."""
@@ -163,7 +141,7 @@ def trajectories(data_dir, tmp_path_factory):
     kwargs = {
       **FIELDS,
       'num_devices': num_devices,
-      'prepare': functools.partial(record_steps, folder),
+      'prepare': functools.partial(child_functions.record_steps, folder),
     }
     common = folder / 'run', data_dir, base / 'cache', folder / 'log'
     if num_processes == 1:
@@ -197,29 +175,13 @@ def test_every_topology_takes_the_same_steps(trajectories):
       assert (error <= bound * np.maximum(1, np.abs(one['weights']))).all(), topology
 
 
-def slow_steps():
-  """Lets a run last long enough to be stopped."""
-  make = steps.make_search_step
-
-  def make_slow(*args, **kwargs):
-    step = make(*args, **kwargs)
-
-    def slow(state, batch):
-      time.sleep(0.3)
-      return step(state, batch)
-
-    return slow
-
-  steps.make_search_step = make_slow
-
-
 def test_two_processes_stop_and_die_together_and_go_on(
   trajectories, data_dir, tmp_path
 ):
   uninterrupted = trajectories[2, 4][0]
   workdir, cache = tmp_path / 'run', uninterrupted.parents[1] / 'cache'
 
-  def start(log, prepare=slow_steps):
+  def start(log, prepare=child_functions.slow_steps):
     return whole_runs.start_several(
         2, workdir, data_dir, cache, tmp_path / log, num_devices=4, prepare=prepare,
         **FIELDS,

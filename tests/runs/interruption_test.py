@@ -3,11 +3,10 @@
 from concurrent import futures
 import functools
 import random
-import resource
 import signal
 import time
 
-import jax
+import child_functions
 import pytest
 import whole_runs
 
@@ -95,7 +94,8 @@ def test_stopped_by_sigterm_goes_on(start, uninterrupted, cache, tmp_path):
   assert line == f'error: stopped by SIGTERM at step {newest}: start me again to go on'
   assert whole_runs.read_history(workdir)[-1]['step'] == newest
   programs = list(cache.glob('jit_search_step*-cache'))
-  assert whole_runs.finish(start(workdir, prepare=_report_cache_hits)) == 0
+  continued = start(workdir, prepare=child_functions.report_cache_hits)
+  assert whole_runs.finish(continued) == 0
   # It compiled no step again.
   assert len(programs) == 1 and list(cache.glob('jit_search_step*-cache')) == programs
   assert 'cache hit' in (tmp_path / 'run.log').read_text()
@@ -105,27 +105,11 @@ def test_stopped_by_sigterm_goes_on(start, uninterrupted, cache, tmp_path):
   assert steps == sorted({*expected, newest})
 
 
-def _fill_the_disk():
-  """Lets no file grow further from the third checkpoint on."""
-  from fliqs_jax.runs.checkpoints import Checkpoints
-
-  save, saved = Checkpoints.save, []
-
-  def save_or_fail(self, *args):
-    saved.append(args)
-    if len(saved) == 3:
-      limit = 2_048  # bytes: enough for the log, and nothing else
-      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    save(self, *args)
-
-  Checkpoints.save = save_or_fail
-
-
 def test_a_full_disk_is_explained_and_costs_no_checkpoint(
   start, uninterrupted, tmp_path
 ):
   workdir = tmp_path / 'run'
-  assert whole_runs.finish(start(workdir, prepare=_fill_the_disk)) == 1
+  assert whole_runs.finish(start(workdir, prepare=child_functions.fill_the_disk)) == 1
   log = (tmp_path / 'run.log').read_text()
   *_, line = log.splitlines()
   assert line.startswith('error: cannot write'), log
@@ -134,14 +118,6 @@ def test_a_full_disk_is_explained_and_costs_no_checkpoint(
   assert whole_runs.finish(start(workdir)) == 0
   assert whole_runs.read_result(workdir) == whole_runs.read_result(uninterrupted)
   assert whole_runs.read_history(workdir) == whole_runs.read_history(uninterrupted)
-
-
-def _report_cache_hits():
-  def report(name, **_):
-    if name == '/jax/compilation_cache/cache_hits':
-      print('cache hit', flush=True)
-
-  jax.monitoring.register_event_listener(report)
 
 
 def test_the_first_ctrl_c_waits_for_a_step_and_the_second_leaves():

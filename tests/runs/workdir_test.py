@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import socket
 import sys
 
+import child_functions
 from clu import metric_writers
 from etils import epath
 import pytest
@@ -18,17 +18,14 @@ from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.result import read_result
 
 
-def hold(workdir, held):
-  with workdirs.lock(epath.Path(workdir)):
-    held.send(os.getpid())
-    held.recv()
-
-
 def test_a_workdir_in_use_is_refused_until_its_holder_ends_or_dies(tmp_path):
   here, there = whole_runs.CONTEXT.Pipe()
   workdir = tmp_path / 'run'
-  holder = whole_runs.CONTEXT.Process(target=hold, args=(workdir, there))
+  holder = whole_runs.CONTEXT.Process(
+    target=child_functions.hold, args=(workdir, there)
+  )
   holder.start()
+  there.close()  # so that a holder that dies ends the wait for it
   pid = here.recv()
   refusal = f'in use by process {pid} on {socket.gethostname()}'
   with pytest.raises(ConfigError, match=refusal), workdirs.lock(epath.Path(workdir)):
