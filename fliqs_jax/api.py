@@ -21,9 +21,10 @@ import numpy as np
 
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError, Problems, not_among
+from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.layers.variants import architecture_decisions
-from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
-from fliqs_jax.linen.variables import FORMATS, nest
+from fliqs_jax.linen.interception import Searchable, make_searchable
 from fliqs_jax.runs import evaluation, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib

@@ -5,8 +5,12 @@ products      the products that Flax's layers compute, from the arguments of lax
 architecture  sizes that are functions of decisions
 variants      the layers that those of a supernet can become
 call_counts   how often a layer computes, counted in a traced network
+variables     names of variable collections, and formats put into one
+coverage      which layers of a network are searched, and why others are not
 """
 
+from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.layer import BoundLayer, Layer
+from fliqs_jax.layers.variables import nest
 
-__all__ = ['BoundLayer', 'Layer']
+__all__ = ['BoundLayer', 'Coverage', 'Layer', 'nest']

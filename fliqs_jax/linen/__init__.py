@@ -4,23 +4,19 @@ operators     quantized operators for the hooks of linen's layers
 interception  a user's own network with its layers searched
 discovery     the layers of a network, found by tracing it
 supernet      parts of networks whose architecture is searched
-variables     names of variable collections, and formats put into one
 """
 
 from fliqs_jax.linen.discovery import discover
-from fliqs_jax.linen.interception import Coverage, Searchable, make_searchable
+from fliqs_jax.linen.interception import Searchable, make_searchable
 from fliqs_jax.linen.operators import conv_hooks, dense_hooks
 from fliqs_jax.linen.supernet import gated, tell_sizes
-from fliqs_jax.linen.variables import nest
 
 __all__ = [
-  'Coverage',
   'Searchable',
   'conv_hooks',
   'dense_hooks',
   'discover',
   'gated',
   'make_searchable',
-  'nest',
   'tell_sizes',
 ]

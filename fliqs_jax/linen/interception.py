@@ -10,7 +10,7 @@ for good. Parameters keep their paths and values.
 from collections.abc import Mapping
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
@@ -19,7 +19,8 @@ from flax.linen.linear import canonicalize_padding
 import jax
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.operators import (
   QuantizedConv,
@@ -29,7 +30,6 @@ from fliqs_jax.linen.operators import (
   QuantizedOperator,
   promote_all_but_kernel,
 )
-from fliqs_jax.linen.variables import FORMATS
 
 
 def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
@@ -56,26 +56,6 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
   if not isinstance(model, nn.Module | Searchable):
     raise ConfigError(f'expected a linen module, as Network(), found {model!r}')
   return model if isinstance(model, Searchable) else Searchable(model, attributes)
-
-
-class Coverage(NamedTuple):
-  """The layers of a network that are searched, and why the others are not."""
-
-  layers: tuple[Layer, ...]
-  skipped: Mapping[str, str]  # module path -> why its parameters are not searched
-
-  def __str__(self) -> str:
-    found = [
-      f'{layer.path or "."}: {layer.kind} {layer.kernel_shape}, {layer.macs:,} MACs'
-      for layer in self.layers
-    ]
-    return '\n'.join(
-      [
-        f'{len(found)} layers are searched:',
-        *found,
-        *(f'not searched: {path or "."}: {why}' for path, why in self.skipped.items()),
-      ]
-    )
 
 
 class Searchable:

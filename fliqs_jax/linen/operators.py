@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.layers import products
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES
+from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.masking import ALL_SIZES, LayerSizes
 from fliqs_jax.numerics.products import (

@@ -8,7 +8,7 @@ import jax
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.architecture import Size, Table
-from fliqs_jax.linen.variables import FORMATS, SIZES
+from fliqs_jax.layers.variables import FORMATS, SIZES
 from fliqs_jax.numerics.masking import LayerSizes
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
+from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.search.controller import Controller, Outcome
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fliqs_jax.linen.variables import QUANT_STATS
+from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.search.controller import Controller, ControllerState
 
 BATCH_STATS = 'batch_stats'

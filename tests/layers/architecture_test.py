@@ -15,10 +15,10 @@ from fliqs_jax import models
 from fliqs_jax.layers import architecture
 from fliqs_jax.layers.architecture import Decision, Table
 from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES, nest
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen import discovery
 from fliqs_jax.linen import operators as layers
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES, nest
 from fliqs_jax.models import resnet
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.masking import Axes, LayerSizes

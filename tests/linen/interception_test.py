@@ -13,9 +13,9 @@ import references
 from fliqs_jax import models
 from fliqs_jax.layers import call_counts as marks
 from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, nest
 from fliqs_jax.linen import discovery
 from fliqs_jax.linen.interception import make_searchable
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, nest
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.search import space as search_space

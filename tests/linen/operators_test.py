@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import references
 
+from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, QUANT_STATS
 from fliqs_jax.linen import operators as layers
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, QUANT_STATS
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from fliqs_jax import models
+from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, nest
 from fliqs_jax.linen import operators as layers_lib
 from fliqs_jax.linen.discovery import discover
-from fliqs_jax.linen.variables import FORMATS, LAYER_FORMATS, nest
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.search import space as search_space

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.linen import discovery
 from fliqs_jax.linen import operators as layers
-from fliqs_jax.linen.variables import FORMATS, nest
 from fliqs_jax.search import controller, cost_models, rewards
 from fliqs_jax.search import space as search_space
 from fliqs_jax.training import (
