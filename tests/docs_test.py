@@ -147,6 +147,16 @@ def test_the_table_of_formats():
     assert cells[: len(expected)] == expected
 
 
+def test_the_table_of_block_formats():
+  table = rows('formats.md', 'Block formats')
+  assert [cells[0].strip('`') for cells in table] == list(formats.BLOCK_NAMES)
+  for name, element, size, scale, bits, *_ in table:
+    format = formats.find_format(name.strip('`'))
+    assert element == f'`{format.element}`'
+    assert (int(size), scale.lower()) == (format.block.size, format.block.scale)
+    assert float(bits) == format.bits_per_value
+
+
 def test_the_table_of_search_spaces():
   table = dict(rows('formats.md', 'Search spaces'))
   assert {

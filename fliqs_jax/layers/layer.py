@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes, LayerSizes
 from fliqs_jax.numerics.products import LayerFormats, Product
 
@@ -25,10 +26,18 @@ class Layer(NamedTuple):
   arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
   calls: int = 1  # in one forward pass: of a shared module, or in a scan
   kernels: int = 1  # of that shape: a scan over parameters has one an iteration
+  contraction: Contraction | None = None  # None where no format has blocks
   # Of a supernet's layer, whose shapes above are the largest:
   sizes: LayerSizes | None = None  # as tables, None where nothing is decided
   axes: Axes | None = None
   gate: str = ''  # module path of the gate that its output goes through, if any
+
+  @property
+  def contraction_length(self) -> int:
+    """Values along the axis on which blocks lie, 0 where there is none."""
+    if self.contraction is None:
+      return 0
+    return self.kernel_shape[self.contraction.w_axis]
 
 
 class BoundLayer(NamedTuple):
@@ -66,15 +75,18 @@ def describe(
     macs=macs,
     params=0,
     arguments=_hashable(tuple(sorted(product.function.keywords.items()))),
+    contraction=product.contraction,
   )
 
 
 def to_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
   """Returns layers whose sizes are decided, ready for JSON.
 
-  Arguments that JSON has no type for are text.
+  Arguments that JSON has no type for are text. Contractions follow from the rest.
   """
   content = [layer._asdict() | {'arguments': dict(layer.arguments)} for layer in layers]
+  for fields in content:
+    del fields['contraction']
   return json.loads(json.dumps(content, default=str))
 
 

@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import opt_einsum
 
+from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes
 from fliqs_jax.numerics.products import Product
 
@@ -32,7 +33,11 @@ def convolution(lhs, rhs, window_strides, padding, **kwargs) -> Product:
     w_outputs=out_axis,
     w_space=dimensions.rhs_spec[2:],
   )
-  return Product('conv', function, _others(rhs, out_axis), tuple(scale_shape), axes)
+  contraction = Contraction(
+    axes.x_inputs, axes.w_inputs, kwargs.get('feature_group_count', 1)
+  )
+  contracted = _others(rhs, out_axis)
+  return Product('conv', function, contracted, tuple(scale_shape), axes, contraction)
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None) -> Product:
@@ -49,7 +54,10 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None) -> Product:
   batch_shape = tuple(rhs.shape[a] for a in rhs_batch)
   scale_shape = batch_shape + (1,) * lhs_own + tuple(rhs.shape[a] for a in own)
   axes = Axes(lhs.ndim - 1, 0, rhs.ndim - 1, ())  # those of `nn.Dense`
-  return Product('dense', function, tuple(rhs_contracting), scale_shape, axes)
+  # Blocks lie along the innermost of several axes.
+  contraction = Contraction(lhs_contracting[-1], rhs_contracting[-1])
+  contracted = tuple(rhs_contracting)
+  return Product('dense', function, contracted, scale_shape, axes, contraction)
 
 
 def einsum(x: jax.Array, w: jax.Array, equation: str) -> Product:
@@ -63,9 +71,17 @@ def einsum(x: jax.Array, w: jax.Array, equation: str) -> Product:
   operands, result, _ = opt_einsum.parser.parse_einsum_input(
     (equation.replace(' ', ''), x, w)
   )
-  kernel = operands.split(',')[1]
+  inputs, kernel = operands.split(',')
   contracted = tuple(i for i, axis in enumerate(kernel) if axis not in result)
-  return Product('einsum', functools.partial(_einsum, equation=equation), contracted)
+  shared = [i for i in contracted if kernel[i] in inputs]
+  return Product(
+    'einsum',
+    functools.partial(_einsum, equation=equation),
+    contracted,
+    contraction=Contraction(inputs.index(kernel[shared[-1]]), shared[-1])
+    if shared
+    else None,
+  )
 
 
 def _einsum(x, w, *, equation):
@@ -95,8 +111,16 @@ def transposed_convolution(
     rhs_dilation=rhs_dilation,
     transpose_kernel=transpose_kernel,
   )
-  output_axis = w.ndim - (2 if transpose_kernel else 1)
-  return Product('conv_transpose', function, _others(w, output_axis))
+  last, second_last = w.ndim - 1, w.ndim - 2
+  inputs, outputs = (
+    (last, second_last) if transpose_kernel else (second_last, last)
+  )
+  return Product(
+    'conv_transpose',
+    function,
+    _others(w, outputs),
+    contraction=Contraction(last, inputs),
+  )
 
 
 def _others(array, axis):

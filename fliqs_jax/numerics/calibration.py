@@ -2,15 +2,21 @@
 
 Notation: a tensor `x` is clipped at a threshold `t`, divided by the scale
 `s = t / format.max`, and rounded to codes `q`, values of the format; `q · s ≈ x`.
+
+In a block format each block has a scale `s_b` more, that of its largest magnitude, so
+that `q · s_b · s ≈ x` and nothing is clipped at a threshold. There `s` is 1, or, where
+scales of blocks are E4M3, it maps the largest of these to 448.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics.blocks import BlockScales, block_scales, has_blocks
 from fliqs_jax.numerics.formats import NumericFormat
 from fliqs_jax.numerics.masking import ActiveAxis
 from fliqs_jax.numerics.rounding import is_scaled, power_of_two, round_to_format
@@ -101,24 +107,48 @@ def clipping_threshold(
 
 
 class Quantizer(NamedTuple):
-  """The scale and the format of one tensor."""
+  """The scales and the format of one tensor."""
 
   scale: jax.Array  # float32, broadcastable to the tensor
   format: NumericFormat  # scalar fields, exponents in code range
+  blocks: BlockScales | None = None  # None where no format of its table has blocks
 
   def codes(self, x: jax.Array) -> jax.Array:
     """Returns `round_to_format(x / scale, format)` in float32."""
     return round_to_format(self._in_code_units(x), self.format)
 
+  def multiplicands(self, x: jax.Array) -> jax.Array:
+    """Returns `values(x) / scale`: what is multiplied before that scale is applied."""
+    if self.blocks is None:
+      return self.codes(x)
+    # An empty block's scale may be 0, as are its codes.
+    return self.codes(x) * self.blocks.of_values(x.shape)
+
+  def values(self, x: jax.Array) -> jax.Array:
+    """Returns the values of the format that stand for `x`, in float32."""
+    return self.multiplicands(x) * self.scale
+
   def inside(self, x: jax.Array) -> jax.Array:
     """Where the clipped straight-through estimator passes the gradient. bool."""
+    if self.blocks is None:
+      return self._inside_threshold(x)
+    return self._inside_threshold(x) | has_blocks(self.format.blocks)
+
+  def _inside_threshold(self, x):
     # Three roundings stand between a threshold and the largest code; what lies at the
     # threshold, as the largest value of a tensor often does, is inside.
     largest = self.format.max * (1 + 2.0**-22)
-    return jnp.abs(self._in_code_units(x)) <= largest
+    return jnp.abs(self._in_units(x)) <= largest
+
+  def _in_units(self, x):
+    return x.astype(jnp.float32) * (1.0 / self.scale)
 
   def _in_code_units(self, x):
-    return x.astype(jnp.float32) * (1.0 / self.scale)
+    if self.blocks is None:
+      return self._in_units(x)
+    scales = self.blocks.of_values(x.shape)
+    # Divided, since the inverse of a scale with a mantissa is rounded.
+    return self._in_units(x) / jnp.where(scales > 0, scales, 1.0)
 
 
 def calibrate(
@@ -146,6 +176,42 @@ def calibrate(
   # A scale below float32's normal range would be flushed to zero.
   scale = jnp.maximum(threshold / format.max, jnp.finfo(jnp.float32).tiny)
   return Quantizer(jnp.where(is_scaled(format) & (threshold > 0), scale, 1.0), format)
+
+
+def calibrate_blocks(
+  x: jax.Array,
+  format: NumericFormat,
+  mean_square: jax.Array,
+  absmax: jax.Array,
+  calibration: str,
+  axis: int,
+  groups: int = 1,
+) -> Quantizer:
+  """Returns the quantizer of a tensor by a format of a table that has blocks.
+
+  Args:
+    x: the tensor.
+    format: a scalar format, with blocks or without.
+    mean_square: as for `calibrate`.
+    absmax: as for `calibrate`.
+    calibration: as for `calibrate`, of a format without blocks.
+    axis: of `x`, along which the blocks lie.
+    groups: parts of that axis, each with blocks of its own.
+  """
+  quantizer = calibrate(format, mean_square, absmax, calibration)
+  scaling, blocked = format.blocks, has_blocks(format.blocks)
+  has_tensor_scale = scaling.tensor_largest > 0
+  largest = format.max * jnp.where(has_tensor_scale, scaling.tensor_largest, 1.0)
+  tensor_scale = jnp.max(absmax) / largest
+  # As in `calibrate`, a scale below float32's normal range would be flushed to zero.
+  has_tensor_scale &= tensor_scale >= jnp.finfo(jnp.float32).tiny
+  tensor_scale = jnp.where(has_tensor_scale, tensor_scale, 1.0)
+  quantizer = Quantizer(
+    jnp.where(blocked, tensor_scale, quantizer.scale),
+    jax.tree.map(functools.partial(jnp.where, blocked), format, quantizer.format),
+  )
+  scales = block_scales(x, quantizer.scale, format, axis, groups)
+  return quantizer._replace(blocks=scales)
 
 
 def _to_code_range(format):

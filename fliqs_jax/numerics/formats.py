@@ -2,9 +2,16 @@
 
 A format is not a Python branch but a row of numbers, so that a compiled step can
 choose between formats by a gather, and is compiled once for all of them.
+
+A block format gives each B elements along the contraction one scale, itself rounded to
+a format: `mxfp4` is e2m1 in blocks of 32 whose scales are powers of two (E8M0). The
+sizes B of a table are known when a step is compiled; the one that a layer uses is data.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -14,6 +21,29 @@ from fliqs_jax.errors import ConfigError, not_among
 
 # float32's smallest exponent. A format that reaches down to it is used unscaled.
 FLOAT32_MIN_EXPONENT = -126
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['has_size', 'scale', 'tensor_largest'],
+  meta_fields=['sizes'],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockScaling:
+  """How the blocks of a format are scaled, as arrays like those of `NumericFormat`.
+
+  Attributes:
+    sizes: of the blocks in a table, static.
+    has_size: bool[len(sizes)], the one that the format has, if it has any.
+    scale: the format that the scale of a block is rounded to.
+    tensor_largest: float32, the block scale that the largest value of the tensor gets,
+      by one more scale for the whole tensor; 0 for a format without that one.
+  """
+
+  sizes: tuple[int, ...]
+  has_size: jax.Array
+  scale: 'NumericFormat'
+  tensor_largest: jax.Array
 
 
 class NumericFormat(NamedTuple):
@@ -30,9 +60,18 @@ class NumericFormat(NamedTuple):
   exponent_min: jax.Array  # int32, exponent of the smallest normal value
   exponent_max: jax.Array  # int32, exponent of the largest value
   max: jax.Array  # float32, the largest finite value
-  bits: jax.Array  # int32, bits that one value is stored in
+  bits: jax.Array  # int32, bits that one value is stored in, scales aside
   clip: jax.Array  # float32, the MSE-optimal clipping threshold for N(0, 1) data,
-  # 0 for the formats that are not scaled (bf16, float32)
+  # 0 for the formats that are not scaled (bf16, float32) or have blocks
+  blocks: BlockScaling | None = None  # None where no format of a table has blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """The values that share one scale."""
+
+  size: int  # of them, along the contraction of a layer
+  scale: str  # name of the scale's format, one of `SCALES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +81,15 @@ class Format:
   Attributes:
     name: as configs and results have it.
     family: `int`, `float`, or `unscaled` for bf16 and float32.
-    bits: that one value is stored in, the sign included.
+    bits: that one value is stored in, the sign included, scales aside.
     exponent_bits: 0 for integers.
     mantissa_bits: explicit ones, 0 for integers.
     exponent_min: exponent of the smallest normal value.
     exponent_max: exponent of the largest value.
     largest: the codes are from `-largest` to `largest`.
-    clip: the MSE-optimal clipping threshold for N(0, 1) data, 0 where not scaled.
+    clip: the MSE-optimal clipping threshold for N(0, 1) data, 0 where there is none.
+    element: the name of the format of the values in a block; empty without blocks.
+    block: None where the format has no blocks.
   """
 
   name: str
@@ -60,17 +101,43 @@ class Format:
   exponent_max: int
   largest: float
   clip: float
+  element: str = ''
+  block: Block | None = None
+
+  @property
+  def bits_per_value(self) -> float:
+    """Bits that one value is stored in, its share of the block's scale included."""
+    if self.block is None:
+      return self.bits
+    return self.bits + SCALES[self.block.scale].bits / self.block.size
 
   @property
   def row(self) -> NumericFormat:
     """The same as numpy scalars, one row of a table of formats."""
-    return NumericFormat(
+    return self.row_among(() if self.block is None else (self.block.size,))
+
+  def row_among(self, block_sizes: Sequence[int]) -> NumericFormat:
+    """Returns the row of a table in which formats have blocks of these sizes."""
+    row = NumericFormat(
       mantissa_bits=np.int32(self.mantissa_bits),
       exponent_min=np.int32(self.exponent_min),
       exponent_max=np.int32(self.exponent_max),
       max=np.float32(self.largest),
       bits=np.int32(self.bits),
       clip=np.float32(self.clip),
+    )
+    if not block_sizes:
+      return row
+    size, scale = 0, find_format('float32')
+    if self.block is not None:
+      size, scale = self.block.size, SCALES[self.block.scale]
+    return row._replace(
+      blocks=BlockScaling(
+        sizes=tuple(block_sizes),
+        has_size=np.array(block_sizes) == size,
+        scale=scale.row,
+        tensor_largest=np.float32(scale.largest if scale.name == 'e4m3' else 0),
+      )
     )
 
 
@@ -183,21 +250,72 @@ SPACES = {
 }  # fmt: skip
 
 
+# Formats of a block's scale. E8M0 is a power of two alone, here of float32's normal
+# range: its lowest, 2^-127, is a subnormal that the arithmetic of chips flushes to 0.
+SCALES = {
+  'e8m0': Format('e8m0', 'unscaled', 8, 8, 0, FLOAT32_MIN_EXPONENT, 127, 2.0**127, 0.0),
+  'e4m3': _BY_NAME['e4m3'],
+  'float16': Format('float16', 'float', 16, 5, 10, -14, 15, 65504.0, 0.0),
+  'bf16': _BY_NAME['bf16'],
+}
+_DEFAULT_SCALE = 'float16'
+
+# Block formats with names of their own: OCP Microscaling (MX) 1.0, and NVIDIA's NVFP4.
+_NAMED_BLOCKS = {
+  'mxfp8_e4m3': 'e4m3_b32_e8m0',
+  'mxfp8_e5m2': 'e5m2_b32_e8m0',
+  'mxfp6_e2m3': 'e2m3_b32_e8m0',
+  'mxfp6_e3m2': 'e3m2_b32_e8m0',
+  'mxfp4': 'e2m1_b32_e8m0',
+  'mxint8': 'int8_b32_e8m0',
+  'nvfp4': 'e2m1_b16_e4m3',
+}
+BLOCK_NAMES = (*_NAMED_BLOCKS, 'int4_b32', 'int4_b64', 'int4_b128', 'int8_b32')
+_BLOCK_NAME = re.compile(rf'(\w+?)_b([1-9]\d{{0,4}})(?:_({"|".join(SCALES)}))?')
+
+
+@functools.cache
+def _block_format(name):
+  """Returns the block format of that name, None where it is none."""
+  match = _BLOCK_NAME.fullmatch(_NAMED_BLOCKS.get(name, name))
+  if match is None or match[1] not in INTEGER_NAMES + FLOAT_NAMES or int(match[2]) < 2:
+    return None
+  block = Block(int(match[2]), match[3] or _DEFAULT_SCALE)
+  # The scale of a block is that of its largest magnitude: there is no threshold.
+  return dataclasses.replace(
+    _BY_NAME[match[1]], name=name, clip=0.0, element=match[1], block=block
+  )
+
+
 def find_format(name: str) -> Format:
   """Returns the format of that name.
 
   Args:
     name: `int2` … `int8`, `eXmY` with X exponent and Y mantissa bits and a sign, of
       4 to 8 bits together, `bf16` or `float32`. `eXmY` follows `ml_dtypes` where it
-      has a type of that name; `e4m3` is `float8_e4m3fn`.
+      has a type of that name; `e4m3` is `float8_e4m3fn`. Block formats are those of
+      `BLOCK_NAMES`, or `ELEMENT_bSIZE` and `ELEMENT_bSIZE_SCALE`, as `int4_b64` and
+      `e4m3_b128_bf16`: an integer or eXmY, the values of a block, and one of `SCALES`,
+      by default float16.
 
   Raises:
     ConfigError: for any other name; the message names the nearest one.
   """
-  if name not in _BY_NAME:
-    expected = 'one of int2..int8, eXmY of 4 to 8 bits, bf16, float32'
-    raise ConfigError(not_among(f'unknown format {name!r}', name, NAMES, expected))
-  return _BY_NAME[name]
+  format = _BY_NAME.get(name) or _block_format(name)
+  if format is None:
+    expected = (
+      f'one of int2..int8, eXmY of 4 to 8 bits, bf16, float32, '
+      f'{", ".join(_NAMED_BLOCKS)}, or blocks of an element, as int4_b32 or '
+      'e2m1_b16_e4m3'
+    )
+    names = NAMES + BLOCK_NAMES
+    raise ConfigError(not_among(f'unknown format {name!r}', name, names, expected))
+  return format
+
+
+def is_format(name: str) -> bool:
+  """Returns whether there is a format of that name."""
+  return name in _BY_NAME or _block_format(name) is not None
 
 
 def get_format(name: str) -> NumericFormat:
@@ -223,14 +341,18 @@ def stack(names: tuple[str, ...]) -> NumericFormat:
   Examples:
     A choice between formats is a gather, so one compiled function serves all of them:
 
+    >>> import jax
     >>> import jax.numpy as jnp
-    >>> from fliqs_jax.numerics import NumericFormat, round_to_format, stack
+    >>> from fliqs_jax.numerics import round_to_format, stack
     >>> table = stack(('int2', 'int4', 'e2m1'))
-    >>> choice = NumericFormat(*(field[2] for field in table))
+    >>> choice = jax.tree.map(lambda field: field[2], table)
     >>> round_to_format(jnp.array([0.3, 2.6]), choice)
     Array([0.5, 3. ], dtype=float32)
   """
-  return jax.tree.map(lambda *fields: np.stack(fields), *map(get_format, names))
+  found = list(map(find_format, names))
+  sizes = sorted({format.block.size for format in found if format.block})
+  rows = [format.row_among(sizes) for format in found]
+  return jax.tree.map(lambda *fields: np.stack(fields), *rows)
 
 
 def parse_names(spec: str) -> tuple[str, ...]:

@@ -12,14 +12,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.calibration import (
   Quantizer,
   Statistics,
   calibrate,
+  calibrate_blocks,
   moving_average,
   tensor_statistics,
 )
-from fliqs_jax.numerics.formats import NumericFormat, get_format
+from fliqs_jax.numerics.formats import NumericFormat, find_format
 from fliqs_jax.numerics.masking import (
   ALL_SIZES,
   Axes,
@@ -37,6 +39,7 @@ class Product(NamedTuple):
   contracted: tuple[int, ...]  # axes of w that one output channel, and its scale, spans
   scale_shape: tuple[int, ...] = ()  # in which these scales broadcast against y
   axes: Axes | None = None  # None where no size of the layer can be searched
+  contraction: Contraction | None = None  # None where no format has blocks
 
 
 class LayerFormats(NamedTuple):
@@ -87,7 +90,7 @@ def quantized_layer(
     product.scale_shape,
     x,
     w,
-    _activation_quantizer(formats, given, calibration),
+    _activation_quantizer(formats, x, given, product, calibration),
     _weight_quantizer(formats, w, product, w_active, calibration),
   )
   if statistics is None:
@@ -116,7 +119,7 @@ def quantized_operands(
     return (x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
   given = measure() if statistics is None else statistics
-  x_quantizer = _activation_quantizer(formats, given, calibration)
+  x_quantizer = _activation_quantizer(formats, x, given, product, calibration)
   w_quantizer = _weight_quantizer(formats, w, product, w_active, calibration)
   if statistics is not None:
     statistics = moving_average(statistics, measure(), momentum, sizes.present)
@@ -128,16 +131,24 @@ def _measured(x, active):
   return tensor_statistics(masked(x, active), None, active)
 
 
-def _activation_quantizer(formats, statistics, calibration):
+def _activation_quantizer(formats, x, statistics, product, calibration):
   # Nothing is known of a tensor that was not seen yet.
   seen = functools.partial(jnp.where, statistics.absmax > 0)
-  format = jax.tree.map(seen, formats.activations, get_format('float32'))
-  return calibrate(format, *statistics, calibration)
+  blocks, contraction = formats.activations.blocks, product.contraction
+  unquantized = find_format('float32').row_among(blocks.sizes if blocks else ())
+  format = jax.tree.map(seen, formats.activations, unquantized)
+  if blocks is None or contraction is None:
+    return calibrate(format, *statistics, calibration)
+  axis, groups = contraction.x_axis, contraction.groups
+  return calibrate_blocks(x, format, *statistics, calibration, axis, groups)
 
 
 def _weight_quantizer(formats, w, product, active, calibration):
   statistics = tensor_statistics(w, product.contracted, active)
-  return calibrate(formats.weights, *statistics, calibration)
+  if formats.weights.blocks is None or product.contraction is None:
+    return calibrate(formats.weights, *statistics, calibration)
+  axis = product.contraction.w_axis
+  return calibrate_blocks(w, formats.weights, *statistics, calibration, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -152,7 +163,10 @@ def quantized_product(
   """Returns `product(q_x, q_w) · s_x · s_w`, the codes unscaled in the matrix unit.
 
   Codes of up to 8 bits are exact in bfloat16, so with bfloat16 operands and float32
-  accumulation the result is what low-precision hardware computes. The backward pass
+  accumulation the result is what low-precision hardware computes. Scales of blocks
+  cannot be applied to the output, so codes are multiplied with them before: exact in
+  bfloat16 for scales that are powers of two and for e2m1 with scales in E4M3, else
+  rounded to it. The backward pass
   is the clipped straight-through estimator. It saves `x` and `w`, and recomputes the
   codes, which would cost as much memory as the activations again.
 
@@ -164,8 +178,9 @@ def quantized_product(
     x_quantizer: with one scale, shape `()`.
     w_quantizer: with one scale for each output channel, broadcastable against `w`.
   """
-  codes = x_quantizer.codes(x).astype(x.dtype), w_quantizer.codes(w).astype(x.dtype)
-  y = product(*codes, preferred_element_type=jnp.float32)
+  q_x = x_quantizer.multiplicands(x).astype(x.dtype)
+  q_w = w_quantizer.multiplicands(w).astype(x.dtype)
+  y = product(q_x, q_w, preferred_element_type=jnp.float32)
   scale = x_quantizer.scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)
 
@@ -184,10 +199,10 @@ def _quantized_product_backward(product, scale_shape, residuals, y_bar):
   del scale_shape
   x, w, x_quantizer, w_quantizer = residuals
   dtype = x.dtype
-  x_codes = x_quantizer.codes(x).astype(dtype)
-  w_values = (w_quantizer.codes(w) * w_quantizer.scale).astype(dtype)
-  (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), x_codes)(y_bar)
-  (w_bar,) = jax.linear_transpose(lambda b: product(x_codes, b), w_values)(y_bar)
+  q_x = x_quantizer.multiplicands(x).astype(dtype)
+  w_values = w_quantizer.values(w).astype(dtype)
+  (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), q_x)(y_bar)
+  (w_bar,) = jax.linear_transpose(lambda b: product(q_x, b), w_values)(y_bar)
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
   w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_quantizer.scale, 0)
   return x_bar, w_bar.astype(w.dtype), None, None
@@ -198,8 +213,8 @@ quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward
 
 @jax.custom_vjp
 def fake_quantize(x: jax.Array, quantizer: Quantizer) -> jax.Array:
-  """Returns `codes(x) · scale` in float32, with clipped straight-through gradients."""
-  return quantizer.codes(x) * quantizer.scale
+  """Returns the quantizer's values, float32, with clipped straight-through gradients."""
+  return quantizer.values(x)
 
 
 def _fake_quantize_forward(x, quantizer):

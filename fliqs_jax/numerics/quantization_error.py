@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from fliqs_jax.numerics.calibration import calibrate
+from fliqs_jax.numerics.calibration import calibrate, calibrate_blocks
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.rounding import round_to_format
 
@@ -46,13 +46,16 @@ def switching_errors(
 
 
 def _quantize(channels, name, calibration):
-  quantizer = calibrate(
-    get_format(name),
-    jnp.mean(jnp.square(channels), axis=0),
-    jnp.max(jnp.abs(channels), axis=0),
-    calibration,
+  format = get_format(name)
+  statistics = (
+    jnp.mean(jnp.square(channels), axis=0, keepdims=True),
+    jnp.max(jnp.abs(channels), axis=0, keepdims=True),
   )
-  return np.asarray(quantizer.codes(channels) * quantizer.scale, np.float64)
+  if format.blocks is None:
+    quantizer = calibrate(format, *statistics, calibration)
+  else:
+    quantizer = calibrate_blocks(channels, format, *statistics, calibration, axis=0)
+  return np.asarray(quantizer.values(channels), np.float64)
 
 
 def clipping_errors(
@@ -100,9 +103,14 @@ def _squared_errors(channels, format, thresholds):
 def normal_errors(names: Sequence[str], calibration: str = 'rms') -> np.ndarray:
   """Returns the error of each format on standard normal data, float64[F]."""
   values = normal_values(100_000)
-  rounded = np.stack([_quantize(values, name, calibration) for name in names])
-  squares = np.square(rounded - np.asarray(values, np.float64))
-  return np.mean(squares, axis=(1, 2)) / np.mean(np.square(values, dtype=np.float64))
+  # Neighbours of a sorted tensor are alike, and so would be the values of a block.
+  shuffled = jnp.asarray(np.random.default_rng(0).permutation(np.asarray(values)))
+  squares = []
+  for name in names:
+    data = values if get_format(name).blocks is None else shuffled
+    error = _quantize(data, name, calibration) - np.asarray(data, np.float64)
+    squares.append(np.mean(np.square(error)))
+  return np.array(squares) / np.mean(np.square(values, dtype=np.float64))
 
 
 def normal_values(count: int = 1_000_000) -> jax.Array:

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib import patches
 from matplotlib.figure import Figure
 
-from fliqs_jax.numerics.formats import NAMES, find_format
+from fliqs_jax.numerics.formats import find_format, is_format
 
 WIDE, NARROW = 11.2, 3.6  # inches, which a page shows as 96 pixels each
 
@@ -68,7 +68,7 @@ styled = matplotlib.rc_context(STYLE)  # a decorator of what draws
 
 def family(name: str) -> str:
   """Returns what an option is, as `PALETTE` colours it."""
-  if name not in NAMES:
+  if not is_format(name):
     return 'architecture'
   family = find_format(name).family
   return {'int': 'integer', 'float': 'float', 'unscaled': 'unquantized'}[family]

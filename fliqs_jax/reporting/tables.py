@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from fliqs_jax.numerics.formats import NAMES
+from fliqs_jax.numerics.formats import is_format
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
 from fliqs_jax.reporting.training_figures import Milestone
 from fliqs_jax.runs import quality
@@ -87,7 +87,7 @@ def decisions(run: Run) -> list[dict[str, Any]]:
 
 def option_order(option: str) -> tuple:
   """Returns what options are sorted by: formats by bits, then sizes, then others."""
-  if option in NAMES:
+  if is_format(option):
     return (0, counted_bits(option), option)
   try:
     return (1, float(option), option)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import builders, network, quality
-from fliqs_jax.search.space import fixed_space
+from fliqs_jax.search.quantities import counted_bits
+from fliqs_jax.search.space import OPERANDS, fixed_space
 
 
 def make_console() -> Console:
@@ -37,6 +38,7 @@ def layer_table(
     table.add_column(name, justify='right', no_wrap=True)
   for name in ('weights', 'activations'):
     table.add_column(name, no_wrap=True)
+  table.add_column('bits', justify='right', no_wrap=True)
   if confidence:
     table.add_column('policy', justify='right', no_wrap=True)
   table.add_column('cost share', justify='right', no_wrap=True)
@@ -48,6 +50,7 @@ def layer_table(
       f'{layer["params"]:,}',
       layer['weights'],
       layer['activations'],
+      ' × '.join(f'{counted_bits(layer[operand]):g}' for operand in OPERANDS),
       *([confidence[path]] if confidence else []),
       f'{layer["cost"] / total:.1%}',
     ]

@@ -100,9 +100,15 @@ def build_space(
     assignment: the fixed formats; None searches them.
 
   Raises:
-    ConfigError: as `search_space.build_space` and `assignments.expand`, or where
-      nothing is left to search.
+    ConfigError: as `search_space.build_space`, `search_space.check_blocks` and
+      `assignments.expand`, or where nothing is left to search.
   """
+  space = _build_space(config, layers, assignment)
+  search_space.check_blocks(space)
+  return space
+
+
+def _build_space(config, layers, assignment):
   if isinstance(assignment, str):
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:

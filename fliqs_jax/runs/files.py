@@ -20,7 +20,7 @@ def read_formats(spec: str) -> str | Assignment:
   Raises:
     ConfigError: where it is neither; one line for each problem.
   """
-  if spec in formats.NAMES:
+  if formats.is_format(spec):
     return spec
   if not epath.Path(spec).exists() and os.sep not in spec and '.' not in spec:
     formats.find_format(spec)  # names the nearest format

@@ -17,6 +17,7 @@ from fliqs_jax.runs import files
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.search import assignments
 from fliqs_jax.search import space as search_space
+from fliqs_jax.search.quantities import counted_bits
 
 RESULT_FILE = 'search_result.json'
 EVAL_FILE = 'eval_result.json'
@@ -69,7 +70,8 @@ def _layers(space, cost_model, choices, compared):
   """What each layer is and costs, and would cost in uniform models, by path."""
   layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
   decisions = _decisions_by_layer(space)
-  fixed = search_space.fixed_space(layers, space.formats_of(choices))
+  found = space.formats_of(choices)
+  fixed = search_space.fixed_space(layers, found)
   costs = cost_model.per_layer(fixed, no_choices)
   uniform = {
     name: cost_model.per_layer(search_space.uniform_space(layers, name), no_choices)
@@ -81,6 +83,9 @@ def _layers(space, cost_model, choices, compared):
       'macs': layer.macs,
       'params': layer.params,
       'decisions': decisions[layer.path],
+      'bits': {
+        operand: counted_bits(name) for operand, name in found[layer.path].items()
+      },
       'cost': float(costs[i]),
       'uniform_costs': {name: float(values[i]) for name, values in uniform.items()},
     }

@@ -67,9 +67,12 @@ def layer_quantities(space: SearchSpace, choices: Array) -> LayerQuantities:
   )
 
 
-def counted_bits(name: str) -> int:
-  """Returns the bits of a format as costs count them: no more than an unquantized."""
-  return min(formats.find_format(name).bits, UNQUANTIZED_BITS)
+def counted_bits(name: str) -> float:
+  """Returns the bits of a format as costs count them: no more than an unquantized.
+
+  Those of a block format are a fraction, with each value's share of its block's scale.
+  """
+  return min(formats.find_format(name).bits_per_value, UNQUANTIZED_BITS)
 
 
 @functools.lru_cache(maxsize=64)  # by identity: a cost model is called many times

@@ -26,6 +26,7 @@ Examples:
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import operator
 import re
 from typing import NamedTuple
 
@@ -159,7 +160,9 @@ class SearchSpace:
     )
     layer_formats = LayerFormats(
       *(
-        type(table)(*(getattr(field, operand) for field in rows))
+        jax.tree.map(
+          operator.attrgetter(operand), rows, is_leaf=lambda r: type(r) is LayerFormats
+        )
         for operand in OPERANDS
       )
     )
@@ -277,6 +280,32 @@ def check_layers(
       if names
     ]
     raise ConfigError(f'the formats are for another network: {"; ".join(parts)}')
+
+
+def check_blocks(space: SearchSpace) -> None:
+  """Raises ConfigError where a layer may get blocks longer than its contraction.
+
+  The message has one line for each format that is concerned.
+  """
+  unfit = {}  # format name -> layers
+  for layer, *assigned in zip(space.layers, space.weights, space.activations):
+    for a in assigned:
+      names = (a,) if isinstance(a, str) else space.format_decisions[a].options
+      for name in names:
+        block = formats.find_format(name).block
+        if block and block.size > layer.contraction_length:
+          unfit.setdefault(name, {})[layer.path] = layer.contraction_length
+  if unfit:
+    raise ConfigError(
+      *(
+        f'{name} has blocks of {formats.find_format(name).block.size} values: expected '
+        'as many along the contraction of each layer, found '
+        + _shorten([f'{path} ({length})' for path, length in lengths.items()])
+        + '; pin these to formats without blocks, as search.pins=(("conv_init", '
+        '"bf16"),)'
+        for name, lengths in unfit.items()
+      )
+    )
 
 
 def fixed_space(

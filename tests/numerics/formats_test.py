@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -85,7 +86,9 @@ def test_wide_formats_have_no_threshold(name):
 def test_fields_have_the_documented_dtypes():
   dtypes = (np.int32, np.int32, np.int32, np.float32, np.int32, np.float32)
   for name in formats.NAMES:
-    for field, dtype in zip(formats.get_format(name), dtypes, strict=True):
+    *fields, blocks = formats.get_format(name)
+    assert blocks is None
+    for field, dtype in zip(fields, dtypes, strict=True):
       assert (field.dtype, field.shape) == (dtype, ())
 
 
@@ -160,10 +163,71 @@ def test_an_unknown_format_in_a_list_names_formats_and_spaces():
 def test_stack_has_one_row_a_format(count):
   names = formats.NAMES[:count]
   table = formats.stack(names)
-  for field in table:
+  for field in jax.tree.leaves(table):
     assert field.shape == (count,)
   for row, name in enumerate(names):
-    assert [field[row] for field in table] == list(formats.get_format(name))
+    found = jax.tree.map(lambda field: field[row], table)  # noqa: B023
+    assert found == formats.get_format(name)
+
+
+def test_a_table_has_the_sizes_of_all_its_blocks():
+  table = formats.stack(('int4', 'mxfp4', 'nvfp4', 'int4_b128'))
+  assert table.blocks.sizes == (16, 32, 128)
+  np.testing.assert_array_equal(
+    table.blocks.has_size,
+    [[False] * 3, [False, True, False], [True, False, False], [False, False, True]],
+  )
+  np.testing.assert_array_equal(table.blocks.tensor_largest, [0, 0, 448, 0])
+  assert formats.stack(('int4', 'bf16')).blocks is None
+
+
+@pytest.mark.parametrize(
+  ('name', 'bits'),
+  [
+    ('mxfp8_e4m3', 8.25),
+    ('mxfp8_e5m2', 8.25),
+    ('mxfp6_e2m3', 6.25),
+    ('mxfp6_e3m2', 6.25),
+    ('mxfp4', 4.25),
+    ('mxint8', 8.25),
+    ('nvfp4', 4.5),
+    ('int4_b32', 4.5),
+    ('int4_b64', 4.25),
+    ('int4_b128', 4.125),
+    ('int8_b32', 8.5),
+    ('int3_b48_bf16', 3 + 1 / 3),
+    ('e3m0_b16_e4m3', 4.5),
+    ('int8', 8),
+    ('bf16', 16),
+  ],
+)
+def test_bits_of_a_value_have_its_share_of_the_scale(name, bits):
+  format = formats.find_format(name)
+  assert format.bits_per_value == pytest.approx(bits)
+  assert format.name == name and formats.is_format(name)
+
+
+@pytest.mark.parametrize('name', formats.BLOCK_NAMES)
+def test_codes_of_a_block_format_are_those_of_its_element(name):
+  format = formats.find_format(name)
+  element = formats.get_format(format.element)
+  assert formats.get_format(name)._replace(blocks=None, clip=element.clip) == element
+
+
+@pytest.mark.parametrize(
+  ('name', 'nearest'),
+  [
+    ('mxfp8', 'mxfp4'),
+    ('nvfp8', 'nvfp4'),
+    ('int4_b1', 'int4_b128'),
+    ('bf16_b32', 'bf16'),
+    ('e4m3_b32_e8m1', 'int4_b32'),
+    ('int4_b032_f16', 'int4_b32'),
+  ],
+)
+def test_an_unknown_block_format_names_the_nearest(name, nearest):
+  with pytest.raises(ValueError, match=f'{name!r}.*mxfp4.*nearest is {nearest!r}'):
+    formats.find_format(name)
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)
