@@ -18,6 +18,7 @@ import references
 import fliqs_jax
 from fliqs_jax.numerics import formats
 from fliqs_jax.runs.config import default_config
+from fliqs_jax.search import devices
 
 PAGES = sorted((ROOT / 'docs').rglob('*.md'))
 
@@ -118,7 +119,7 @@ def rows(page, heading):
   text = (ROOT / 'docs' / page).read_text()
   section = text.split(f'# {heading}\n', 1)[1].split('\n#', 1)[0]
   lines = [line for line in section.splitlines() if line.startswith('| `')]
-  return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
+  return [[cell.strip() for cell in line.strip()[1:-1].split('|')] for line in lines]
 
 
 def test_the_table_of_formats():
@@ -155,6 +156,28 @@ def test_the_table_of_block_formats():
     assert element == f'`{format.element}`'
     assert (int(size), scale.lower()) == (format.block.size, format.block.scale)
     assert float(bits) == format.bits_per_value
+
+
+def test_where_formats_run():
+  def native(name):
+    found = [d for d, row in devices.DEVICES.items() if devices.is_native(row, name)]
+    return ', '.join(f'`{device}`' for device in found) or 'emulated'
+
+  table = rows('formats.md', 'Numeric formats') + rows('formats.md', 'Block formats')
+  for cells in table:
+    name = cells[0].strip('`')
+    if name not in ('bf16', 'float32'):
+      assert cells[-1] == native(name)
+
+
+def test_the_table_of_devices():
+  table = rows('costs.md', 'Roofline')
+  table = [cells for cells in table if len(cells) == 9]  # the other one is of costs
+  assert [cells[0].split('`')[1] for cells in table] == list(devices.DEVICES)
+  for (_, *rates, bandwidth, _), device in zip(table, devices.DEVICES.values()):
+    for name, cell in zip(devices.TYPE_BITS, rates, strict=True):
+      assert cell == (f'{device.peaks[name] / 1e12:g}' if name in device.peaks else '')
+    assert float(bandwidth) == device.bandwidth / 1e9
 
 
 def test_the_table_of_search_spaces():

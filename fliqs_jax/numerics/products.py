@@ -213,7 +213,7 @@ quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward
 
 @jax.custom_vjp
 def fake_quantize(x: jax.Array, quantizer: Quantizer) -> jax.Array:
-  """Returns the quantizer's values, float32, with clipped straight-through gradients."""
+  """Returns the quantizer's values, with clipped straight-through gradients."""
   return quantizer.values(x)
 
 

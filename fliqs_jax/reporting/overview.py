@@ -11,23 +11,29 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import builders, files, network, supernet
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.search import assignments
+from fliqs_jax.search import assignments, devices
 from fliqs_jax.search.budget import cost_range
+from fliqs_jax.search.space import UNQUANTIZED
 
 
 def print_overview(
-  config: ml_collections.ConfigDict, format_name: str | None, as_json: bool
+  config: ml_collections.ConfigDict,
+  format_name: str | None,
+  device_name: str | None,
+  as_json: bool,
 ) -> None:
   """Prints a network's layers, as a table with what the search could reach.
 
   Args:
     config: unresolved.
     format_name: of all layers; None for the formats that the config names, else bf16.
+    device_name: of a device whose formats are listed; None for none.
     as_json: print what `describe` returns instead.
 
   Raises:
@@ -40,6 +46,8 @@ def print_overview(
   assignment = files.read_formats(label)
   architecture = supernet.read_architecture(config)
   content = describe(config, assignment, label, architecture)
+  if device_name:
+    content['device'] = describe_device(device_name)
   if as_json:
     print(json.dumps(content))
   else:
@@ -93,6 +101,27 @@ def describe(
   }
 
 
+def describe_device(name: str) -> dict[str, Any]:
+  """Returns the formats that a device multiplies natively, ready for JSON.
+
+  Raises:
+    ConfigError: where there is no such device.
+  """
+  device = devices.get_device(name)
+  native = [
+    format_name
+    for format_name in (*formats_lib.NAMES, *formats_lib.BLOCK_NAMES)
+    if format_name != UNQUANTIZED and devices.is_native(device, format_name)
+  ]
+  rates = {format_name: devices.rate(device, format_name) for format_name in native}
+  by_rate = sorted(native, key=rates.get, reverse=True)
+  return {
+    'name': name,
+    'native': {format_name: rates[format_name] / 1e12 for format_name in by_rate},
+    'unit': 'TFLOPS',
+  }
+
+
 def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -> None:
   """Prints an overview as a table, with what the search could reach."""
   lines = [
@@ -107,8 +136,18 @@ def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -
   console.print(terminal.layer_table(layers, content['total'], confidence={}))
   if content['architecture']:
     console.print(terminal.architecture_table(content['architecture'], policy={}))
+  if 'device' in content:
+    lines.append(_native_formats(content['device']))
   for line in lines:
     console.print(line, markup=False)
+
+
+def _native_formats(device):
+  rates = ', '.join(f'{name} {rate:g}' for name, rate in device['native'].items())
+  return (
+    f'{device["name"]} multiplies natively, in 10¹² operations a second: {rates}; '
+    'search.formats=device takes those that are faster than bf16, and bf16'
+  )
 
 
 def _reachable_costs(config, architecture):

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import builders, network, quality
+from fliqs_jax.search import devices
 from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.search.space import OPERANDS, fixed_space
 
@@ -88,7 +89,8 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   console.print(layer_table(layers, result['cost'], _confidence(result)))
   if result['architecture']:
     console.print(architecture_table(result['architecture'], result['policy']))
-  for line in (*summary_lines(result), *_cap_lines(result)):
+  lines = *summary_lines(result), *_cap_lines(result), *_emulation_lines(result)
+  for line in lines:
     console.print(line, markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
@@ -167,6 +169,18 @@ def _cap_lines(result):
       f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
     )
   return lines
+
+
+def _emulation_lines(result):
+  """Returns a warning for each pair of formats that the device only emulates.
+
+  Of runs for a device, those whose costs are times on it.
+  """
+  search = result['config']['search']
+  if 'roofline' not in (result['cost_model'], search.get('cap_cost_model')):
+    return []
+  pairs = devices.emulated_pairs(search['device'], result['formats'])
+  return [f'Warning: {line}' for line in pairs.values()]
 
 
 def _confidence(result):

@@ -5,6 +5,7 @@ from ml_collections import config_dict
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import validation
+from fliqs_jax.search import devices
 from fliqs_jax.search.strategies import (
   FIXED_FORMATS,
   STRATEGIES,
@@ -83,7 +84,9 @@ def default_config() -> ml_collections.ConfigDict:
         # the architecture is decided.
         'strategy': config_dict.placeholder(str),
         'decide': 'formats',  # or architecture (in one format), or both
-        'formats': 'int_small',  # a space's name or a comma-separated list
+        # A space's name, a comma-separated list, or `device`: what search.device runs
+        # natively, and faster than bf16, and bf16.
+        'formats': 'int_small',
         'weights_and_activations': 'tied',  # or separate, or weights
         'groups': (),  # regexes on whole module paths that tie layers
         'pins': (),  # pairs (regex, format)
@@ -96,7 +99,7 @@ def default_config() -> ml_collections.ConfigDict:
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost
         'cap_scale': 1.0,
-        'device': 'tpu_v5e',  # of the cost model roofline
+        'device': 'tpu_v5e',  # of the cost model roofline, and of formats=device
         'latency_table': '',  # path, of the cost model latency_table
         # First steps with quantized weights, with quantized activations, and of the
         # policy, and that of the commitment; the defaults are the strategy's.
@@ -132,12 +135,14 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
   Raises:
     ConfigError: where a field has no value of its type, which a config that was copied
-      or given in Python may not know.
+      or given in Python may not know, or the device has no fast formats.
   """
   config = config.copy_and_resolve_references()
   if problems := validation.check_types(config, default_config()):
     raise ConfigError(*problems)
   search, controller = config.search, config.controller
+  if search.formats == 'device':
+    search.formats = ','.join(devices.fast_formats(search.device))
   if config.optimizer.warmup_steps is None:
     config.optimizer.warmup_steps = int(0.05 * config.num_steps)
   if search.strategy is None:

@@ -159,7 +159,7 @@ def _interleaved(calls: Sequence[Timed], repeats: int) -> list[float]:
 def _native(layer, name, x, w):
   """Returns the layer on operands of a type that the device multiplies, or None."""
   device = devices.find_device(jax.devices()[0].device_kind)
-  if device is None:
+  if device is None or find_format(name).block:  # XLA has no operands in blocks
     return None
   type_name = devices.native_type(device, name)
   dtype = _dtype(type_name, name)
@@ -184,6 +184,9 @@ def _dtype(type_name, format_name):
     # Integers of few bits and up to four exponent bits: e4m3; five: e5m2.
     wide = find_format(format_name).exponent_bits > 4
     return jnp.float8_e5m2 if wide else jnp.float8_e4m3fn
+  if type_name == 'fp6':
+    wide = find_format(format_name).exponent_bits > 2
+    return jnp.float6_e3m2fn if wide else jnp.float6_e2m3fn
   return {
     'int4': jnp.int4, 'fp4': jnp.float4_e2m1fn, 'int8': jnp.int8, 'bf16': jnp.bfloat16
   }[type_name]  # fmt: skip

@@ -169,7 +169,7 @@ def plan(
   """
   uniform = dict.fromkeys(
     (
-      *parse_names(config.search.formats),
+      *parse_names(resolve(config).search.formats),
       *(target['target_format'] for target in targets if 'target_format' in target),
     )
   )

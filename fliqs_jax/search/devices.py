@@ -1,21 +1,24 @@
 """Accelerators: peak rates by number type, and memory bandwidth, as published.
 
 All rates are dense, of one chip or GPU. What has no published rate is left out, and the
-formats that would use it run in the next wider type that the device has.
+formats that would use it run in the next wider type that the device has. Such a format,
+or one with blocks whose scales the matrix unit does not apply, is *emulated*: stored,
+but multiplied in the wider type.
 """
 
 from collections.abc import Mapping
 import functools
 import re
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from fliqs_jax.errors import ConfigError, not_among
-from fliqs_jax.numerics.formats import find_format
+from fliqs_jax.numerics.formats import Block, find_format
 
 # What matrix units multiply, narrowest first, and the bits that a value is stored in.
-TYPE_BITS = {'int4': 4, 'fp4': 4, 'int8': 8, 'fp8': 8, 'bf16': 16}
+TYPE_BITS = {'int4': 4, 'fp4': 4, 'fp6': 6, 'int8': 8, 'fp8': 8, 'bf16': 16}
 
 
 class Device(NamedTuple):
@@ -23,6 +26,8 @@ class Device(NamedTuple):
 
   peaks: Mapping[str, float]  # operations a second by number type; bf16 is a must
   bandwidth: float  # bytes a second between the chip and its memory
+  # Types of which the matrix unit multiplies blocks, their scales included, by block.
+  blocks: Mapping[Block, tuple[str, ...]] = MappingProxyType({})
 
 
 class FormatTables(NamedTuple):
@@ -51,7 +56,29 @@ class FormatTables(NamedTuple):
 #   zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html.
 # [DGX B200] nvidia.com/en-us/data-center/dgx-b200, as quoted by
 #   brent-newsom-nvidia.github.io/AIPS-Boom/wiki/NVIDIA-DGX-B200; of eight GPUs.
+# [TE] "Datatype and hardware support matrix", nvidia.github.io/TransformerEngine: MXFP8
+#   and NVFP4 on Blackwell alone.
+# [HGX B300] NVIDIA's HGX page, as quoted by glennklockwood.com/garden/processors/B300.
+# [ISSCC] AMD at ISSCC 2026, as reported by 3dtested.com/tech-industry/semiconductors/
+#   inside-the-instinct-mi355x: FP8 operations a clock and compute unit, 4096 of MI300X
+#   and 8192 of MI355X, whose eight dies have 38 and 32 units.
+# [Matrix Cores] AMD's guide to programming Matrix Cores, rocm.blogs.amd.com, as summed
+#   up by ainews247.org/story/25700: FP8 is twice as fast as FP16 on CDNA3 and CDNA4; on
+#   CDNA4 FP6 and FP4 are twice as fast as FP8, and E8M0 scales blocks.
+# [MI300X] AMD's slides, as quoted by partofstyle.com/next-gen-chips-to-boast-320-cdna-
+#   3-compute-units-192-gb-hbm3-memory-with-a-288-gb-hbm3e-boost-on-the-horizon: int8
+#   is twice as fast as bf16. aiwiki.ai/wiki/amd_instinct_mi300x: 5.3 TB/s. AMD's
+#   product page: 2100 MHz.
+# [MI355X] svethardware.cz/amd-uvadi-akceleratory-instinct-mi350x-a-mi355x-s-288gb-
+#   pameti-hbm3e/61870, after AMD's slides: 2400 MHz, int8 5 POPS, 8 TB/s.
+# [TPU 8] "TPU 8t and TPU 8i", Google Cloud, 2026, as quoted by
+#   sipoch.com/en/article/300330021435853 and tutorial.emka.web.id/?p=2150. Of TPU 8t
+#   they give 12.6 PFLOPS in fp4 and 6528 GB/s, but nobody gives bf16: it is no row.
+# [AMX] en.wikipedia.org/wiki/Advanced_Matrix_Extensions: 2048 int8 or 1024 bf16
+#   operations a cycle and core.
 # GPUs are the SXM variants; fp4 is NVFP4 and MXFP4. Hopper and Blackwell have no int4.
+_MX = {Block(32, 'e8m0'): ('fp4', 'fp6', 'fp8')}
+_MX_AND_NVFP4 = _MX | {Block(16, 'e4m3'): ('fp4',)}
 DEVICES = {
   # [TPU v4] 275 teraflops (bf16 or int8), 1200 GBps; [v5p] 1228 GB/s; [JAX] 1.23e12.
   'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
@@ -69,6 +96,12 @@ DEVICES = {
   'tpu_v6e': Device(
     {'int4': 3680e12, 'int8': 1836e12, 'fp8': 918e12, 'bf16': 918e12}, 1638e9
   ),
+  # [TPU7x] 2307 TFLOPs in bf16, 4614 in fp8; [JAX] 2.31e15, 4.60e15, 7.40e12, no int8
+  # nor int4.
+  'tpu_7x': Device({'fp8': 4614e12, 'bf16': 2307e12}, 7400e9),
+  # [TPU 8] fp4 10.1 PFLOPS, 8601 GB/s; [JAX] fp8 8.808e15, bf16 1.101e15, 8.60e12, no
+  # int8 nor int4.
+  'tpu_8i': Device({'fp4': 10100e12, 'fp8': 8808e12, 'bf16': 1101e12}, 8601e9),
   # [TensorRT-LLM] A100-SXM-80GB: int8 624, bfloat16 312, 2039 GB/s; int4 at twice the
   # rate of int8 (8192 operations a cycle and SM, 108 SMs at 1.41 GHz).
   'a100': Device({'int4': 1248e12, 'int8': 624e12, 'bf16': 312e12}, 2039e9),
@@ -79,9 +112,44 @@ DEVICES = {
   'h200': Device({'int8': 1979e12, 'fp8': 1979e12, 'bf16': 989e12}, 4800e9),
   # [Blackwell] HGX B200, sparse: fp4 18, fp8 9, int8 9 and bf16 4.5 petaFLOPS, here
   # halved; 7.7 TB/s. [DGX B200] fp4 144 sparse, 72 dense, fp8 72 sparse; 64 TB/s.
+  # [HGX B300] fp6 is as fast as fp8 on both. [TE] for the formats with blocks.
   'b200': Device(
-    {'fp4': 9000e12, 'int8': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12}, 8000e9
+    {
+      'fp4': 9000e12,
+      'fp6': 4500e12,
+      'int8': 4500e12,
+      'fp8': 4500e12,
+      'bf16': 2250e12,
+    },
+    8000e9,
+    _MX_AND_NVFP4,
   ),
+  # [HGX B300] dense: fp4 13125, fp6 and fp8 4500, bf16 2250 TFLOPS, 8 TB/s. Of int8
+  # sources give as much as fp8 has and a 36th of it, so it is left out.
+  'b300': Device(
+    {'fp4': 13125e12, 'fp6': 4500e12, 'fp8': 4500e12, 'bf16': 2250e12},
+    8000e9,
+    _MX_AND_NVFP4,
+  ),
+  # [ISSCC] 8·38 units of 4096 fp8 operations at [MI300X] 2100 MHz; [Matrix Cores] bf16
+  # at half of it; [MI300X] int8 at twice that.
+  'mi300x': Device({'int8': 2615e12, 'fp8': 2615e12, 'bf16': 1307e12}, 5300e9),
+  # [ISSCC] 8·32 units of 8192 fp8 operations at [MI355X] 2400 MHz; [Matrix Cores] fp4
+  # and fp6 at twice, bf16 at half of it; [MI355X] int8.
+  'mi355x': Device(
+    {
+      'fp4': 10066e12,
+      'fp6': 10066e12,
+      'int8': 5033e12,
+      'fp8': 5033e12,
+      'bf16': 2517e12,
+    },
+    8000e9,
+    _MX,
+  ),
+  # A CPU with AMX, Intel's Xeon Platinum 8480+: 56 cores at their base of 2.0 GHz,
+  # eight channels of DDR5-4800 (Intel's product page); [AMX].
+  'xeon_8480': Device({'int8': 229e12, 'bf16': 115e12}, 307e9),
 }
 
 
@@ -93,6 +161,8 @@ _TPU_KINDS = {
   'TPU v5p': 'tpu_v5p',
   'TPU v6 lite': 'tpu_v6e',
   'TPU v6e': 'tpu_v6e',
+  'TPU7x': 'tpu_7x',
+  'TPU8i': 'tpu_8i',
 }
 
 
@@ -110,17 +180,18 @@ def get_device(name: str) -> Device:
 def find_device(kind: str) -> Device | None:
   """Returns the device of a `jax.Device.device_kind`, None for an unknown one."""
   named = _TPU_KINDS.get(kind)
-  gpu = re.search(r'\b(A100|H100|H200|B200)\b', kind)
+  gpu = re.search(r'\b(A100|H100|H200|B200|B300|MI300X|MI355X)\b', kind)
   return DEVICES.get(gpu.group().lower() if gpu else named)
 
 
 @functools.lru_cache
 def holding_types(format_name: str) -> tuple[str, ...]:
-  """Returns the types that a format can run in, best first.
+  """Returns the types that a format, or its blocks' values, can run in, best first.
 
   Each holds all of its values, up to a power of two: integers try int4, int8, then
-  floats; floats try fp4 (e2m1), fp8 (e4m3 or e5m2), then bf16. Formats with more than
-  the three mantissa bits of fp8 need bf16, and float32 counts as bf16.
+  floats; floats try fp4 (e2m1), fp6 (e2m3 or e3m2), fp8 (e4m3 or e5m2), then bf16.
+  Formats with more than the three mantissa bits of fp8 need bf16, and float32 counts as
+  bf16.
   """
   format = find_format(format_name)
   if format.family == 'int':
@@ -130,6 +201,7 @@ def holding_types(format_name: str) -> tuple[str, ...]:
     exponent, mantissa = format.exponent_bits, format.mantissa_bits
     holds = {
       'fp4': exponent <= 2 and mantissa <= 1,
+      'fp6': exponent <= 2 and mantissa <= 3 or exponent <= 3 and mantissa <= 2,
       'fp8': exponent <= 4 and mantissa <= 3 or exponent <= 5 and mantissa <= 2,
     }
   return (*(name for name, held in holds.items() if held), 'bf16')
@@ -138,21 +210,102 @@ def holding_types(format_name: str) -> tuple[str, ...]:
 def native_type(device: Device, *format_names: str) -> str:
   """Returns the type in which a device runs the product of values in these formats.
 
-  The first one that the device has and that holds them all.
+  The first one that the device has and that holds them all. With blocks it must be one
+  whose blocks the device multiplies, else they are multiplied with their scales before
+  the product, which is then one of bf16.
   """
+  multiplied = set(device.peaks)
+  for name in format_names:
+    if block := find_format(name).block:
+      multiplied &= {*device.blocks.get(block, ()), 'bf16'}
+  if len({find_format(name).block for name in format_names} - {None}) > 1:
+    multiplied = {'bf16'}
   first, *others = map(holding_types, format_names)
   return next(
     name
     for name in first
-    if name in device.peaks and all(name in types for types in others)
+    if name in multiplied and all(name in types for types in others)
   )
+
+
+def is_native(device: Device, *format_names: str) -> bool:
+  """Returns whether a device multiplies these formats in as many bits as they have."""
+  bits = max(min(find_format(name).bits, TYPE_BITS['bf16']) for name in format_names)
+  return TYPE_BITS[native_type(device, *format_names)] == bits
+
+
+def rate(device: Device, *format_names: str) -> float:
+  """Returns the operations a second of the product of values in these formats."""
+  return device.peaks[native_type(device, *format_names)]
+
+
+# From few bits to many; blocks before their elements, which are less exact.
+_CANDIDATES = (
+    'int4', 'mxfp4', 'nvfp4', 'e2m1', 'mxfp6_e2m3', 'mxfp6_e3m2', 'e2m3', 'e3m2',
+    'int8', 'mxfp8_e4m3', 'mxfp8_e5m2', 'e4m3', 'e5m2',
+)  # fmt: skip
+
+
+def fast_formats(name: str) -> tuple[str, ...]:
+  """Returns the formats that a device multiplies natively and faster than bf16, and it.
+
+  Formats in blocks stand for those of their elements, which are as fast.
+
+  Args:
+    name: of the device.
+
+  Raises:
+    ConfigError: where there is no such device, or it has no such format.
+  """
+  device, found = get_device(name), {}  # format name -> element
+  for candidate in _CANDIDATES:
+    if (
+      is_native(device, candidate)
+      and rate(device, candidate) > device.peaks['bf16']
+      and candidate not in found.values()
+    ):
+      found[candidate] = find_format(candidate).element
+  if not found:
+    raise ConfigError(
+      f'{name} multiplies no format faster than bf16: expected formats by name, or '
+      'another device'
+    )
+  return (*found, 'bf16')
+
+
+def emulated_pairs(
+  name: str, formats: Mapping[str, Mapping[str, str]]
+) -> dict[tuple[str, str], str]:
+  """Returns how a device runs those pairs of formats that it only emulates.
+
+  Args:
+    name: of the device.
+    formats: `{module path: {'weights': name, 'activations': name}}`.
+
+  Returns:
+    One line for each pair of weights' and activations' format.
+  """
+  device, lines = get_device(name), {}
+  for operands in formats.values():
+    pair = operands['weights'], operands['activations']
+    if not is_native(device, *pair):
+      lines[pair] = (
+        f'{" × ".join(dict.fromkeys(pair))} is emulated on {name}: multiplied in '
+        f'{native_type(device, *pair)}, at {rate(device, *pair) / 1e12:g} TFLOPS'
+      )
+  return lines
 
 
 def format_tables(device: Device, names: tuple[str, ...]) -> FormatTables:
   """Returns the rates and widths of these formats and pairs of them, in float64."""
   return FormatTables(
-    rates=np.array(
-      [[device.peaks[native_type(device, w, a)] for a in names] for w in names]
-    ),
-    bits=np.array([TYPE_BITS[native_type(device, name)] for name in names], float),
+    rates=np.array([[rate(device, w, a) for a in names] for w in names]),
+    bits=np.array([_stored_bits(device, name) for name in names], float),
   )
+
+
+def _stored_bits(device, name):
+  format = find_format(name)
+  if format.block is not None:  # unpacked where they are read
+    return format.bits_per_value
+  return TYPE_BITS[native_type(device, name)]

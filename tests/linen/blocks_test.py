@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import references
 
+from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.interception import make_searchable
-from fliqs_jax.linen.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.search.space import build_space, uniform_space
 

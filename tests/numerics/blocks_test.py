@@ -162,7 +162,8 @@ def test_mxfp8_is_jaxs_but_for_the_rounding_of_scales():
 def test_mx_is_qwixs_but_for_the_rounding_of_scales(name, theirs):
   # Qwix takes 1 for the scale of blocks below 2^-63.
   x = np.delete(values()[10:], 3, axis=0)
-  array = qwix.quantize(jnp.asarray(x), theirs, channelwise_axes=[0], tiled_axes={1: 32})
+  tiled = {'channelwise_axes': (0,), 'tiled_axes': {1: 32}}
+  array = qwix.quantize(jnp.asarray(x), theirs, **tiled)
   codes, scales, _, _ = quantize(x, name)
   assert_rounded_up(
     x, name, codes, scales[:, 0],
