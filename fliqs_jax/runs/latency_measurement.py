@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers import variables
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variants import find_variants
-from fliqs_jax.linen import operators, variables
+from fliqs_jax.linen import operators
 from fliqs_jax.numerics.formats import (
   NumericFormat,
   find_format,
