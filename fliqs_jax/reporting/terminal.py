@@ -39,9 +39,9 @@ def layer_table(
     table.add_column(name, justify='right', no_wrap=True)
   for name in ('weights', 'activations'):
     table.add_column(name, no_wrap=True)
-  table.add_column('bits', justify='right', no_wrap=True)
   if confidence:
     table.add_column('policy', justify='right', no_wrap=True)
+  table.add_column('bits', justify='right', no_wrap=True)
   table.add_column('cost share', justify='right', no_wrap=True)
   total = max(total, np.finfo(float).tiny)
   for path, layer in layers.items():
@@ -51,8 +51,8 @@ def layer_table(
       f'{layer["params"]:,}',
       layer['weights'],
       layer['activations'],
-      ' × '.join(f'{counted_bits(layer[operand]):g}' for operand in OPERANDS),
       *([confidence[path]] if confidence else []),
+      ' × '.join(f'{counted_bits(layer[operand]):g}' for operand in OPERANDS),
       f'{layer["cost"] / total:.1%}',
     ]
     table.add_row(*map(Text, row))
