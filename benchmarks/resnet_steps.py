@@ -9,6 +9,7 @@ import optax
 
 from fliqs_jax import models
 from fliqs_jax.linen import discovery
+from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.search import cost_models, rewards
 from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
 from fliqs_jax.search.space import build_space, uniform_space
@@ -55,7 +56,10 @@ def make_step(
   layers = discovery.discover(model, inputs, train=False)
   controller = None
   if variant == 'search':
-    space = build_space(layers, formats)
+    # The images have fewer channels than a block has values.
+    with_blocks = any(find_format(name).block for name in formats)
+    pins = [('conv_init', 'bf16')] if with_blocks else []
+    space = build_space(layers, formats, pins=pins)
     cost_model = cost_models.get_cost_model('bops')
     target = cost_model.uniform(layers, formats[0])
     controller = policy_gradient_controller(

@@ -37,7 +37,15 @@ def convolution(lhs, rhs, window_strides, padding, **kwargs) -> Product:
     axes.x_inputs, axes.w_inputs, kwargs.get('feature_group_count', 1)
   )
   contracted = _others(rhs, out_axis)
-  return Product('conv', function, contracted, tuple(scale_shape), axes, contraction)
+  return Product(
+    'conv',
+    function,
+    contracted,
+    tuple(scale_shape),
+    axes,
+    contraction,
+    x_kept=(dimensions.lhs_spec[0],) if dimensions.out_spec[0] == 0 else (),
+  )
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None) -> Product:
@@ -48,16 +56,23 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None) -> Product:
   (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
   # The output's axes are those of the batch, then lhs's own, then rhs's own; this
   # is also their order in rhs, as Flax lays kernels out.
-  lhs_own = lhs.ndim - len(lhs_contracting) - len(lhs_batch)
+  lhs_own = [a for a in range(lhs.ndim) if a not in (*lhs_contracting, *lhs_batch)]
   kept = [a for a in range(rhs.ndim) if a not in rhs_contracting]
   own = [a for a in kept if a not in rhs_batch]
   batch_shape = tuple(rhs.shape[a] for a in rhs_batch)
-  scale_shape = batch_shape + (1,) * lhs_own + tuple(rhs.shape[a] for a in own)
+  scale_shape = batch_shape + (1,) * len(lhs_own) + tuple(rhs.shape[a] for a in own)
   axes = Axes(lhs.ndim - 1, 0, rhs.ndim - 1, ())  # those of `nn.Dense`
   # Blocks lie along the innermost of several axes.
   contraction = Contraction(lhs_contracting[-1], rhs_contracting[-1])
-  contracted = tuple(rhs_contracting)
-  return Product('dense', function, contracted, scale_shape, axes, contraction)
+  return Product(
+    'dense',
+    function,
+    tuple(rhs_contracting),
+    scale_shape,
+    axes,
+    contraction,
+    x_kept=(*lhs_batch, *lhs_own),
+  )
 
 
 def einsum(x: jax.Array, w: jax.Array, equation: str) -> Product:
@@ -81,6 +96,7 @@ def einsum(x: jax.Array, w: jax.Array, equation: str) -> Product:
     contraction=Contraction(inputs.index(kernel[shared[-1]]), shared[-1])
     if shared
     else None,
+    x_kept=tuple(i for i, axis in enumerate(inputs) if axis in result),
   )
 
 
@@ -120,6 +136,7 @@ def transposed_convolution(
     function,
     _others(w, outputs),
     contraction=Contraction(last, inputs),
+    x_kept=(0,),
   )
 
 

@@ -39,7 +39,7 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
     model: a linen module. Searched are its `nn.Conv`, `nn.ConvTranspose`, `nn.Dense`,
       `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`; layers with a
       hook of their own stay as they are.
-    **attributes: of `QuantizedOperator`: calibration, momentum.
+    **attributes: of `QuantizedOperator`: calibration, momentum, activation_scale.
 
   Raises:
     ConfigError: where the model is anything else.

@@ -45,12 +45,14 @@ class QuantizedOperator(nn.Module):
   Attributes:
     calibration: one of `calibration.CALIBRATIONS`.
     momentum: of the moving averages.
+    activation_scale: one of `calibration.ACTIVATION_SCALES`.
     formats: the layer's formats; None reads them from the collection `formats`.
     sizes: what is searched of the layer's sizes, as tables; integers are not.
   """
 
   calibration: str = 'rms'
   momentum: float = 0.95
+  activation_scale: str = 'tensor'
   formats: LayerFormats | None = None
   sizes: LayerSizes = ALL_SIZES
 
@@ -72,7 +74,15 @@ class QuantizedOperator(nn.Module):
       sizes = self.get_variable(FORMATS, SIZES)
     statistics = self._statistics()
     y, updated = self.arithmetic(
-      product, x, w, formats, statistics, sizes, self.calibration, self.momentum
+      product,
+      x,
+      w,
+      formats,
+      statistics,
+      sizes,
+      calibration=self.calibration,
+      momentum=self.momentum,
+      activation_scale=self.activation_scale,
     )
     if self.is_mutable_collection(QUANT_STATS) and updated is not statistics:
       for name, value in updated._asdict().items():

@@ -100,7 +100,7 @@ def block_scales(
 
 def has_blocks(scaling: BlockScaling) -> jax.Array:
   """Returns whether the format has blocks, bool."""
-  return jnp.any(scaling.has_size)
+  return functools.reduce(jnp.logical_or, scaling.has_size)
 
 
 def _absmax_of_units(x, axis, groups, unit):

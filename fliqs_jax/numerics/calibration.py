@@ -24,6 +24,9 @@ from fliqs_jax.numerics.rounding import is_scaled, power_of_two, round_to_format
 CALIBRATIONS = ('rms', 'absmax')
 """Ways to set a clipping threshold: see `clipping_threshold`."""
 
+ACTIVATION_SCALES = ('tensor', 'token')
+"""What shares a scale of activations: see `products.quantized_layer`."""
+
 
 class Statistics(NamedTuple):
   """Statistics of a tensor, or of each of its channels, that set thresholds."""
@@ -162,6 +165,9 @@ def calibrate(
   The scale maps the clipping threshold to the largest code. It is 1 for a format that
   is not scaled and for a tensor of zeros. The arguments are `clipping_threshold`'s.
 
+  Raises:
+    ValueError: for a format of a table with blocks, which `calibrate_blocks` is for.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from fliqs_jax.numerics import calibrate, get_format
@@ -171,6 +177,8 @@ def calibrate(
     >>> quantizer.codes(x)
     Array([ 1., -2.,  0.,  7.], dtype=float32)
   """
+  if format.blocks is not None:
+    raise ValueError('a format with blocks: expected calibrate_blocks, and the tensor')
   threshold = clipping_threshold(format, mean_square, absmax, calibration)
   format = _to_code_range(format)
   # A scale below float32's normal range would be flushed to zero.
@@ -198,20 +206,25 @@ def calibrate_blocks(
     axis: of `x`, along which the blocks lie.
     groups: parts of that axis, each with blocks of its own.
   """
-  quantizer = calibrate(format, mean_square, absmax, calibration)
-  scaling, blocked = format.blocks, has_blocks(format.blocks)
+  scaling, element = format.blocks, format._replace(blocks=None)
+  quantizer = calibrate(element, mean_square, absmax, calibration)
+  blocked = has_blocks(scaling)
   has_tensor_scale = scaling.tensor_largest > 0
-  largest = format.max * jnp.where(has_tensor_scale, scaling.tensor_largest, 1.0)
+  largest = element.max * jnp.where(has_tensor_scale, scaling.tensor_largest, 1.0)
   tensor_scale = jnp.max(absmax) / largest
   # As in `calibrate`, a scale below float32's normal range would be flushed to zero.
   has_tensor_scale &= tensor_scale >= jnp.finfo(jnp.float32).tiny
   tensor_scale = jnp.where(has_tensor_scale, tensor_scale, 1.0)
-  quantizer = Quantizer(
-    jnp.where(blocked, tensor_scale, quantizer.scale),
-    jax.tree.map(functools.partial(jnp.where, blocked), format, quantizer.format),
+  scale, element = jax.tree.map(
+    functools.partial(jnp.where, blocked),
+    (tensor_scale, element),
+    (quantizer.scale, quantizer.format),
   )
-  scales = block_scales(x, quantizer.scale, format, axis, groups)
-  return quantizer._replace(blocks=scales)
+  return Quantizer(
+    scale,
+    element._replace(blocks=scaling),
+    block_scales(x, scale, format, axis, groups),
+  )
 
 
 def _to_code_range(format):

@@ -34,14 +34,14 @@ class BlockScaling:
 
   Attributes:
     sizes: of the blocks in a table, static.
-    has_size: bool[len(sizes)], the one that the format has, if it has any.
+    has_size: bool for each of these sizes: the one that the format has, if any.
     scale: the format that the scale of a block is rounded to.
     tensor_largest: float32, the block scale that the largest value of the tensor gets,
       by one more scale for the whole tensor; 0 for a format without that one.
   """
 
   sizes: tuple[int, ...]
-  has_size: jax.Array
+  has_size: tuple[jax.Array, ...]
   scale: 'NumericFormat'
   tensor_largest: jax.Array
 
@@ -134,7 +134,7 @@ class Format:
     return row._replace(
       blocks=BlockScaling(
         sizes=tuple(block_sizes),
-        has_size=np.array(block_sizes) == size,
+        has_size=tuple(np.bool_(s == size) for s in block_sizes),
         scale=scale.row,
         tensor_largest=np.float32(scale.largest if scale.name == 'e4m3' else 0),
       )

@@ -40,6 +40,9 @@ class Product(NamedTuple):
   scale_shape: tuple[int, ...] = ()  # in which these scales broadcast against y
   axes: Axes | None = None  # None where no size of the layer can be searched
   contraction: Contraction | None = None  # None where no format has blocks
+  # Axes of x that the output keeps, in the order in which it begins with them; the
+  # scale of a token spans the others.
+  x_kept: tuple[int, ...] = ()
 
 
 class LayerFormats(NamedTuple):
@@ -58,6 +61,7 @@ def quantized_layer(
   sizes: LayerSizes = ALL_SIZES,
   calibration: str = 'rms',
   momentum: float = 0.95,
+  activation_scale: str = 'tensor',
 ) -> tuple[jax.Array, Statistics | None]:
   """Returns `product(x, w)` with quantized operands, and the new statistics of `x`.
 
@@ -78,19 +82,23 @@ def quantized_layer(
     sizes: those in use, int32[], of an architecture that is searched.
     calibration: one of `calibration.CALIBRATIONS`.
     momentum: of the moving averages.
+    activation_scale: one of `calibration.ACTIVATION_SCALES`. `tensor`: one scale, set
+      by the moving averages. `token`: one for each row along the contraction, set by
+      the row at hand; in convolutions, which mix positions, one for each example.
   """
   x_active, w_active = active_axes(sizes, product.axes, x, w)
   w = masked(w, w_active)
   if formats is None:
     return product.function(x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
-  given = measure() if statistics is None else statistics
+  given = _given(activation_scale, x, x_active, product, statistics)
   y = quantized_product(
     product.function,
     product.scale_shape,
+    product.x_kept,
     x,
     w,
-    _activation_quantizer(formats, x, given, product, calibration),
+    _activation_quantizer(formats, x, w, given, product, calibration),
     _weight_quantizer(formats, w, product, w_active, calibration),
   )
   if statistics is None:
@@ -107,6 +115,7 @@ def quantized_operands(
   sizes: LayerSizes = ALL_SIZES,
   calibration: str = 'rms',
   momentum: float = 0.95,
+  activation_scale: str = 'tensor',
 ) -> tuple[tuple[jax.Array, jax.Array], Statistics | None]:
   """Returns the rounded operands of a product that is computed elsewhere.
 
@@ -118,8 +127,8 @@ def quantized_operands(
   if formats is None:
     return (x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
-  given = measure() if statistics is None else statistics
-  x_quantizer = _activation_quantizer(formats, x, given, product, calibration)
+  given = _given(activation_scale, x, x_active, product, statistics)
+  x_quantizer = _activation_quantizer(formats, x, w, given, product, calibration)
   w_quantizer = _weight_quantizer(formats, w, product, w_active, calibration)
   if statistics is not None:
     statistics = moving_average(statistics, measure(), momentum, sizes.present)
@@ -127,34 +136,51 @@ def quantized_operands(
   return tuple(operand.astype(x.dtype) for operand in rounded), statistics
 
 
-def _measured(x, active):
-  return tensor_statistics(masked(x, active), None, active)
+def _given(activation_scale, x, active, product, statistics):
+  """Returns the statistics that set the threshold, or those of each token."""
+  if activation_scale == 'token':
+    spanned = tuple(a for a in range(x.ndim) if a not in product.x_kept)
+    return _measured(x, active, spanned)
+  return _measured(x, active) if statistics is None else statistics
 
 
-def _activation_quantizer(formats, x, statistics, product, calibration):
+def _measured(x, active, axes=None):
+  return tensor_statistics(masked(x, active), axes, active)
+
+
+def _activation_quantizer(formats, x, w, statistics, product, calibration):
   # Nothing is known of a tensor that was not seen yet.
   seen = functools.partial(jnp.where, statistics.absmax > 0)
-  blocks, contraction = formats.activations.blocks, product.contraction
-  unquantized = find_format('float32').row_among(blocks.sizes if blocks else ())
-  format = jax.tree.map(seen, formats.activations, unquantized)
-  if blocks is None or contraction is None:
-    return calibrate(format, *statistics, calibration)
-  axis, groups = contraction.x_axis, contraction.groups
+  format = formats.activations
+  sizes = format.blocks.sizes if format.blocks else ()
+  format = jax.tree.map(seen, format, find_format('float32').row_among(sizes))
+  if not _can_have_blocks(format, product, w):
+    return calibrate(format._replace(blocks=None), *statistics, calibration)
+  axis, groups = product.contraction.x_axis, product.contraction.groups
   return calibrate_blocks(x, format, *statistics, calibration, axis, groups)
 
 
 def _weight_quantizer(formats, w, product, active, calibration):
   statistics = tensor_statistics(w, product.contracted, active)
-  if formats.weights.blocks is None or product.contraction is None:
-    return calibrate(formats.weights, *statistics, calibration)
+  format = formats.weights
+  if not _can_have_blocks(format, product, w):
+    return calibrate(format._replace(blocks=None), *statistics, calibration)
   axis = product.contraction.w_axis
-  return calibrate_blocks(w, formats.weights, *statistics, calibration, axis)
+  return calibrate_blocks(w, format, *statistics, calibration, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _can_have_blocks(format, product, w):
+  """Whether a format of this table can have blocks that fit the layer; static."""
+  if format.blocks is None or product.contraction is None:
+    return False
+  return w.shape[product.contraction.w_axis] >= min(format.blocks.sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def quantized_product(
   product,
   scale_shape,
+  x_kept,
   x: jax.Array,
   w: jax.Array,
   x_quantizer: Quantizer,
@@ -173,24 +199,38 @@ def quantized_product(
   Args:
     product: `(x, w, preferred_element_type) -> y`, bilinear.
     scale_shape: the shape in which the weights' scales broadcast against `y`.
+    x_kept: axes of `x` with which `y` begins, of a scale for each token.
     x: activations, whose dtype is the compute dtype and that of the result.
     w: weights, float32, cast to the compute dtype as codes.
-    x_quantizer: with one scale, shape `()`.
+    x_quantizer: with one scale, shape `()`, or one for each token, broadcastable
+      against `x`.
     w_quantizer: with one scale for each output channel, broadcastable against `w`.
   """
   q_x = x_quantizer.multiplicands(x).astype(x.dtype)
   q_w = w_quantizer.multiplicands(w).astype(x.dtype)
   y = product(q_x, q_w, preferred_element_type=jnp.float32)
-  scale = x_quantizer.scale * w_quantizer.scale.reshape(scale_shape)
+  x_scale = _against_output(x_quantizer.scale, x_kept, y.ndim)
+  scale = x_scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)
 
 
-def _quantized_product_forward(product, scale_shape, x, w, x_quantizer, w_quantizer):
-  y = quantized_product(product, scale_shape, x, w, x_quantizer, w_quantizer)
+def _against_output(x_scale, x_kept, ndim):
+  """Returns scales that broadcast against x as such that broadcast against y."""
+  if x_scale.ndim == 0:
+    return x_scale
+  spanned = [a for a in range(x_scale.ndim) if a not in x_kept]
+  shape = [x_scale.shape[a] for a in x_kept] + [1] * (ndim - len(x_kept))
+  return x_scale.transpose(*x_kept, *spanned).reshape(shape)
+
+
+def _quantized_product_forward(
+  product, scale_shape, x_kept, x, w, x_quantizer, w_quantizer
+):
+  y = quantized_product(product, scale_shape, x_kept, x, w, x_quantizer, w_quantizer)
   return y, (x, w, x_quantizer, w_quantizer)
 
 
-def _quantized_product_backward(product, scale_shape, residuals, y_bar):
+def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   """`∂L/∂x = 1[|x| ≤ t_x] · Pᵀ(ȳ, q_w s_w)`, `∂L/∂w = 1[|w| ≤ t_w] · s_x · Pᵀ(q_x, ȳ)`.
 
   The output's scale cancels one operand's own scale against the derivative of its
@@ -202,9 +242,13 @@ def _quantized_product_backward(product, scale_shape, residuals, y_bar):
   q_x = x_quantizer.multiplicands(x).astype(dtype)
   w_values = w_quantizer.values(w).astype(dtype)
   (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), q_x)(y_bar)
+  x_scale = x_quantizer.scale
+  if x_scale.ndim:  # of tokens, over which the gradient of the weights sums
+    y_bar = (y_bar * _against_output(x_scale, x_kept, y_bar.ndim)).astype(dtype)
+    x_scale = 1.0
   (w_bar,) = jax.linear_transpose(lambda b: product(q_x, b), w_values)(y_bar)
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
-  w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_quantizer.scale, 0)
+  w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_scale, 0)
   return x_bar, w_bar.astype(w.dtype), None, None
 
 

@@ -78,6 +78,7 @@ def default_config() -> ml_collections.ConfigDict:
       'quantizer': {
         'calibration': 'rms',  # or absmax
         'momentum': 0.95,  # of the activations' statistics
+        'activation_scale': 'tensor',  # or token: for each row along the contraction
       },
       'search': {
         # A name of `search.strategies`; default: actor_critic, or policy_gradient where

@@ -51,6 +51,7 @@ def _names(config):
     'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
     'optimizer.name': OPTIMIZERS,
     'quantizer.calibration': calibration.CALIBRATIONS,
+    'quantizer.activation_scale': calibration.ACTIVATION_SCALES,
     'search.weights_and_activations': SEARCHED_OPERANDS,
     'search.strategy': tuple(STRATEGIES),
     'search.decide': ('formats', 'architecture', 'both'),

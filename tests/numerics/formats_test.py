@@ -174,7 +174,7 @@ def test_a_table_has_the_sizes_of_all_its_blocks():
   table = formats.stack(('int4', 'mxfp4', 'nvfp4', 'int4_b128'))
   assert table.blocks.sizes == (16, 32, 128)
   np.testing.assert_array_equal(
-    table.blocks.has_size,
+    np.stack(table.blocks.has_size, axis=-1),
     [[False] * 3, [False, True, False], [True, False, False], [False, False, True]],
   )
   np.testing.assert_array_equal(table.blocks.tensor_largest, [0, 0, 448, 0])
