@@ -16,7 +16,8 @@ from fliqs_jax.search.space import build_space, uniform_space
 from fliqs_jax.training import steps, train_state
 from fliqs_jax.training.classification import classification
 
-VARIANTS = ('float', 'fixed_int8', 'search')
+VARIANTS = ('float', 'fixed_int8', 'search', 'search_blocks')
+BLOCK_FORMATS = ('nvfp4', 'mxfp8_e4m3', 'bf16')
 NUM_CLASSES = 1000
 
 
@@ -37,7 +38,7 @@ def make_step(
     mesh: from `sharding.make_mesh`.
     image_size: pixels a side.
     dtype: of the computation.
-    formats: the options of the search.
+    formats: the options of the search; those of `search_blocks` are `BLOCK_FORMATS`.
     num_samples: samples a step, for the search.
     wrap: `model -> model`, applied to the network.
     network: its name.
@@ -55,10 +56,11 @@ def make_step(
   task = classification(label_smoothing=0.1)
   layers = discovery.discover(model, inputs, train=False)
   controller = None
-  if variant == 'search':
+  if variant == 'search_blocks':
+    formats = BLOCK_FORMATS
+  if variant.startswith('search'):
     # The images have fewer channels than a block has values.
-    with_blocks = any(find_format(name).block for name in formats)
-    pins = [('conv_init', 'bf16')] if with_blocks else []
+    pins = [('conv_init', 'bf16')] if any(map(_has_blocks, formats)) else []
     space = build_space(layers, formats, pins=pins)
     cost_model = cost_models.get_cost_model('bops')
     target = cost_model.uniform(layers, formats[0])
@@ -82,6 +84,10 @@ def make_step(
     return train_state.create_train_state(model, example, optimizer, controller, key)
 
   return step, init
+
+
+def _has_blocks(name):
+  return find_format(name).block is not None
 
 
 def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):

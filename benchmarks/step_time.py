@@ -1,4 +1,4 @@
-"""Seconds of ResNet-18's steps: float, fixed int8, search, and Qwix's int8 and fp8.
+"""Seconds of ResNet-18's steps: float, fixed int8, searches, and Qwix's int8 and fp8.
 
     pip install -e '.[benchmark]'
     python benchmarks/step_time.py [--json]

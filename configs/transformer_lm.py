@@ -3,18 +3,19 @@
     python -m fliqs_jax.main --config=configs/transformer_lm.py --workdir=gs://…
     python -m fliqs_jax.main --config=configs/transformer_lm.py:stdlib --workdir=DIR
 
-The recipe for lm1b, whose sentences are padded to the context, has not been run yet.
+`:blackwell` and `:ironwood` search on lm1b what these chips multiply natively. The
+recipes for lm1b, whose sentences are padded to the context, have not been run yet.
 """
 
 import ml_collections
 
 from fliqs_jax.runs.config import default_config
 
-VARIANTS = ('lm1b', 'stdlib')
+VARIANTS = ('lm1b', 'blackwell', 'ironwood', 'stdlib')
 
 
 def get_config(variant: str = 'lm1b') -> ml_collections.ConfigDict:
-  """Returns the config of a variant, `lm1b` or `stdlib`."""
+  """Returns the config of a variant, one of `VARIANTS`."""
   if variant not in VARIANTS:
     raise ValueError(
       f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
@@ -23,10 +24,14 @@ def get_config(variant: str = 'lm1b') -> ml_collections.ConfigDict:
   config.num_classes = 256
   config.reward.quality = 'minus_bits_per_byte'
   config.optimizer.name = 'adamw'
-  if variant == 'lm1b':
-    _lm1b(config)
-  else:
+  if variant == 'stdlib':
     _stdlib(config)
+  else:
+    _lm1b(config)
+  if variant == 'blackwell':
+    _blackwell(config)
+  elif variant == 'ironwood':
+    _ironwood(config)
   return config
 
 
@@ -46,6 +51,32 @@ def _lm1b(config):
   config.optimizer.update(learning_rate=1e-3, square_decay=0.98, weight_decay=0.1)
   config.search.update(
     formats='int_small', num_samples=8, target_format='int4', target_scale=1.5
+  )
+
+
+def _blackwell(config):
+  """NVFP4 and MXFP8, which B200 and B300 multiply natively, at a cost between them.
+
+  The cost is the wider operand's bits, to which the rates of these chips are inverse.
+  """
+  config.search.update(
+    formats='nvfp4,mxfp8_e4m3,bf16',
+    device='b200',
+    cost_model='linear_compute',
+    target_format='nvfp4',
+    target_scale=1.4,
+  )
+
+
+def _ironwood(config):
+  """What TPU7x multiplies faster than bf16, fp8, and bf16, at a cost between them."""
+  config.quantizer.activation_scale = 'token'
+  config.search.update(
+    formats='device',
+    device='tpu_7x',
+    cost_model='linear_compute',
+    target_format='e4m3',
+    target_scale=1.2,
   )
 
 

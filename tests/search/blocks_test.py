@@ -1,5 +1,6 @@
 """Searches over block formats: one compile, fractions of bits, and what is refused."""
 
+from conftest import load_config
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.interception import make_searchable
 from fliqs_jax.reporting import figure_style, tables, terminal
+from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.search import devices
 from fliqs_jax.search.cost_models import get_cost_model
 from fliqs_jax.search.space import build_space, check_blocks, fixed_space, uniform_space
 
@@ -85,6 +88,24 @@ def test_device_stands_for_its_fast_formats():
   config.search.device = 'tpu_v4'
   with pytest.raises(ConfigError, match='tpu_v4 multiplies no format faster'):
     resolve(config)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'names', 'between'),
+  [
+    ('blackwell', ('nvfp4', 'mxfp8_e4m3', 'bf16'), ('nvfp4', 'mxfp8_e4m3')),
+    ('ironwood', ('e4m3', 'e5m2', 'bf16'), ('e4m3', 'bf16')),
+  ],
+)
+def test_recipes_for_chips(variant, names, between):
+  config = resolve(load_config('transformer_lm', variant))
+  config.model.update(depth=1)
+  setup = setup_lib.build(config, jax.device_count())
+  assert all(decision.options == names for decision in setup.space.decisions)
+  low, high = (setup.cost_model.uniform(setup.space.layers, name) for name in between)
+  assert low < setup.target < high
+  device = devices.get_device(config.search.device)
+  assert all(devices.is_native(device, name) for name in names)
 
 
 class Dense(nn.Module):
