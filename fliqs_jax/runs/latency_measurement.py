@@ -160,24 +160,56 @@ def _interleaved(calls: Sequence[Timed], repeats: int) -> list[float]:
 def _native(layer, name, x, w):
   """Returns the layer on operands of a type that the device multiplies, or None."""
   device = devices.find_device(jax.devices()[0].device_kind)
-  if device is None or find_format(name).block:  # XLA has no operands in blocks
+  if device is None:
     return None
-  type_name = devices.native_type(device, name)
-  dtype = _dtype(type_name, name)
-  accumulated = jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32
-  operation = {'conv': lax.conv_general_dilated, 'dense': lax.dot_general}[layer.kind]
-  product = jax.jit(
-    functools.partial(
+  dtype = _dtype(devices.native_type(device, name), name)
+  if find_format(name).block is None:
+    accumulated = jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32
+    operation = {'conv': lax.conv_general_dilated, 'dense': lax.dot_general}[layer.kind]
+    product = functools.partial(
       operation, preferred_element_type=accumulated, **dict(layer.arguments)
     )
-  )
+    operands = x.astype(dtype), w.astype(dtype)
+  else:
+    operands = _operands_in_blocks(device, layer, name, x, w)
+    if operands is None:
+      return None
+    product = jax.nn.scaled_matmul
+  product = jax.jit(product)
   try:
-    operands = jax.block_until_ready((x.astype(dtype), w.astype(dtype)))
+    operands = jax.block_until_ready(operands)
     jax.block_until_ready(product(*operands))
   except Exception as error:  # compilers refuse in many ways what they do not support
     _logger.info('%s in %s is emulated: %s', layer.path, name, type(error).__name__)
     return None
   return jnp.dtype(dtype).name, functools.partial(product, *operands)
+
+
+def _operands_in_blocks(device, layer, name, x, w):
+  """Returns the operands of `jax.nn.scaled_matmul`, None where it is not the layer.
+
+  Those of dense layers with one contracted axis and whole blocks, in formats whose
+  blocks the device multiplies. Scales are 1, since values do not change the time.
+  """
+  format = find_format(name)
+  one_axis = (((x.ndim - 1,), (0,)), ((), ()))
+  length = x.shape[-1]
+  if (
+    not devices.is_native(device, name)
+    or layer.kind != 'dense'
+    or dict(layer.arguments)['dimension_numbers'] != one_axis
+    or w.ndim != 2
+    or length % format.block.size
+  ):
+    return None
+  dtype = _dtype(devices.native_type(device, name), format.element)
+  scale_dtype = {'e8m0': jnp.float8_e8m0fnu, 'e4m3': jnp.float8_e4m3fn}
+  values = x.reshape(1, -1, length), w.T[None]
+  scales = (jnp.ones((*v.shape[:2], length // format.block.size)) for v in values)
+  return (
+    *(v.astype(dtype) for v in values),
+    *(s.astype(scale_dtype[format.block.scale]) for s in scales),
+  )
 
 
 def _dtype(type_name, format_name):

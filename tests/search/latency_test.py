@@ -4,10 +4,13 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers import products
+from fliqs_jax.layers.layer import describe
 from fliqs_jax.runs import files, latency_measurement, network
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import setup as setup_lib
@@ -228,3 +231,40 @@ def test_the_file_is_json_that_reads_back(measured, with_table):
 )
 def test_devices_by_the_name_that_jax_gives(kind, name):
   assert devices.find_device(kind) is (name and devices.DEVICES[name])
+
+
+def test_blocks_are_timed_as_scaled_matrix_products(monkeypatch):
+  calls = []
+
+  def scaled_matmul(x, w, x_scales, w_scales):  # no CPU has it
+    calls.append((x, w, x_scales, w_scales))
+    values = (v.astype(jnp.float32) for v in (x, w))
+    return jnp.einsum('bmk,bnk->bmn', *values)
+
+  monkeypatch.setattr(jax.nn, 'scaled_matmul', scaled_matmul)
+  monkeypatch.setattr(devices, 'find_device', lambda _: devices.DEVICES['b200'])
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 64)), jnp.float32)
+  w = jnp.asarray(np.random.default_rng(1).normal(size=(64, 5)), jnp.float32)
+  product = products.dot_general(x, w, (((2,), (0,)), ((), ())))
+  layer = describe('dense', '', product, x, w)
+  for name, dtype, size in (
+    ('mxfp8_e5m2', jnp.float8_e5m2, 32),
+    ('nvfp4', jnp.float4_e2m1fn, 16),
+  ):
+    implementation, timed = latency_measurement._native(layer, name, x, w)
+    assert implementation == jnp.dtype(dtype).name
+    shapes = [(a.shape, a.dtype) for a in calls[-1]]
+    scale = shapes[2][1]
+    assert shapes == [
+      ((1, 6, 64), dtype),
+      ((1, 5, 64), dtype),
+      ((1, 6, 64 // size), scale),
+      ((1, 5, 64 // size), scale),
+    ]
+    rounded = (np.asarray(v.astype(dtype), np.float32) for v in (x, w))
+    expected = np.einsum('btk,kn->btn', *rounded).reshape(1, 6, 5)
+    np.testing.assert_allclose(timed(), expected, rtol=1e-5, atol=1e-5)
+  # What the device has no blocks of, or has not whole, is emulated.
+  assert latency_measurement._native(layer, 'int4_b32', x, w) is None
+  short = describe('dense', '', product, x[..., :40], w[:40])
+  assert latency_measurement._native(short, 'nvfp4', x[..., :40], w[:40]) is None
