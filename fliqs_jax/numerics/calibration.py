@@ -27,11 +27,15 @@ CALIBRATIONS = ('rms', 'absmax')
 ACTIVATION_SCALES = ('tensor', 'token')
 """What shares a scale of activations: see `products.quantized_layer`."""
 
+# Of means of squares: beyond these, squares may be missing that are no float32.
+_SMALLEST, _LARGEST = 2.0**-100, 2.0**126
+
 
 class Statistics(NamedTuple):
   """Statistics of a tensor, or of each of its channels, that set thresholds."""
 
-  mean_square: jax.Array  # float32[...], the mean of the squares
+  # float32[...], the mean of the squares; the largest number where it is beyond that
+  mean_square: jax.Array
   absmax: jax.Array  # float32[...], the largest magnitude
 
 
@@ -48,14 +52,16 @@ def tensor_statistics(
       of the whole tensor, of shape `()`.
     active: the parts of the axes of `x` that count.
   """
-  square = jnp.square(lax.stop_gradient(x).astype(jnp.float32))
+  x = lax.stop_gradient(x).astype(jnp.float32)
   keepdims = axes is not None
-  # Both of the squares, so that a compiler reads `x` once for the two.
-  mean = jnp.mean(square, axes, keepdims=keepdims)
-  absmax = jnp.sqrt(jnp.max(square, axes, keepdims=keepdims))
+  mean = jnp.mean(jnp.square(x), axes, keepdims=keepdims)
+  # Not the root of the largest square, which leaves float32's range long before `x`.
+  absmax = jnp.max(jnp.abs(x), axes, keepdims=keepdims)
   for axis, _, share in active:
     if axes is None or axis in axes:
       mean = mean / share
+  # An infinite mean would stay in a moving average for good.
+  mean = jnp.where(jnp.isposinf(mean), jnp.finfo(jnp.float32).max, mean)
   return Statistics(mean, absmax)
 
 
@@ -92,7 +98,8 @@ def clipping_threshold(
   """Returns the clipping threshold of a tensor in a format.
 
   `rms`: `min(format.clip · sqrt(mean_square), absmax)`, the MSE-optimal threshold for
-  normal data (FLIQS, Section 3.4 and Figure 4a). `absmax`: nothing is clipped.
+  normal data (FLIQS, Section 3.4 and Figure 4a). `absmax`: nothing is clipped, as in
+  tensors whose squares float32 cannot hold: rms below 1e-15 or above 1e19.
 
   Args:
     format: a scalar format.
@@ -106,7 +113,9 @@ def clipping_threshold(
   """
   if calibration == 'absmax':
     return absmax
-  return jnp.minimum(format.clip * jnp.sqrt(mean_square), absmax)
+  clipped = jnp.minimum(format.clip * jnp.sqrt(mean_square), absmax)
+  known = (mean_square >= _SMALLEST) & (mean_square <= _LARGEST)
+  return jnp.where(known, clipped, absmax)
 
 
 class Quantizer(NamedTuple):

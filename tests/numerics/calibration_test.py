@@ -8,7 +8,12 @@ import references
 from references import assert_same_bits, critical_values, random_values
 
 from fliqs_jax.numerics import formats
-from fliqs_jax.numerics.calibration import CALIBRATIONS, calibrate, clipping_threshold
+from fliqs_jax.numerics.calibration import (
+  CALIBRATIONS,
+  calibrate,
+  clipping_threshold,
+  tensor_statistics,
+)
 from fliqs_jax.numerics.formats import get_format
 
 
@@ -148,6 +153,25 @@ def test_extreme_tensors_stay_finite_and_in_range(name, calibration, exponent):
   assert quantizer.scale > 0
   if exponent > -120:  # else the scale is the smallest normal number
     assert (np.abs(values) <= np.abs(x).max() * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize('calibration', CALIBRATIONS)
+@pytest.mark.parametrize('factor', [1e-25, 1e-19, 1e20, 1e37])
+def test_tensors_whose_squares_float32_cannot_hold(factor, calibration):
+  x = np.float32(factor) * np.random.default_rng(0).normal(size=256).astype(np.float32)
+  largest = np.abs(x).max()
+
+  @jax.jit
+  def quantized(x):
+    statistics = tensor_statistics(x)
+    quantizer = calibrate(get_format('int8'), *statistics, calibration)
+    return statistics, quantizer.codes(x) * quantizer.scale
+
+  statistics, values = quantized(x)
+  assert statistics.absmax == largest
+  assert np.isfinite(statistics.mean_square)
+  # Half of a step of 127, but for what `rms` clips of normal values.
+  np.testing.assert_allclose(values, x, rtol=0, atol=largest * 0.51 / 127)
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)
