@@ -308,9 +308,27 @@ def find_format(name: str) -> Format:
       f'{", ".join(_NAMED_BLOCKS)}, or blocks of an element, as int4_b32 or '
       'e2m1_b16_e4m3'
     )
-    names = NAMES + BLOCK_NAMES
-    raise ConfigError(not_among(f'unknown format {name!r}', name, names, expected))
+    names, meant = NAMES + BLOCK_NAMES, _NAMES_ELSEWHERE.get(str(name).lower(), ())
+    given = f'unknown format {name!r}'
+    if len(meant) > 1:
+      given += f', which may be {" or ".join(meant)}'
+    raise ConfigError(not_among(given, (*meant, name)[0], names, expected))
   return format
+
+
+# What other libraries call our formats.
+_NAMES_ELSEWHERE = {
+  'bfloat16': ('bf16',),
+  'fp32': ('float32',),
+  'f32': ('float32',),
+  'fp8': ('e4m3', 'e5m2'),
+  'float8': ('e4m3', 'e5m2'),
+  'float8_e4m3': ('e4m3',),
+  'float8_e4m3fn': ('e4m3',),
+  'float8_e5m2': ('e5m2',),
+  'fp4': ('e2m1',),
+  'float4_e2m1fn': ('e2m1',),
+}
 
 
 def is_format(name: str) -> bool:

@@ -99,6 +99,10 @@ def test_fields_have_the_documented_dtypes():
     ('e4m3fn', 'e4m3'),
     ('E5M2', 'e5m2'),
     ('float', 'float32'),
+    ('bfloat16', 'bf16'),
+    ('fp32', 'float32'),
+    ('float8_e5m2', 'e5m2'),
+    ('FP8', 'e4m3'),  # or e5m2, which is said as well
     ('int16', 'int6'),  # int6 plus a letter; integers end at 8 bits
   ],
 )
