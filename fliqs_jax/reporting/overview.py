@@ -1,5 +1,6 @@
 """Overview of a config's network: its layers and their costs, without training it."""
 
+import collections
 from collections.abc import Mapping
 import functools
 import json
@@ -69,11 +70,7 @@ def describe(
     architecture: empty for the standard one.
   """
   setup = setup_lib.build(config, 1, assignment, architecture=architecture)
-  variables = jax.eval_shape(
-    functools.partial(setup.model.init, **setup.example.kwargs),
-    jax.random.key(0),
-    *setup.example.args,
-  )
+  used, unused = _parameters(setup)
   layers = setup.space.layers
   fixed = np.zeros(0, np.int32)
   formats = setup.space.formats_of(fixed)
@@ -85,7 +82,8 @@ def describe(
     'format': label,
     'architecture': setup.architecture,
     'total': float(setup.cost_model.total(costs)),
-    'params': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+    'params': sum(used.values()),
+    'training_params': unused,
     'macs': sum(layer.macs for layer in layers),
     'layers': [
       {
@@ -122,10 +120,33 @@ def describe_device(name: str) -> dict[str, Any]:
   }
 
 
+def _parameters(setup):
+  """Returns how many parameters inference uses, and those of training alone.
+
+  Two dicts by the modules of the network, `{name: parameters}`.
+  """
+  model, example = setup.model, setup.example
+  init = functools.partial(model.init, **example.kwargs)
+  variables = jax.eval_shape(init, jax.random.key(0), *example.args)
+  apply = functools.partial(model.apply, **example.kwargs)
+  jaxpr = jax.make_jaxpr(apply)(variables, *example.args).jaxpr
+  read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(map(id, jaxpr.outvars))
+  counts = collections.Counter(), collections.Counter()
+  leaves = jax.tree.leaves_with_path(variables)
+  for (path, leaf), variable in zip(leaves, jaxpr.invars):
+    if path[0].key == 'params':
+      counts[id(variable) not in read][path[1].key] += leaf.size
+  return counts
+
+
 def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -> None:
   """Prints an overview as a table, with what the search could reach."""
   lines = [
     f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
+    *(
+      f'In training alone: {name}, {count:,} parameters'
+      for name, count in content['training_params'].items()
+    ),
     f'Cost in {content["format"]}: {content["total"]:.6g} {content["cost_unit"]} '
     f'({content["cost_model"]})',
   ]
