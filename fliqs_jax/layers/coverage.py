@@ -5,12 +5,16 @@ from typing import NamedTuple
 
 from fliqs_jax.layers.layer import Layer
 
+_ENOUGH = 0.9  # of the multiply-accumulates
+
 
 class Coverage(NamedTuple):
   """The layers of a network that are searched, and why the others are not."""
 
   layers: tuple[Layer, ...]
   skipped: Mapping[str, str]  # module path -> why its parameters are not searched
+  # What part of all multiply-accumulates by parameters they have; None: not known.
+  share: float | None = None
 
   def __str__(self) -> str:
     found = [
@@ -22,5 +26,16 @@ class Coverage(NamedTuple):
         f'{len(found)} layers are searched:',
         *found,
         *(f'not searched: {path or "."}: {why}' for path, why in self.skipped.items()),
+        *self._share_line(),
       ]
     )
+
+  def _share_line(self):
+    if self.share is None:
+      return []
+    if self.share < _ENOUGH:
+      return [
+        f'WARNING: {1 - self.share:.1%} of the multiply-accumulates by parameters are '
+        'NOT searched, and count in no cost: see above what is not, and why'
+      ]
+    return [f'{self.share:.1%} of the multiply-accumulates by parameters are searched']

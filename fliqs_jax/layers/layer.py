@@ -1,12 +1,13 @@
 """Layers of a network as a search knows them, whichever interface of Flax they have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import json
 import math
 from typing import Any, NamedTuple
 
 import jax
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes, LayerSizes
 from fliqs_jax.numerics.products import LayerFormats, Product
@@ -45,6 +46,22 @@ class BoundLayer(NamedTuple):
 
   formats: LayerFormats
   sizes: LayerSizes | None = None  # int32[] each; None where nothing is decided
+
+
+def join_path(names: Iterable[Any]) -> str:
+  """Returns the path of a module, its names separated by `/`.
+
+  Raises:
+    ConfigError: where a name has a `/` itself, and the path would be another's.
+  """
+  names = list(map(str, names))
+  for name in names:
+    if '/' in name:
+      raise ConfigError(
+        f'the network has a module named {name!r}: expected a name without "/", which '
+        'separates the names of a path'
+      )
+  return '/'.join(names)
 
 
 def describe(

@@ -16,12 +16,14 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding
-import jax
+import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers import parameter_products
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variables import FORMATS
-from fliqs_jax.linen.discovery import discover
+from fliqs_jax.linen import bare_products
+from fliqs_jax.linen.discovery import discover_hooked, init_shapes
 from fliqs_jax.linen.operators import (
   QuantizedConv,
   QuantizedConvTranspose,
@@ -37,8 +39,9 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
 
   Args:
     model: a linen module. Searched are its `nn.Conv`, `nn.ConvTranspose`, `nn.Dense`,
-      `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`; layers with a
-      hook of their own stay as they are.
+      `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`, and all other
+      products of a parameter, by `lax.dot_general`, `jnp.einsum`, `@` or `attend` of
+      `nn.Embed`; layers with a hook of their own stay as they are.
     **attributes: of `QuantizedOperator`: calibration, momentum, activation_scale.
 
   Raises:
@@ -52,6 +55,7 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
     >>> print(model.coverage(jnp.ones((1, 8))))
     1 layers are searched:
     .: dense (8, 4), 32 MACs
+    100.0% of the multiply-accumulates by parameters are searched
   """
   if not isinstance(model, nn.Module | Searchable):
     raise ConfigError(f'expected a linen module, as Network(), found {model!r}')
@@ -73,7 +77,10 @@ class Searchable:
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`."""
     with self._hooked({}, {}):
-      return self.model.init(rngs, *args, **kwargs)
+      variables = self.model.init(rngs, *args, **kwargs)
+    found, handled = self._products(variables, args, kwargs)
+    bare = bare_products.outside_of(found, handled, variables)
+    return bare_products.with_statistics(variables, found, bare)
 
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.apply`."""
@@ -81,49 +88,97 @@ class Searchable:
     # Not a collection of the module's, since no transformation within it would know
     # how to carry it on; the values are closed over instead.
     bound = traverse_util.flatten_dict(variables.pop(FORMATS, {}))
-    with self._hooked({path[:-2]: formats for path, formats in bound.items()}, {}):
-      return self.model.apply(variables, *args, **kwargs)
+    hooked, bare = {}, {}
+    for (*path, operator, _), formats in bound.items():
+      of_kind = bare if operator == parameter_products.OPERATOR else hooked
+      of_kind[tuple(path)] = formats
+    with self._hooked(hooked, {}):
+      if not bare:
+        return self.model.apply(variables, *args, **kwargs)
+      return bare_products.apply(
+        self.model.apply, bare, self._attributes, variables, args, kwargs
+      )
 
   def coverage(self, *inputs: Any, **kwargs: Any) -> Coverage:
     """Returns which layers are searched, and why the others are not.
 
-    Traces `init` abstractly.
+    Traces `init` and `apply` abstractly.
 
     Args:
       *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
-      **kwargs: passed to `init`.
+      **kwargs: passed to `init` and `apply`.
     """
-    found, reasons = discover(self, *inputs, **kwargs), {}
-    with self._hooked({}, reasons):
-      variables = jax.eval_shape(
-        functools.partial(self.model.init, **kwargs), jax.random.key(0), *inputs
-      )
-    searched = {layer.path for layer in found}
-    params = traverse_util.flatten_dict(nn.unbox(variables.get('params', {})))
-    skipped = {}
-    for (*path, _), leaf in params.items():
-      # Biases and scales alone make no layer.
-      if leaf.ndim > 1 and '/'.join(path) not in searched:
-        skipped['/'.join(path)] = reasons.get(tuple(path), _UNKNOWN)
-    return Coverage(found, skipped)
+    variables = init_shapes(self, *inputs, **kwargs)
+    hooked = {
+      tuple(filter(None, layer.path.split('/'))): layer
+      for layer in discover_hooked(self, variables, *inputs, **kwargs)
+    }
+    found, handled = self._products(variables, inputs, kwargs)
+    bare = bare_products.outside_of(found, handled, variables)
+    layers, macs = {}, {True: 0, False: 0}
+    for path, layer, *_ in found:
+      searched = {**bare, **hooked}
+      own = path if path in searched else path[:-1]
+      macs[own in searched] += layer.macs
+      layers |= {own: searched[own]} if own in searched else {}
+    total = sum(macs.values())
+    return Coverage(
+      layers=tuple({**layers, **hooked}.values() if bare else hooked.values()),
+      skipped=_skipped(variables, found, {*hooked, *bare}, handled),
+      share=macs[True] / total if total else None,
+    )
 
-  def _hooked(self, formats, reasons):
+  def _products(self, variables, args, kwargs):
+    """Returns all products of parameters, and the layers of Flax among the modules."""
+    handled = {}
+    with self._hooked({}, handled):
+      found = bare_products.find(self.model.apply, variables, args, kwargs)
+    return found, handled
+
+  def _hooked(self, formats, handled):
     return nn.intercept_methods(
-      functools.partial(_intercept, self._attributes, formats, reasons)
+      functools.partial(_intercept, self._attributes, formats, handled)
     )
 
 
-def _intercept(attributes, formats, reasons, call, args, kwargs, context):
-  """Sets the hooks of a layer for the time of its call."""
+def _skipped(variables, found, searched, handled):
+  """Returns why parameters are not searched, by the paths of their modules."""
+  skipped = {}
+  multiplied = {product.path for product in found}
+  modules = searched | {path[:-1] for path in searched & multiplied}
+  params = traverse_util.flatten_dict(nn.unbox(variables.get('params', {})))
+  for path, leaf in params.items():
+    # Biases and scales are no layer alone, nor of two axes beside a product.
+    is_one = path in multiplied or (leaf.ndim > 1 and path[:-1] not in modules)
+    if is_one and not searched & {path, path[:-1]}:
+      skipped['/'.join(path[:-1])] = handled.get(path[:-1]) or _NOT_MULTIPLIED
+  return skipped
+
+
+def _intercept(attributes, formats, handled, call, args, kwargs, context):
+  """Sets the hooks of a layer for the time of its call.
+
+  Args:
+    attributes: of its operator.
+    formats: of each layer by its path.
+    handled: gets the paths of Flax's layers, and why those are left alone that are.
+    call: of the layer, or of any other module.
+    args: its arguments.
+    kwargs: those by name.
+    context: of the call.
+  """
   layer = context.module
   if context.method_name != '__call__':
     return call(*args, **kwargs)
   attributes = attributes | {'formats': formats.get(layer.path)}
+  hooks = {}
   try:
-    hooks = _hooks(layer, attributes, args, kwargs)
+    if isinstance(layer, _LAYERS):
+      handled[layer.path] = ''
+      _check_real(layer, args)
+      hooks = _hooks(layer, attributes, args, kwargs)
   except _NotSearched as reason:
-    hooks = {}
-    reasons[layer.path] = str(reason)
+    handled[layer.path] = str(reason)
   with _replaced(layer, hooks):
     return call(*args, **kwargs)
 
@@ -145,14 +200,16 @@ class _NotSearched(Exception):
   """Why a layer stays as it is."""
 
 
-_UNKNOWN = (
-  'its parameters are used outside of nn.Conv, nn.ConvTranspose, nn.Dense, '
-  'nn.DenseGeneral and nn.Einsum: write the product with one of these'
+_NOT_MULTIPLIED = (
+  'it is in no product that can be searched: its parameters are looked up, as by '
+  'nn.Embed, used elementwise, or multiplied in a custom_vjp, a custom_jvp or a loop '
+  'of unknown length'
 )
+_LAYERS = nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvTranspose
 
 
 def _hooks(layer, attributes, args, kwargs):
-  """Returns the attributes that quantize a layer; none where it is no such layer."""
+  """Returns the attributes that quantize one of `_LAYERS`."""
   if isinstance(layer, nn.Conv):
     return _product_hooks(layer, 'conv_general_dilated', QuantizedConv, attributes)
   if isinstance(layer, (nn.Dense, nn.DenseGeneral)):
@@ -160,15 +217,9 @@ def _hooks(layer, attributes, args, kwargs):
   if isinstance(layer, nn.Einsum):
     equation = [layer.einsum_str, *args[1:], *kwargs.values()][-1]
     return _operand_hooks(layer, QuantizedEinsum, attributes | {'equation': equation})
-  if isinstance(layer, nn.ConvTranspose):
-    return _operand_hooks(
-      layer, QuantizedConvTranspose, attributes | _transposed_convolution(layer)
-    )
-  if isinstance(layer, nn.ConvLocal):
-    raise _NotSearched('nn.ConvLocal has no hook for its product: use nn.Conv')
-  if isinstance(layer, nn.Embed):
-    raise _NotSearched('nn.Embed looks its rows up, which multiplies nothing')
-  return {}
+  return _operand_hooks(
+    layer, QuantizedConvTranspose, attributes | _transposed_convolution(layer)
+  )
 
 
 def _product_hooks(layer, name, operator, attributes):
@@ -181,6 +232,12 @@ def _product_hooks(layer, name, operator, attributes):
     f'{name}_cls': functools.partial(operator, **attributes),
     'promote_dtype': promote_all_but_kernel,
   }
+
+
+def _check_real(layer, inputs):
+  dtypes = layer.param_dtype, layer.dtype, *map(jnp.result_type, inputs[:1])
+  if any(dtype and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+    raise _NotSearched('it computes with complex numbers, which no format has')
 
 
 def _makes_operators(hook):

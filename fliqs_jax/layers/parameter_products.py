@@ -1,0 +1,405 @@
+"""Products of parameters in a traced network: found, and computed in another way.
+
+A network may multiply by a parameter of its own without a layer of Flax, by
+`lax.dot_general`, `lax.conv_general_dilated`, `jnp.einsum`, `jnp.matmul`, `@`, or
+`nn.Embed.attend`. Whatever the call, in the network's jaxpr it is one of two
+operations, of which one operand follows from parameters alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+import jax.numpy as jnp
+
+from fliqs_jax.layers import products
+from fliqs_jax.layers.layer import Layer, describe, join_path
+from fliqs_jax.numerics.products import Product
+
+OPERATOR = 'product'  # in the place of a quantized operator's name
+
+Path = tuple[str, ...]
+
+# What a value follows from: the largest parameter, as (size, path), where parameters
+# and constants are all; None where it depends on anything else.
+Origin = tuple[int, Path] | None
+CONSTANT: Origin = (0, ())
+
+# (state, path, product, x, w) -> the product and the new state.
+Compute = Callable[[Any, Path, Product, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class ParameterProduct(NamedTuple):
+  """A product by a parameter, as it stands in a jaxpr."""
+
+  path: Path  # of the parameter
+  layer: Layer
+  is_open: bool  # whether it can be computed in another way
+  in_scan: bool  # where nothing can be kept from one call to the next
+
+
+class _Operands(NamedTuple):
+  """The operands of an equation, in the order (x, w) that Flax's layers have."""
+
+  product: Product
+  x: int  # its place among the equation's operands
+  w: int
+  w_axes: tuple[int, ...]  # in which the axes of the weights are taken
+  y_axes: tuple[int, ...]  # in which those of the result are given back
+
+
+def find(jaxpr: Any, origins: Sequence[Origin]) -> tuple[ParameterProduct, ...]:
+  """Returns the products of parameters, each call of one, in order.
+
+  What a loop of unknown length holds counts once, and cannot be computed otherwise.
+
+  Args:
+    jaxpr: of the network, from `jax.make_jaxpr`.
+    origins: of its arguments.
+  """
+  found: list[ParameterProduct] = []
+  _find(jaxpr, origins, found.append)
+  return tuple(found)
+
+
+def layers(
+  found: Sequence[ParameterProduct], sizes: Mapping[Path, int]
+) -> dict[Path, Layer]:
+  """Returns a layer for each parameter, whose multiply-accumulates add up.
+
+  Args:
+    found: from `find`.
+    sizes: of the parameters.
+  """
+  merged: dict[Path, Layer] = {}
+  for path, layer, *_ in found:
+    if previous := merged.get(path):
+      merged[path] = previous._replace(
+        macs=previous.macs + layer.macs, calls=previous.calls + layer.calls
+      )
+    else:
+      kernels = sizes[path] // math.prod(layer.kernel_shape)
+      merged[path] = layer._replace(params=sizes[path], kernels=max(kernels, 1))
+  return merged
+
+
+def _find(jaxpr, origins, add, calls=1, is_open=True, in_scan=False):
+  """Adds the products of a jaxpr; returns the origins of its results."""
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins))
+  for equation in jaxpr.eqns:
+    given, name = _read_origins(equation, known), equation.primitive.name
+    results = [
+      _find(
+        inner,
+        inner_origins,
+        add,
+        calls * times,
+        is_open and name in _REBUILT,
+        in_scan or name == 'scan',
+      )
+      for inner, inner_origins, times in _inner(equation, given)
+    ]
+    if operands := _operands(equation, given):
+      path = given[operands.w][1]
+      x, w = (equation.invars[i].aval for i in (operands.x, operands.w))
+      w = jax.ShapeDtypeStruct([w.shape[a] for a in operands.w_axes], w.dtype)
+      layer = describe(join_path(path), OPERATOR, operands.product, x, w)
+      layer = layer._replace(macs=calls * layer.macs, calls=calls)
+      add(ParameterProduct(path, layer, is_open, in_scan))
+    known |= zip(equation.outvars, _result_origins(equation, given, results))
+  return [_origin(atom, known) for atom in jaxpr.outvars]
+
+
+def evaluate(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  origins: Sequence[Origin],
+  args: Sequence[Any],
+  replaced: frozenset[Path],
+  compute: Compute,
+  state: Any,
+) -> tuple[list[Any], Any]:
+  """Evaluates a jaxpr, in which some products of parameters are computed by a function.
+
+  Args:
+    jaxpr: the jaxpr, without its constants.
+    consts: its constants.
+    origins: of the arguments.
+    args: the arguments.
+    replaced: the parameters whose products are computed by `compute`.
+    compute: (state, path, product, x, w) -> (y, state); in a scan the state is None.
+    state: a tree of arrays.
+
+  Returns:
+    The results, and the new state.
+  """
+  known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins))
+  values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+  uncast: dict[Any, Any] = {}  # a variable that is another in lower precision
+
+  def read(atom):
+    return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+  for equation in jaxpr.eqns:
+    given, inputs = _read_origins(equation, known), list(map(read, equation.invars))
+    operands = _operands(equation, given)
+    if operands and given[operands.w][1] in replaced:
+      source = equation.invars[operands.w]
+      w = values[uncast[source]] if source in uncast else inputs[operands.w]
+      w = jnp.transpose(w, operands.w_axes)
+      y, state = compute(
+        state, given[operands.w][1], operands.product, inputs[operands.x], w
+      )
+      y = jnp.transpose(y, operands.y_axes)
+      outputs = [y.astype(equation.outvars[0].aval.dtype)]
+    elif equation.primitive.name in _REBUILT and _contains(equation, given, replaced):
+      outputs, state = _REBUILT[equation.primitive.name](
+        equation, given, inputs, replaced, compute, state
+      )
+    else:
+      outputs = _bind(jaxpr, equation, inputs)
+    if _lowers_precision(equation):
+      uncast[equation.outvars[0]] = equation.invars[0]
+    values |= zip(equation.outvars, outputs)
+    results = [
+      _find(inner, inner_origins, lambda _: None)
+      for inner, inner_origins, _ in _inner(equation, given)
+    ]
+    known |= zip(equation.outvars, _result_origins(equation, given, results))
+  return list(map(read, jaxpr.outvars)), state
+
+
+def _bind(jaxpr, equation, inputs):
+  """Returns the results of an equation of a jaxpr."""
+  places = {
+    atom: value
+    for atom, value in zip(equation.invars, inputs)
+    if not isinstance(atom, core.Literal)
+  }
+  alone = jaxpr.replace(
+    constvars=[],
+    invars=list(places),
+    outvars=equation.outvars,
+    eqns=[equation],
+  )
+  return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*places.values())
+
+
+def _lowers_precision(equation):
+  """Whether an equation casts, as `promote_dtype` does before a product."""
+  (x, *_), (y, *_) = equation.invars or [None], equation.outvars or [None]
+  return equation.primitive.name == 'convert_element_type' and all(
+    jnp.issubdtype(atom.aval.dtype, jnp.floating) and not isinstance(atom, core.Literal)
+    for atom in (x, y)
+  )
+
+
+# Origins
+
+
+def _origin(atom, known):
+  return CONSTANT if isinstance(atom, core.Literal) else known[atom]
+
+
+def _read_origins(equation, known):
+  return [_origin(atom, known) for atom in equation.invars]
+
+
+def _mixed(origins):
+  return None if None in origins else max(origins, default=CONSTANT)
+
+
+def _result_origins(equation, given, inner):
+  """Returns the origins of an equation's results; a product is nobody's parameter.
+
+  Args:
+    equation: the equation.
+    given: the origins of its operands.
+    inner: those of the results of each jaxpr in it.
+  """
+  if inner:
+    return [_mixed(origins) for origins in zip(*inner)]
+  is_product = equation.primitive.name in _PRODUCTS
+  is_constant = all(origin == CONSTANT for origin in given)
+  origin = None if is_product and not is_constant else _mixed(given)
+  return [origin] * len(equation.outvars)
+
+
+def _inner(equation, given) -> Iterator[tuple[Any, list[Origin], int]]:
+  """Yields the jaxprs in an equation, the origins of their arguments, their runs."""
+  name, params = equation.primitive.name, equation.params
+  if name == 'scan':
+    first = params['num_consts']
+    last = first + params['num_carry']
+    carried = _settled(
+      lambda carry: _find(
+        params['jaxpr'], [*given[:first], *carry, *given[last:]], lambda _: None
+      )[: last - first],
+      given[first:last],
+    )
+    yield params['jaxpr'], [*given[:first], *carried, *given[last:]], params['length']
+  elif name == 'while':
+    num_tested, num_consts = params['cond_nconsts'], params['body_nconsts']
+    consts, carry = given[num_tested:][:num_consts], given[num_tested + num_consts :]
+    body = params['body_jaxpr']
+    carry = _settled(lambda c: _find(body, [*consts, *c], lambda _: None), carry)
+    yield body, [*consts, *carry], 1
+  elif name == 'cond':
+    for branch in params['branches']:
+      yield branch, given[1:], 1
+  else:
+    for value in params.values():
+      jaxpr = getattr(value, 'jaxpr', value)
+      if hasattr(jaxpr, 'eqns') and len(jaxpr.invars) == len(given):
+        yield value, given, 1
+        return
+
+
+def _settled(step, carry):
+  """Returns the origins of a loop's carry, which each turn may only lose."""
+  while True:
+    new = [_mixed([a, b]) for a, b in zip(carry, step(carry))]
+    if new == list(carry):
+      return new
+    carry = new
+
+
+# Products
+
+_PRODUCTS = ('dot_general', 'conv_general_dilated')
+
+
+def _operands(equation, given) -> _Operands | None:
+  """Returns the operands of a product by a parameter; None for any other equation."""
+  name = equation.primitive.name
+  if name not in _PRODUCTS:
+    return None
+  # Of two parameters the second is the weights, as of a layer on learned inputs.
+  w = next((i for i in (1, 0) if given[i] is not None and given[i][1]), None)
+  if w is None or given[1 - w] == CONSTANT:
+    return None
+  dtypes = [atom.aval.dtype for atom in equation.invars]
+  if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+    return None
+  if name == 'dot_general':
+    return _dot_general(equation, w)
+  if w == 0 or equation.params['batch_group_count'] != 1:
+    return None
+  return _convolution(equation)
+
+
+def _dot_general(equation, w):
+  contracting, batch = equation.params['dimension_numbers']
+  (x_in, w_in), (x_batch, w_batch) = (
+    (axes[1 - w], axes[w]) for axes in (contracting, batch)
+  )
+  if not w_in:  # an outer product
+    return None
+  x_aval, w_aval = (equation.invars[i].aval for i in (1 - w, w))
+  own = [a for a in range(w_aval.ndim) if a not in (*w_in, *w_batch)]
+  w_axes = tuple(range(w_aval.ndim))
+  if sorted((*w_batch, *own)) != [*w_batch, *own]:  # of the result, not of the weights
+    w_axes = (*w_batch, *own, *w_in)
+  w_in, w_batch = (tuple(w_axes.index(a) for a in axes) for axes in (w_in, w_batch))
+  shape = jax.ShapeDtypeStruct([w_aval.shape[a] for a in w_axes], w_aval.dtype)
+  product = products.dot_general(
+    x_aval,
+    shape,
+    ((tuple(x_in), w_in), (tuple(x_batch), w_batch)),
+    equation.params['precision'],
+  )
+  y_ndim, num_batch = equation.outvars[0].aval.ndim, len(w_batch)
+  y_axes = list(range(y_ndim))
+  if w == 0:  # whose axes come before those of x
+    first = y_ndim - len(own)
+    y_axes = [*y_axes[:num_batch], *y_axes[first:], *y_axes[num_batch:first]]
+  return _Operands(product, 1 - w, w, w_axes, tuple(y_axes))
+
+
+def _convolution(equation):
+  names = (
+    'window_strides', 'padding', 'lhs_dilation', 'rhs_dilation', 'dimension_numbers',
+    'feature_group_count', 'precision',
+  )  # fmt: skip
+  x, w = (atom.aval for atom in equation.invars)
+  arguments = {name: equation.params[name] for name in names}
+  product = products.convolution(x, w, **arguments)
+  axes = tuple(range(w.ndim))
+  return _Operands(product, 0, 1, axes, axes)
+
+
+def _contains(equation, given, replaced):
+  found: list[ParameterProduct] = []
+  for jaxpr, origins, _ in _inner(equation, given):
+    _find(jaxpr, origins, found.append)
+  return any(product.path in replaced for product in found)
+
+
+# Operations that hold jaxprs, rebuilt around what is evaluated anew
+
+
+def _rebuild_jit(equation, given, inputs, replaced, compute, state):
+  closed = equation.params['jaxpr']
+  return evaluate(
+    closed.jaxpr, closed.consts, given, inputs, replaced, compute, state
+  )
+
+
+def _rebuild_checkpoint(equation, given, inputs, replaced, compute, state):
+  params = equation.params
+
+  def body(state, *inputs):
+    return evaluate(params['jaxpr'], (), given, inputs, replaced, compute, state)
+
+  body = jax.checkpoint(
+    body, prevent_cse=params['prevent_cse'], policy=params['policy']
+  )
+  return body(state, *inputs)
+
+
+def _rebuild_scan(equation, given, inputs, replaced, compute, state):
+  params, closed = equation.params, equation.params['jaxpr']
+  ((_, origins, _),) = _inner(equation, given)
+  first = params['num_consts']
+  last = first + params['num_carry']
+
+  def body(carry, slices):
+    args = [*inputs[:first], *carry, *slices]
+    outputs, _ = evaluate(
+      closed.jaxpr, closed.consts, origins, args, replaced, compute, None
+    )
+    return outputs[: last - first], outputs[last - first :]
+
+  carry, stacked = lax.scan(
+    body,
+    inputs[first:last],
+    inputs[last:],
+    length=params['length'],
+    reverse=params['reverse'],
+    unroll=params['unroll'],
+  )
+  return [*carry, *stacked], state
+
+
+def _rebuild_cond(equation, given, inputs, replaced, compute, state):
+  def branch(closed):
+    return lambda state, *inputs: evaluate(
+      closed.jaxpr, closed.consts, given[1:], inputs, replaced, compute, state
+    )
+
+  branches = list(map(branch, equation.params['branches']))
+  return lax.switch(inputs[0], branches, state, *inputs[1:])
+
+
+_REBUILT = {
+  'jit': _rebuild_jit,
+  'pjit': _rebuild_jit,
+  'checkpoint': _rebuild_checkpoint,
+  'remat2': _rebuild_checkpoint,
+  'scan': _rebuild_scan,
+  'cond': _rebuild_cond,
+}
