@@ -25,14 +25,14 @@ from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen.interception import Searchable, make_searchable
-from fliqs_jax.runs import evaluation, loop, preparation
+from fliqs_jax.runs import evaluation, files, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES, default_config, resolve
 from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.setup import Data
-from fliqs_jax.search.assignments import Assignment
+from fliqs_jax.search import assignments
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score, Task
 
@@ -164,7 +164,9 @@ def search(
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = epath.Path(workdir or temporary.name)
   setup = _prepare(resolve(config), network, folder, variables)
-  setup = setup._replace(data=_data(setup, train_batches, eval_batches))
+  setup = setup._replace(
+    data=_data(setup, train_batches, eval_batches, first, evaluated)
+  )
   content = loop.train(setup, folder)
   return SearchResult(
     model=network.model,
@@ -195,12 +197,20 @@ def _prepare(config, network, folder, variables):
   return setup._replace(start=start)
 
 
-def _data(setup, train_batches, eval_batches):
+def _data(setup, train_batches, eval_batches, first, evaluated):
   num_samples, size = setup.num_samples, setup.config.batch_size
+  check = batches.alike('train_batches', first, setup.task.check)
   return Data(
-    lambda seed, sharding: batches.TrainBatches(train_batches, num_samples, size),
-    lambda sharding: batches.eval_batches(eval_batches),
+    lambda seed, sharding: batches.TrainBatches(
+      train_batches, num_samples, size, check
+    ),
+    _evaluation_data(setup, eval_batches, evaluated),
   )
+
+
+def _evaluation_data(setup, eval_batches, evaluated):
+  check = batches.alike('eval_batches', evaluated, setup.task.check)
+  return lambda sharding: batches.eval_batches(eval_batches, check)
 
 
 def evaluate(
@@ -208,7 +218,7 @@ def evaluate(
   eval_batches: batches.Source,
   workdir: os.PathLike | str,
   *,
-  formats: str | Assignment | None = None,
+  formats: os.PathLike | str | Mapping[str, Any] | None = None,
   loss: Score | None = None,
   quality: Score | None = None,
   metrics: Callable[[Any, Batch], Metrics] | None = None,
@@ -220,7 +230,8 @@ def evaluate(
     model: as in `search`, as `eval_batches`, `loss`, `quality`, `metrics`, `inputs`.
     eval_batches: each example once.
     workdir: of the search, or where its result was saved.
-    formats: a format for all layers, or an assignment such as `SearchResult.formats`;
+    formats: a format for all layers, the path of a file of formats or of a result, or
+      an assignment such as `SearchResult.formats` or `{'head': 'int8', '.*': 'int4'}`;
       None takes what was found.
     loss: as in `search`.
     quality: as in `search`.
@@ -233,20 +244,25 @@ def evaluate(
   folder = epath.Path(workdir)
   problems = Problems()
   config = problems.attempt(workdir_lib.read_config, folder)
-  if formats is None:
-    path = folder / result_lib.RESULT_FILE
-    result = problems.attempt(result_lib.read_result, path)
-    formats = result and result['formats']
+  formats = problems.attempt(_evaluated_formats, formats, folder)
   problems.raise_any()
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   task = user_task.make_task(model, loss, quality, metrics, inputs)
   network, _ = _network(config, model, task, loss is None, first, first)
   setup = setup_lib.build(config, jax.device_count(), formats, network)
-  setup = setup._replace(
-    data=Data(None, lambda sharding: batches.eval_batches(eval_batches))
-  )
+  setup = setup._replace(data=Data(None, _evaluation_data(setup, eval_batches, first)))
   state, mesh = evaluation.restored_state(setup, folder)
   return evaluation.make_evaluate(setup, mesh)(state, np.zeros(0, np.int32))
+
+
+def _evaluated_formats(formats, folder):
+  """Returns the given formats, one name or by layer, or those that were found."""
+  if formats is None:
+    return result_lib.read_result(folder / result_lib.RESULT_FILE)['formats']
+  if isinstance(formats, str | os.PathLike):
+    return files.read_formats(os.fspath(formats))
+  given = dict(formats) if isinstance(formats, Mapping) else formats
+  return assignments.parse(given, 'formats')
 
 
 def _network(
@@ -259,13 +275,10 @@ def _network(
 ) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
   searchable = make_searchable(model, **config.quantizer.to_dict())
-  user_task.check(searchable, task, default_loss, first, evaluated)
+  task = user_task.check(searchable, task, default_loss, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
-  example = task.arguments(one, False)
-  example = example._replace(
-    args=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example.args)
-  )
-  coverage = searchable.coverage(*example.args, **example.kwargs)
+  called = _with_shapes(task.arguments(one, False))
+  coverage = searchable.coverage(*called.args, **called.kwargs)
   name = type(model).__name__
   if not coverage.layers:
     reasons = (
@@ -277,7 +290,13 @@ def _network(
       f'the architecture of {name} is left open: fliqs_jax.search decides formats '
       'alone, python -m fliqs_jax.main the architecture too'
     )
+  example = _with_shapes(user_task.initial_arguments(searchable, task, one))
   return Network(searchable, example, coverage.layers, task), coverage
+
+
+def _with_shapes(arguments):
+  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+  return arguments._replace(args=jax.tree.map(shape, arguments.args))
 
 
 def _final_variables(setup, folder, formats):

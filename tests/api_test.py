@@ -1,6 +1,7 @@
 """The Python interface: the README's example, a sequence model, and wrong input."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -9,7 +10,10 @@ import pathlib
 import re
 
 from conftest import ROOT
+from etils import epath
+import flax
 from flax import linen as nn
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +27,9 @@ from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
 from fliqs_jax.reporting.page import write_report
-from fliqs_jax.runs import pretrained
+from fliqs_jax.runs import checkpoints, pretrained
 from fliqs_jax.runs import result as results
-from fliqs_jax.training import train_state, user_task
+from fliqs_jax.training import classification, train_state, user_task
 
 LENGTH, SYMBOLS = 8, 5
 
@@ -196,10 +200,18 @@ def test_evaluation_of_a_saved_search(searched, tmp_path):
   result.save(tmp_path / 'saved')
   (tmp_path / 'made').mkdir()
   assert (tmp_path / 'saved').stat().st_mode == (tmp_path / 'made').stat().st_mode
-  own = fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'saved', **TASK)
+  path = str(tmp_path / 'saved' / results.RESULT_FILE)
+  own = fliqs_jax.evaluate(
+    Sequence(), evaluation, tmp_path / 'saved', formats=path, **TASK
+  )
   assert own['loss'] == pytest.approx(result.eval['loss'], rel=1e-5)
   with pytest.raises(ConfigError, match='holds no run'):
     fliqs_jax.evaluate(Sequence(), evaluation, tmp_path / 'nothing', **TASK)
+  unknown = {'.*': 'int9'}
+  with pytest.raises(ConfigError, match=r"layer \"\.\*\": unknown format 'int9'"):
+    fliqs_jax.evaluate(
+      Sequence(), evaluation, tmp_path / 'saved', formats=unknown, **TASK
+    )
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
@@ -244,6 +256,50 @@ class Sowing(nn.Module):
     return x
 
 
+def call(code, name='Called'):
+  """A network whose call is given as text, with a dense layer and dropout to use."""
+
+  class Called(nn.Module):
+    @nn.compact
+    def run(self, x, train):
+      return nn.Dropout(0.5, deterministic=not train)(nn.Dense(SYMBOLS)(x))
+
+  scope = {}
+  exec(f'def __call__(self, {code}', scope)
+  return type(name, (Called,), scope)()
+
+
+VECTORS = [{'image': np.ones((4, 3), np.float32), 'label': np.zeros(4, int)}]
+CLASSES = {'train': VECTORS, 'evaluation': VECTORS, 'loss': None, 'inputs': 'image'}
+
+
+def one_hot(*classes):
+  """Labels of the batch of vectors as one-hot rows of integers."""
+  label = np.eye(SYMBOLS, dtype=int)[list(classes)]
+  return CLASSES | {'train': [VECTORS[0] | {'label': label}]}
+
+
+class Complex(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(SYMBOLS, param_dtype=jnp.complex64, name='wave')(x).real
+
+
+class Slash(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(SYMBOLS, name='a/b')(x)
+
+
+class Growing(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    count = self.variable('counts', 'calls', jnp.zeros, (), jnp.int32)
+    if self.is_mutable_collection('counts'):
+      count.value = count.value + (0 if self.is_initializing() else 0.5)
+    return nn.Dense(SYMBOLS)(x)
+
+
 class Loop(nn.Module):
   @nn.compact
   def __call__(self, tokens):
@@ -274,12 +330,55 @@ class Loop(nn.Module):
     ({'loss': lambda logits, batch: (logits, {})}, r'has shape \(\(16, 7, 5\), {}\)'),
     ({'train': [{'tokens': np.zeros((4, 2)), 'x': np.zeros(3)}]}, 'along the first'),
     ({'inputs': 'token'}, "fed from 'token', .* the nearest is 'tokens'"),
-    ({'model': NoLayers()}, 'no layer of NoLayers can be searched\nEmbed_0: nn.Embed'),
+    ({'model': NoLayers()}, 'no layer of NoLayers can be searched\nEmbed_0: it is in '),
     ({'model': Sowing()}, "its collection 'losses'"),
     ({'model': Loop()}, 'layer loop runs in a loop of unknown length'),
     ({'variables': {'head': {}}}, "expected {'params': ...}, found head"),
     ({'variables': {'params': {}}, 'init_from': 'x'}, 'expected one of them'),
     ({'loss': lambda logits, batch: logits.T}, r'loss has shape \(5, 7, 16\)'),
+    # Batches
+    ({'train': 5}, 'train_batches=5: expected a list of batches'),
+    ({'evaluation': 'abc'}, "eval_batches='abc': expected a list of batches"),
+    ({'train': object()}, 'train_batches=<object .*: expected a list of batches'),
+    ({'train': VECTORS[0]}, 'train_batches is one dict of image, label: expected a l'),
+    ({'evaluation': VECTORS[0]}, 'eval_batches is one dict of image, label: expected'),
+    ({'train': np.ones((4, 3))}, r'train_batches is one array \(4, 3\): expected a l'),
+    ({'train': lambda path: []}, "train_batches is a function with missing .* 'path'"),
+    ({'train': lambda: 5}, r'train_batches\(\)=5: expected a list of batches'),
+    ({'train': lambda: VECTORS[0]}, r'train_batches\(\) is one dict of image, label'),
+    ({'inputs': 5}, 'inputs=5: expected the name of an entry of a batch'),
+    # Labels
+    (one_hot(0, 1, 2, 3) | {'train': [VECTORS[0] | {'label': np.ones((4, 5), int)}],
+      'model': call('x): return self.run(x, False)')},
+     'holds 1, 1, 1, 1, 1: expected probabilities of the 5 classes, which sum to 1'),
+    (CLASSES | {'train': [VECTORS[0] | {'label': np.full(4, 0.5)}],
+      'model': call('x): return self.run(x, False)')}, 'holds 0.5: expected classes f'),
+    (CLASSES | {'train': [VECTORS[0] | {'label': np.zeros((4, 1))}],
+      'model': call('x): return self.run(x, False)')}, r'\(4, 5\) and \(4, 1\): exp'),
+    # Values of the user's functions
+    ({'metrics': lambda logits, batch: 5}, 'metrics returns 5: expected a dict of val'),
+    ({'metrics': lambda logits, batch: {1: 1.0}}, 'metrics returns {1: 1.0}: expected'),
+    ({'metrics': lambda logits, batch: {'policy': 1.0}}, "metrics returns 'policy',"),
+    ({'metrics': lambda logits, batch: {'a': 1j}}, 'a is complex: expected real numb'),
+    ({'metrics': lambda logits, batch: {'a': [1.0]}}, r'a has shape \[\(\)\] for a b'),
+    # Calls
+    (CLASSES | {'model': call('x, mode): return self.run(x, mode == "train")')},
+     r"the call of Called, Called\(self, x, mode\), does not fit .* argument: 'mode'"),
+    (CLASSES | {'model': call('x, *, mode): return self.run(x, mode)')}, "'mode'"),
+    (CLASSES | {'model': call('x, y): return self.run(x, True)')}, "argument: 'y'"),
+    (CLASSES | {'model': call('): return self.run(x, True)')}, 'too many positional'),
+    (CLASSES | {'model': call('x, is_train=True): return self.run(x, is_train)')},
+     'cannot be called in evaluation, without rngs .*flags train, training, is_training'
+     ', deterministic, .* or else inputs=.*args, kwargs'),
+    (CLASSES | {'model': call('x): return self.run(x, False)'),
+      'inputs': lambda batch: (batch['image'], 'mode')}, "inputs gives 'mode' as"),
+    (CLASSES | {'model': call('x): return {"logits": self.run(x, False)}')},
+     "found {'logits': \\(4, 5\\)} and \\(4,\\): expected loss="),
+    # Networks
+    (CLASSES | {'model': Complex()}, 'can be searched\nwave: it computes with complex'),
+    (CLASSES | {'model': Slash()}, "a module named 'a/b': expected a name without"),
+    (CLASSES | {'model': Growing()}, "changes the shape or the dtype of .* 'counts'"),
+    ({'variables': {'params': 5}}, r"params/ has shape|params/ \(\) is unknown"),
     ({'variables': {'params': {'head': {'kernel': np.zeros((8, 4))}}}},
      r'params/head/kernel has shape \(8, 4\): expected shape \(8, 5\)'),
   ],
@@ -291,7 +390,170 @@ def test_wrong_input_is_named(arguments, expected, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@dataclasses.dataclass
+class Output:
+  """What a network returns that JAX does not know as a tree."""
+
+  logits: jax.Array
+
+
+class Boxed(nn.Module):
+  """A network with an argument by name, boxed parameters, and an output of its own."""
+
+  @nn.compact
+  def __call__(self, x, *, scale, is_train):
+    x = nn.Dropout(0.1, deterministic=not is_train)(x * scale[:, None])
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, 'model'))
+    side = x @ self.param('side', init, (3, SYMBOLS))
+    return Output(side + nn.Dense(SYMBOLS, kernel_init=init, name='head')(x))
+
+
+def test_arguments_by_name_boxes_frozen_dicts_and_outputs_of_the_users(tmp_path):
+  def inputs(batch, train):
+    return (batch['image'],), {'scale': batch['scale'], 'is_train': train}
+
+  def own_loss(output, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      output.logits, batch['label']
+    )
+
+  batch = VECTORS[0] | {'scale': np.full(4, 2.0, np.float32)}
+  kernel = np.random.default_rng(0).normal(size=(3, SYMBOLS)).astype(np.float32)
+  params = {
+    'side': -kernel,
+    'head': {'kernel': kernel, 'bias': np.zeros(SYMBOLS, np.float32)},
+  }
+  result = fliqs_jax.search(
+    Boxed(), [batch], [batch], loss=own_loss, inputs=inputs,
+    metrics=lambda output, batch: {'answer': 42},
+    variables=flax.core.freeze({'params': params}), workdir=tmp_path / 'run',
+    num_steps=2, num_samples=1, learning_rate=1e-9, strategy='uniform', **FIELDS,
+  )  # fmt: skip
+  assert result.eval['answer'] == 42
+  assert set(result.formats) == {'side', 'head'}
+  # With so small a learning rate the weights are those that were given.
+  np.testing.assert_allclose(result.variables['params']['head']['kernel'], kernel, 1e-5)
+  output = result.model.apply(
+    result.variables, batch['image'], scale=batch['scale'], is_train=False
+  )
+  expected = own_loss(output, batch).mean()
+  assert result.eval['loss'] == pytest.approx(float(expected), rel=1e-5)
+
+
+class TwoHeads(nn.Module):
+  """A head that is there in training alone, and one in evaluation alone, maybe."""
+
+  odd: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    if train:
+      x = x + nn.Dense(3, name='second')(x)
+    elif self.odd:
+      x = nn.Dense(3, name='odd')(x)
+    return nn.Dense(SYMBOLS, name='head')(x)
+
+
+def test_a_network_starts_with_all_of_its_parameters():
+  check = lambda model: api._network(
+    fliqs_jax.default_config(), model, user_task.make_task(model), True, *2 * VECTORS
+  )
+  network, coverage = check(TwoHeads())
+  assert network.example.kwargs == {'train': True}
+  variables = jax.eval_shape(
+    functools.partial(network.model.init, **network.example.kwargs),
+    jax.random.key(0), *network.example.args,
+  )  # fmt: skip
+  assert set(variables['params']) == {'second', 'head'}
+  # Costs are those of inference.
+  assert [layer.path for layer in coverage.layers] == ['head']
+  with pytest.raises(ConfigError, match=r"\['odd'\]\['bias'\] is there in evalu"):
+    check(TwoHeads(odd=True))
+
+
+def test_integer_one_hot_labels_are_probabilities():
+  logits = np.random.default_rng(0).normal(size=(SYMBOLS, SYMBOLS)).astype(np.float32)
+  classes = np.arange(SYMBOLS)[::-1]
+  rows = np.eye(SYMBOLS, dtype=np.int32)[classes]  # as many as there are classes
+  for function in (classification.cross_entropy, classification.is_correct):
+    np.testing.assert_array_equal(function(logits, rows), function(logits, classes))
+
+
+@pytest.mark.parametrize('flag', [None, 'read_only'])
+def test_checkpoints_open_without_warnings(searched, flag, capfd):
+  result, _ = searched
+  with checkpoints.Checkpoints(epath.Path(result.workdir), bool(flag)) as opened:
+    assert opened.latest_step() == 10
+  assert 'read' not in capfd.readouterr().err
+
+
 # Batches
+
+
+def test_every_batch_is_checked():
+  def check(batch):
+    if problem := classification.label_problem(batch['label'], (4, SYMBOLS)):
+      raise ConfigError(problem)
+
+  first = batches.to_arrays(VECTORS[0], 'train_batches')
+  stray = {
+    'holds -1: expected classes from 0 to 4': {'label': np.array([0, 1, -1, 2])},
+    r"in \['image'\] where the first one has float32\[B, 3\]": {
+      'image': np.ones((4, 2))
+    },
+    r"has nothing in \['label'\]": {'label': None},
+    r"has int32\[B\] in \['more'\] where the first one has nothing": {
+      'more': np.zeros(4, int)
+    },
+    'holds <U1: expected numbers': {'label': np.array(list('abcd'))},
+  }
+  for expected, changed in stray.items():
+    changed = {k: v for k, v in (VECTORS[0] | changed).items() if v is not None}
+    for name, make in (
+      ('train_batches', lambda *args: batches.TrainBatches(args[0], 2, 4, args[1])),
+      ('eval_batches', batches.eval_batches),
+    ):
+      taken = make([VECTORS[0], changed], batches.alike(name, first, check))
+      next(taken)
+      with pytest.raises(ConfigError, match=f'^{name}: .*{expected}'):
+        next(taken)
+
+
+class Rows(grain.MapDataset):
+  """A dataset of Grain's, of batches that are numbered."""
+
+  def __len__(self):
+    return 6
+
+  def __getitem__(self, index):
+    return {'x': np.full(4, index)}
+
+
+def test_iterators_of_grain_keep_their_position_in_json():
+  loader = grain.DataLoader(
+    data_source=Rows(),
+    sampler=grain.samplers.SequentialSampler(6, grain.sharding.NoSharding()),
+  )
+  for source in (lambda: iter(loader), lambda: iter(Rows())):
+    _, again = batches.first_batch(source(), 'train_batches')
+    stream = batches.TrainBatches(again, 1, 4)
+    taken = [next(stream)['x'][0, 0] for _ in range(3)]
+    assert taken == [0, 1, 2]
+    position = json.loads(json.dumps(stream.get_state()))
+    resumed = batches.TrainBatches(source(), 1, 4)
+    resumed.set_state(position)
+    assert next(resumed)['x'][0, 0] == 3
+
+
+def test_a_position_that_no_checkpoint_can_keep_is_refused_at_once():
+  class Stream(list):
+    def __iter__(self):
+      return self
+
+    __next__ = get_state = set_state = object
+
+  with pytest.raises(ConfigError, match=r'^train_batches: the get_state\(\) of '):
+    batches.first_batch(Stream(), 'train_batches')
 
 
 def test_a_list_starts_over_and_a_generator_ends():
@@ -335,7 +597,7 @@ def test_the_flag_of_training_has_many_names(flag, value):
   exec(f'def call(self, x, {flag}=None): return x', scope)
   model = type('Model', (nn.Module,), {'__call__': scope['call']})()
   arguments = user_task.make_task(model).arguments
-  batch = {'image': 1}
+  batch = {'image': np.float32(1)}
   assert arguments(batch, True) == ((1,), {flag: value})
   assert arguments(batch, False) == ((1,), {flag: not value})
 

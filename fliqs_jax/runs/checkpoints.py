@@ -43,7 +43,7 @@ class Checkpoints:
   def __init__(self, workdir: epath.Path, read_only: bool = False):
     self._folder = workdir.absolute() / FOLDER
     self._read_only = read_only
-    with self._failures_named():
+    with self._failures_named(), _without_warnings():
       self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
@@ -165,6 +165,18 @@ class Checkpoints:
         f'cannot write a checkpoint {where}; the ones before are as they were: make '
         'room, and start the run again'
       ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings():
+  """Orbax warns of what follows from `read_only`, on the user's terminal."""
+  logger = logging.getLogger('absl')
+  is_error = lambda record: record.levelno >= logging.ERROR
+  logger.addFilter(is_error)
+  try:
+    yield
+  finally:
+    logger.removeFilter(is_error)
 
 
 def _reason(error):

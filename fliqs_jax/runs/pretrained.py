@@ -5,7 +5,6 @@ import functools
 
 from etils import epath
 from flax import linen as nn
-from flax import traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,6 +16,7 @@ from fliqs_jax.training.train_state import (
   Arguments,
   TrainState,
   Variables,
+  plain,
 )
 
 _USED = ('params', BATCH_STATS)
@@ -106,8 +106,10 @@ def check(model: nn.Module, example: Arguments, given: Variables) -> None:
 
 
 def _shapes(tree):
-  leaves = traverse_util.flatten_dict(nn.unbox(dict(tree)), sep='/')
-  return {path: np.shape(leaf) for path, leaf in leaves.items()}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.shape(leaf)
+    for path, leaf in jax.tree.leaves_with_path(plain(tree))
+  }
 
 
 def start_from(state: TrainState, given: Variables) -> TrainState:
@@ -118,7 +120,7 @@ def start_from(state: TrainState, given: Variables) -> TrainState:
 
   return state.replace(
     **{
-      name: jax.tree.map(replaced, getattr(state, name), given[name])
+      name: jax.tree.map(replaced, getattr(state, name), plain(given[name]))
       for name in _USED
       if name in given
     }

@@ -58,17 +58,22 @@ def _gradients(state, task, formats, batch, key):
     loss = jnp.mean(task.loss(outputs, batch))
     for output in auxiliary:
       loss += task.auxiliary_weight * jnp.mean(task.loss(output, batch))
-    return loss, (stats, outputs)
+    # Here, since outputs may be of a class of the user's that JAX cannot return.
+    outputs = jax.tree.map(_without_gradient, outputs)
+    metrics = {
+      'quality': jnp.mean(task.quality(outputs, batch)),
+      **jax.tree.map(jnp.mean, task.metrics(outputs, batch)),
+    }
+    return loss, (stats, metrics)
 
-  (loss, (stats, outputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+  (loss, (stats, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
     state.params
   )
-  metrics = {
-    'loss': loss,
-    'quality': jnp.mean(task.quality(outputs, batch)),
-    **jax.tree.map(jnp.mean, task.metrics(outputs, batch)),
-  }
-  return gradients, stats, metrics
+  return gradients, stats, {'loss': loss, **metrics}
+
+
+def _without_gradient(leaf):
+  return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
 def _mean_over_samples(function, mesh, shared, *per_sample):
@@ -418,6 +423,7 @@ def make_eval_step(
 
 
 def _sum_over_examples(name, values, mask, size):
+  values = jnp.asarray(values)  # which a user's function may give as a number
   if problem := score_problem(name, values.shape, size, mean=mask is None):
     raise ConfigError(problem)
   if values.ndim == 0:

@@ -23,6 +23,11 @@ def unchanged(batch: Batch, key: jax.Array) -> Batch:
   return batch
 
 
+def accept(batch: Batch) -> None:
+  """Accepts any batch: the check of a task that knows nothing of its values."""
+  del batch
+
+
 class Task(NamedTuple):
   """The task that a network is trained for.
 
@@ -40,6 +45,7 @@ class Task(NamedTuple):
       `aux_logits` into the collection `intermediates`. Inception-v3's authors take 0.4
       (TF-slim).
     augment: (batch, key) -> the batch that a sample trains on; the key is consumed.
+    check: raises ConfigError where a batch, in numpy, holds what the task cannot use.
   """
 
   loss: Score
@@ -50,6 +56,7 @@ class Task(NamedTuple):
   mask: Callable[[Batch], jax.Array] | None = None
   auxiliary_weight: float = 0.4
   augment: Callable[[Batch, jax.Array], Batch] = unchanged
+  check: Callable[[Batch], None] = accept
 
 
 def score_problem(name: str, shape: Any, size: int, mean: bool = True) -> str | None:

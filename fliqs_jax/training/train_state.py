@@ -25,6 +25,20 @@ class Arguments(NamedTuple):
   kwargs: Mapping[str, Any]  # static: whether to train, by the name that it has there
 
 
+def plain(variables: Any) -> Any:
+  """Returns variables as nested dicts of arrays, without Flax's frozen dicts and boxes.
+
+  `nn.with_partitioning` puts arrays in boxes, which `apply` does not need.
+  """
+  return nn.unbox(_nested_dicts(variables))
+
+
+def _nested_dicts(tree):
+  if isinstance(tree, Mapping):
+    return {name: _nested_dicts(value) for name, value in tree.items()}
+  return tree
+
+
 class TrainState(train_state.TrainState):
   """Flax's train state (step, params, opt_state, and static apply_fn, tx), and more."""
 
@@ -64,7 +78,7 @@ def create_train_state(
   """
   init_key, run_key = jax.random.split(key)
   args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
-  variables = dict(model.init(init_key, *args, **example.kwargs))
+  variables = plain(model.init(init_key, *args, **example.kwargs))
   state = TrainState.create(
     apply_fn=model.apply,
     params=variables.pop('params'),

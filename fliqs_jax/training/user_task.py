@@ -1,23 +1,36 @@
 """A user's own task: what feeds the network, and what its outputs are worth."""
 
 from collections.abc import Callable, Mapping
+import contextlib
+import functools
 import inspect
 from typing import Any
 
+from flax import errors as flax_errors
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fliqs_jax.errors import ConfigError, not_among
-from fliqs_jax.training.classification import classification, mean_loss
+from fliqs_jax.training.classification import classification, label_problem, mean_loss
 from fliqs_jax.training.task import Batch, Metrics, Score, Task, score_problem
-from fliqs_jax.training.train_state import Arguments
+from fliqs_jax.training.train_state import Arguments, plain
 
 # How networks name the flag of their call that tells training, and its value then.
 _TRAIN_FLAGS = {
   'train': True, 'training': True, 'is_training': True, 'deterministic': False
 }  # fmt: skip
+_HOW_TO_CALL = (
+  f'expected a network with one of the flags {", ".join(_TRAIN_FLAGS)}, which tell it '
+  'training from evaluation, or else inputs=..., a function (batch) or (batch, train) '
+  'that returns all arguments: an array, a tuple, or a pair (args, kwargs)'
+)
+# Names in a history or an evaluation that a user's metric cannot have.
+_TAKEN_NAMES = (
+  'step', 'policy', 'loss', 'quality', 'num_examples', 'reward', 'cost', 'cost_ratio',
+  'gradient_norm', 'learning_rate', 'sample_loss', 'choices', 'skipped_in_a_row',
+  'skipped_steps', 'entropy', 'entropy_weight', 'baseline', 'temperature', 'budget',
+)  # fmt: skip
 
 
 def make_task(
@@ -38,7 +51,8 @@ def make_task(
     quality: what the search rewards, in the same form; by default minus the loss.
     metrics: what else is logged and evaluated, a dict of such values.
     inputs: the entry of a batch that the network is called with, or a function from a
-      batch to its argument or to the tuple of its arguments.
+      batch, or from (batch, train), to its argument, the tuple of its arguments, or a
+      pair (args, kwargs), a tuple and a dict. What it gives wins over the flag.
   """
   classifier = classification()
   task = classifier._replace(
@@ -56,7 +70,7 @@ def make_task(
       }
 
     return task._replace(
-      metrics=metrics or _no_metrics, evaluation=_together(scores, metrics)
+      metrics=_together(_no_metrics, metrics), evaluation=_together(scores, metrics)
     )
   return task._replace(
     metrics=_together(classifier.metrics, metrics),
@@ -73,7 +87,21 @@ def _together(own, more):
   """Returns the function to the values of two."""
   if more is None:
     return own
-  return lambda outputs, batch: {**own(outputs, batch), **more(outputs, batch)}
+
+  def together(outputs, batch):
+    values, added = own(outputs, batch), more(outputs, batch)
+    if not isinstance(added, Mapping) or not all(isinstance(n, str) for n in added):
+      raise ConfigError(
+        f'metrics returns {added!r}: expected a dict of values by their names'
+      )
+    if taken := [name for name in added if name in (*values, *_TAKEN_NAMES)]:
+      raise ConfigError(
+        f'metrics returns {", ".join(map(repr, taken))}, which a run records itself: '
+        'expected other names'
+      )
+    return {**values, **added}
+
+  return together
 
 
 def _default_loss(logits, batch):
@@ -90,7 +118,14 @@ def _default_loss(logits, batch):
 
 
 def _shapes(tree):
-  return jax.tree.map(jnp.shape, tree)
+  """Returns the shapes in a tree, and of what has none the name of its class."""
+
+  def shape(leaf):
+    if hasattr(leaf, 'shape') or isinstance(leaf, int | float | complex):
+      return jnp.shape(leaf)
+    return type(leaf).__name__
+
+  return jax.tree.map(shape, tree)
 
 
 def _minus(loss):
@@ -99,17 +134,57 @@ def _minus(loss):
 
 def _arguments(model, inputs):
   """Returns the function from (batch, train) to what the network is called with."""
-  taken = inspect.signature(type(model).__call__).parameters
-  flags = {name: value for name, value in _TRAIN_FLAGS.items() if name in taken}
+  module = getattr(model, 'model', model)  # of a searchable one
+  call = inspect.signature(type(module).__call__)
+  give = _giver(inputs)
 
   def arguments(batch: Batch, train: bool) -> Arguments:
-    args = _entry(batch, inputs) if isinstance(inputs, str) else inputs(batch)
-    return Arguments(
-      args if isinstance(args, tuple) else (args,),
-      {name: value == train for name, value in flags.items()},
-    )
+    args, kwargs = give(batch, train)
+    for leaf in jax.tree.leaves(args):
+      if not hasattr(leaf, 'shape'):
+        raise ConfigError(
+          f'inputs gives {leaf!r} as an argument: expected arrays; all else is given '
+          'by its name, in the second of a pair (args, kwargs)'
+        )
+    try:
+      given = call.bind_partial(module, *args, **kwargs).arguments
+      flags = {
+        name: value == train
+        for name, value in _TRAIN_FLAGS.items()
+        if name in call.parameters and name not in given
+      }
+      call.bind(module, *args, **kwargs, **flags)
+    except TypeError as error:
+      name = type(module).__name__
+      raise ConfigError(
+        f'the call of {name}, {name}{call}, does not fit its arguments ({error}): '
+        f'{_HOW_TO_CALL}'
+      ) from None
+    return Arguments(args, {**kwargs, **flags})
 
   return arguments
+
+
+def _giver(inputs):
+  """Returns the function from (batch, train) to the pair (args, kwargs)."""
+
+  def pair(given):
+    if isinstance(given, tuple) and [*map(type, given)] == [tuple, dict]:
+      return given
+    return (given if isinstance(given, tuple) else (given,)), {}
+
+  if isinstance(inputs, str):
+    return lambda batch, train: pair(_entry(batch, inputs))
+  if not callable(inputs):
+    raise ConfigError(
+      f'inputs={inputs!r}: expected the name of an entry of a batch, or a function of '
+      '(batch) or (batch, train)'
+    )
+  try:
+    inspect.signature(inputs).bind(None, None)
+  except (TypeError, ValueError):  # one argument, or a builtin's unknown ones
+    return lambda batch, train: pair(inputs(batch))
+  return lambda batch, train: pair(inputs(batch, train))
 
 
 def _entry(batch, name):
@@ -128,7 +203,7 @@ def _entry(batch, name):
 
 def check(
   model: nn.Module, task: Task, default_loss: bool, batch: Batch, evaluated: Batch
-) -> None:
+) -> Task:
   """Checks, by tracing, that a network and its task fit batches `[B, ...]`.
 
   Args:
@@ -138,61 +213,121 @@ def check(
     batch: for training.
     evaluated: for the evaluation; of another size, maybe.
 
+  Returns:
+    The task, which checks the labels of any other batch by itself.
+
   Raises:
     ConfigError: where they return what a search cannot use.
   """
-
   def forward(batch, evaluated):
-    example = task.arguments(batch, False)
-    variables = model.init(jax.random.key(0), *example.args, **example.kwargs)
-    call = task.arguments(batch, True)
-    collections = [name for name in variables if name != 'params']
-    key = jax.random.key(0)
-    outputs, updated = model.apply(
-      variables,
-      *call.args,
-      mutable=collections,
-      rngs={'params': key, 'dropout': key},
-      **call.kwargs,
-    )
-    values = {
-      'loss': task.loss(outputs, batch),
-      'quality': task.quality(outputs, batch),
-      **task.metrics(outputs, batch),
-    }
-    call = task.arguments(evaluated, False)
-    outputs = model.apply(variables, *call.args, **call.kwargs)
-    found = values, task.evaluation(outputs, evaluated)
-    logits = outputs if default_loss else None
-    return found, logits, {name: variables[name] for name in collections}, updated
+    *found, outputs = _forward(model, task, batch, evaluated)
+    # Others may be of a class of the user's that JAX cannot return.
+    return *found, outputs if default_loss else None
 
-  found, logits, before, after = jax.eval_shape(forward, batch, evaluated)
+  found, before, after, logits = jax.eval_shape(forward, batch, evaluated)
   problems = []
-  if logits is not None:
-    problems += _label_problems(logits.shape[-1], batch['label'], evaluated['label'])
+  if default_loss:
+    task = task._replace(check=_label_check(logits.shape))
+    for given in (batch, evaluated):
+      try:
+        task.check(given)
+      except ConfigError as error:
+        problems += error.problems
   for values, given in zip(found, (batch, evaluated)):
     size = jax.tree.leaves(given)[0].shape[0]
     for name, value in values.items():
       problem = score_problem(name, _shapes(value), size)
+      if not problem and jnp.issubdtype(value.dtype, jnp.complexfloating):
+        problem = f'{name} is complex: expected real numbers'
       problems += [problem] if problem else []
-  shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+  kinds = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
   problems += [
-    f'the network changes the shape of its collection {name!r} as it is called: '
-    'expected the shapes that `init` makes; what is sown belongs in `intermediates`'
+    f'the network changes the shape or the dtype of its collection {name!r} as it is '
+    'called: expected those that `init` makes; what is sown belongs in `intermediates`'
     for name in before
-    if shapes(before[name]) != shapes(after.get(name))
+    if kinds(before[name]) != kinds(after.get(name))
   ]
   if problems:
     raise ConfigError(*dict.fromkeys(problems))
+  return task
 
 
-def _label_problems(num_classes, *labels):
-  """Says where integer labels are none of the classes, which the loss passes over."""
-  return [
-    f"batch['label'] holds {label}: expected classes from 0 to {num_classes - 1}, as "
-    f'the network has {num_classes} outputs'
-    for given in labels
-    if np.issubdtype(given.dtype, np.integer)
-    for label in (given.min(), given.max())
-    if not 0 <= label < num_classes
-  ]
+def initial_arguments(model: nn.Module, task: Task, batch: Batch) -> Arguments:
+  """Returns what a network is called with for all of its parameters.
+
+  That is a call as in evaluation, or as in training where that has more parameters, as
+  those of a second head.
+
+  Args:
+    model: the searchable network.
+    task: from `make_task`.
+    batch: of any size.
+
+  Raises:
+    ConfigError: where both lack parameters of the other.
+  """
+  calls = [task.arguments(batch, train) for train in (False, True)]
+  if not calls[0].kwargs:
+    return calls[0]  # the same for both
+  names = []
+  for call in calls:
+    init = functools.partial(model.init, jax.random.key(0), *call.args, **call.kwargs)
+    leaves = jax.tree.leaves_with_path(plain(jax.eval_shape(init))['params'])
+    names.append({jax.tree_util.keystr(path) for path, _ in leaves})
+  if names[1] <= names[0]:
+    return calls[0]
+  if names[0] <= names[1]:
+    return calls[1]
+  raise ConfigError(
+    f'parameter {min(names[0] - names[1])} is there in evaluation alone, and '
+    f'{min(names[1] - names[0])} in training alone: expected a network that has all of '
+    'its parameters in one of the two'
+  )
+
+
+def _forward(model, task, batch, evaluated):
+  """Returns the scores of both batches, the collections before and after, outputs."""
+  example = initial_arguments(model, task, batch)
+  variables = plain(model.init(jax.random.key(0), *example.args, **example.kwargs))
+  call = task.arguments(batch, True)
+  collections = [name for name in variables if name != 'params']
+  key = jax.random.key(0)
+  outputs, updated = model.apply(
+    variables,
+    *call.args,
+    mutable=collections,
+    rngs={'params': key, 'dropout': key},
+    **call.kwargs,
+  )
+  scores = {
+    'loss': task.loss(outputs, batch),
+    'quality': task.quality(outputs, batch),
+    **task.metrics(outputs, batch),
+  }
+  call = task.arguments(evaluated, False)
+  with _call_named('evaluation'):
+    outputs = model.apply(variables, *call.args, **call.kwargs)
+  found = scores, task.evaluation(outputs, evaluated)
+  before = {name: variables[name] for name in collections}
+  return found, before, plain(updated), outputs
+
+
+@contextlib.contextmanager
+def _call_named(what):
+  """Says what a network needs that treats a call as one in training."""
+  try:
+    yield
+  except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
+    reason = str(error).splitlines()[0].partition(' (https')[0]
+    raise ConfigError(
+      f'the network cannot be called in {what}, without rngs and with all variables as '
+      f'they are ({reason}): {_HOW_TO_CALL}'
+    ) from None
+
+
+def _label_check(shape):
+  def check_labels(batch):
+    if problem := label_problem(batch['label'], shape):
+      raise ConfigError(problem)
+
+  return check_labels
