@@ -13,7 +13,6 @@ import sys
 import tempfile
 from typing import Any
 
-from etils import epath
 from flax import linen as nn
 import jax
 import ml_collections
@@ -98,7 +97,7 @@ class SearchResult:
     Raises:
       ConfigError: where the folder exists and is not empty, or cannot be written.
     """
-    folder = os.fspath(folder)
+    folder = str(files.to_path(folder))
     if os.path.isfile(folder) or (os.path.isdir(folder) and os.listdir(folder)):
       raise ConfigError(f'{folder!r} exists: expected a new or empty folder')
     try:
@@ -162,7 +161,7 @@ def search(
   network, coverage = _network(config, model, task, loss is None, first, evaluated)
   print(coverage, file=sys.stderr)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
-  folder = epath.Path(workdir or temporary.name)
+  folder = files.to_path(workdir or temporary.name)
   setup = _prepare(resolve(config), network, folder, variables)
   setup = setup._replace(
     data=_data(setup, train_batches, eval_batches, first, evaluated)
@@ -241,7 +240,7 @@ def evaluate(
   Raises:
     ConfigError: where the folder holds no such run.
   """
-  folder = epath.Path(workdir)
+  folder = files.to_path(workdir)
   problems = Problems()
   config = problems.attempt(workdir_lib.read_config, folder)
   formats = problems.attempt(_evaluated_formats, formats, folder)

@@ -8,7 +8,6 @@ SIGTERM or Ctrl-C with a checkpoint and status 75.
 """
 
 import logging
-import os
 
 from absl import flags
 import jax
@@ -40,7 +39,6 @@ def main(argv):
   distributed.initialize(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
   )
-  _cache_compilations(_CONFIG.value.compilation_cache)
   result = loop.run(_CONFIG.value, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
   if jax.process_index() == 0:
     terminal.print_result(result, _WORKDIR.value)
@@ -55,13 +53,6 @@ def _write_report():
     print(f'Report: {page.write_report([_WORKDIR.value])}')
   except Exception as error:  # the run is done, whatever a picture of it may lack
     _logger.warning('No report was written: %s: %s', type(error).__name__, error)
-
-
-def _cache_compilations(folder):
-  """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR does."""
-  if folder and not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import flax
 from flax import linen as nn
 import grain
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -225,6 +226,44 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
   with pytest.raises(FloatingPointError, match='ratio is nan over the 16 examples'):
     search(train, evaluation, metrics=nan_in_evaluation, workdir=tmp_path / 'run')
   assert not (tmp_path / 'run' / results.RESULT_FILE).exists()
+
+
+class Smallest(nn.Module):
+  """A network that takes next to no time to compile."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    return nn.Dense(SYMBOLS)(jax.nn.one_hot(tokens, SYMBOLS))
+
+
+@pytest.fixture
+def no_cache():
+  """As in the process of a user, who has not asked for a cache."""
+  names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update(names[0], None)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def test_a_home_folder_and_programs_are_found_by_a_tilde(
+  no_cache, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  jax.jit(jnp.sin)(1.0)  # the user's own program settles that there is no cache
+  result = search(
+    model=Smallest(), num_steps=2, strategy='uniform', workdir='~/run',
+    compilation_cache='~/programs',
+  )  # fmt: skip
+  assert result.workdir == str(tmp_path / 'run')
+  assert list((tmp_path / 'programs').glob('jit_*-cache'))
+  result.save('~/saved')
+  assert (tmp_path / 'saved' / results.RESULT_FILE).exists()
+  evaluated = fliqs_jax.evaluate(Smallest(), [*sequences([16])], '~/saved', **TASK)
+  assert evaluated['loss'] == pytest.approx(result.eval['loss'], rel=1e-5)
 
 
 # Wrong input

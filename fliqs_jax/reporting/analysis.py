@@ -16,7 +16,7 @@ from fliqs_jax.numerics.formats import get_format, parse_names
 from fliqs_jax.reporting import analysis_figures
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
-from fliqs_jax.runs import evaluation, loop
+from fliqs_jax.runs import evaluation, files, loop
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.quality import from_evaluation
@@ -46,7 +46,7 @@ def write_figures(
   Raises:
     ConfigError: where a workdir is unusable or the folder cannot be made.
   """
-  config, folder = resolve(config), epath.Path(folder)
+  config, folder = resolve(config), files.to_path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -76,7 +76,7 @@ def _make(name, config, folder, given) -> tuple[Any, Figure]:
   searched = given or [
     workdir
     for weight in ENTROPY_WEIGHTS
-    if epath.Path(workdir := _entropy_workdir(folder, weight)).exists()
+    if (workdir := _entropy_workdir(folder, weight)).exists()
   ]
   if not searched:
     raise ConfigError('formats: expected finished searches, as --workdir=runs/digits')
@@ -97,10 +97,10 @@ def network_weights(
     ConfigError: where the workdir holds no checkpoint of this network.
   """
   if workdir:
-    check_model(config, epath.Path(workdir))
+    check_model(config, files.to_path(workdir))
   setup = setup_lib.build(config, jax.device_count(), 'float32')
   if workdir:
-    state, _ = evaluation.restored_state(setup, epath.Path(workdir))
+    state, _ = evaluation.restored_state(setup, files.to_path(workdir))
   else:
     state = evaluation.initial_state(setup, make_mesh(1), config.seed)
   params = traverse_util.flatten_dict(state.params, sep='/')
@@ -183,4 +183,4 @@ def formats_by_depth(found: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _entropy_workdir(folder, weight):
-  return str(folder / f'entropy_weight_{weight:g}')
+  return folder / f'entropy_weight_{weight:g}'

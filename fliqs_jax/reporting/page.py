@@ -24,6 +24,7 @@ from fliqs_jax.reporting import (
   training_figures,
 )
 from fliqs_jax.reporting.recorded_run import Run, read_run
+from fliqs_jax.runs import files
 
 REPORT_FILE = 'report.html'
 _TEMPLATE = 'report.html.jinja'
@@ -53,7 +54,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
       written; nothing is written then.
   """
   runs = [read_run(workdir) for workdir in workdirs]
-  path = epath.Path(out) if out else runs[0].workdir / REPORT_FILE
+  path = files.to_path(out) if out else runs[0].workdir / REPORT_FILE
   sections = [_section(run, runs) for run in runs]
   together = _comparison(runs) if len(runs) > 1 else None
   page = _template().render(sections=sections, comparison=together)

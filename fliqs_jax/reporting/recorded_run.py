@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import files
 from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.quality import Quality, from_evaluation
 from fliqs_jax.runs.result import RESULT_FILE, read_result
@@ -102,7 +103,7 @@ def read_run(workdir: str) -> Run:
   Raises:
     ConfigError: where the folder holds none, or a file in it is damaged; one line.
   """
-  folder = epath.Path(workdir)
+  folder = files.to_path(workdir)
   config = read_config(folder).to_dict()
   _check_fields(config, _CONFIG_FIELDS, folder / CONFIG_FILE)
   history = read_history(folder)

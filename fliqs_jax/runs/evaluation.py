@@ -11,7 +11,7 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, Problems
 from fliqs_jax.layers.architecture import searched
-from fliqs_jax.runs import files, network, supernet, workdir
+from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.preparation import attempt_build, configured_data
@@ -24,7 +24,12 @@ Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 
 
 def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-  """Returns the state before the first step, on all devices."""
+  """Returns the state before the first step, on all devices.
+
+  It is the first that any command or call compiles, whose programs are kept from here
+  on.
+  """
+  compilation.keep_programs(setup.config.compilation_cache)
 
   def init(key):
     return create_train_state(
@@ -100,7 +105,7 @@ def evaluate_checkpoint(
     RunError: where no checkpoint can be read.
     FloatingPointError: where a mean is not finite.
   """
-  source = epath.Path(config.checkpoint) if config.checkpoint else folder
+  source = files.to_path(config.checkpoint) if config.checkpoint else folder
   problems = Problems()
   formats = problems.attempt(_evaluated_formats, config, source)
   architecture = problems.attempt(_evaluated_architecture, config, source)

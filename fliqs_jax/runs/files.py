@@ -14,6 +14,11 @@ from fliqs_jax.search.assignments import Assignment
 _MAX_BYTES = 2**24
 
 
+def to_path(given: os.PathLike | str) -> epath.Path:
+  """Returns the path of a file or folder that a user names; `~` is the home folder."""
+  return epath.Path(given).expanduser()
+
+
 def read_formats(spec: str) -> str | Assignment:
   """Returns what `config.formats` names: a format for all layers, or a file's.
 
@@ -22,7 +27,7 @@ def read_formats(spec: str) -> str | Assignment:
   """
   if formats.is_format(spec):
     return spec
-  if not epath.Path(spec).exists() and os.sep not in spec and '.' not in spec:
+  if not to_path(spec).exists() and os.sep not in spec and '.' not in spec:
     formats.find_format(spec)  # names the nearest format
   content = read_json(spec)
   return assignments.parse(content.get('formats', content), spec)
@@ -36,7 +41,7 @@ def read_json(path: os.PathLike | str) -> dict[str, Any]:
   """
   given = str(path)
   try:
-    with epath.Path(path).open('rb') as file:
+    with to_path(path).open('rb') as file:
       content = file.read(_MAX_BYTES + 1)
   except OSError as error:
     reason = error.strerror or type(error).__name__
@@ -56,7 +61,7 @@ def read_latency_table(path: os.PathLike | str) -> latency.LatencyTable:
   """
   given = str(path)
   try:
-    text = epath.Path(path).read_text()
+    text = to_path(path).read_text()
   except OSError as error:
     raise ConfigError(
       f'cannot read the latency table {given!r}: {error.strerror or error}'

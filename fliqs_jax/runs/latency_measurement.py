@@ -12,7 +12,6 @@ import statistics
 import time
 from typing import Any
 
-from etils import epath
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from fliqs_jax.numerics.formats import (
   parse_names,
 )
 from fliqs_jax.numerics.products import LayerFormats
-from fliqs_jax.runs import network
+from fliqs_jax.runs import files, network
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.validation import validate
@@ -66,9 +65,10 @@ def write_latencies(
   problems = validate(config, 1)
   if problems:
     raise ConfigError(*problems)
-  _check_writable(epath.Path(path))
+  path = files.to_path(path)
+  _check_writable(path)
   content = measure(config, batch_size, repeats)
-  write_json(epath.Path(path), content)
+  write_json(path, content)
   return content
 
 

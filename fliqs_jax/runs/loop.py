@@ -13,7 +13,7 @@ import numpy as np
 from fliqs_jax.data.batches import BatchIterator
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.layers.layer import to_json
-from fliqs_jax.runs import evaluation, preparation, pretrained, workdir
+from fliqs_jax.runs import evaluation, files, preparation, pretrained, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.config import resolve
@@ -52,7 +52,7 @@ def run(
     FloatingPointError: where its numbers are not finite.
     Preempted: where SIGTERM or SIGINT stopped it; the same call resumes it.
   """
-  config, folder = resolve(config), epath.Path(folder)
+  config, folder = resolve(config), files.to_path(folder)
   if config.mode == 'eval':
     return evaluation.evaluate_checkpoint(config, folder)
   return train(preparation.prepare(config, folder, allow_config_change), folder)

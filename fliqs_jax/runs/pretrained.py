@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 import functools
 
-from etils import epath
 from flax import linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import checkpoints
+from fliqs_jax.runs import checkpoints, files
 from fliqs_jax.training.train_state import (
   BATCH_STATS,
   Arguments,
@@ -34,7 +33,7 @@ def read(path: str) -> Variables | None:
   """
   if not path:
     return None
-  folder = _find(epath.Path(path))
+  folder = _find(files.to_path(path))
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       item = checkpointer.metadata(folder).item_metadata

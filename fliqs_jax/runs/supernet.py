@@ -87,7 +87,7 @@ def _named_architecture(config):
   """Returns the named architecture, None where the config leaves it open."""
   if config.architecture:
     return _read(config.architecture)
-  if not config.formats or not epath.Path(config.formats).is_file():
+  if not config.formats or not files.to_path(config.formats).is_file():
     return None
   try:
     content = files.read_json(config.formats)

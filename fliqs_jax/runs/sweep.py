@@ -11,7 +11,7 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.numerics.formats import get_format, parse_names
-from fliqs_jax.runs import loop, preparation, quality
+from fliqs_jax.runs import files, loop, preparation, quality
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
@@ -50,7 +50,7 @@ def sweep(
     ConfigError: with all that is wrong, before the first run.
     Preempted: where SIGTERM or SIGINT stopped a run; the same call goes on.
   """
-  folder = epath.Path(folder)
+  folder = files.to_path(folder)
   runs = _prepare(config, folder, targets, widths)
   failed = []
   for count, (name, run) in enumerate(runs.items(), 1):
