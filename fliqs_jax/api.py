@@ -28,7 +28,7 @@ from fliqs_jax.runs import evaluation, files, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.config import OWN_BATCHES, default_config, resolve
+from fliqs_jax.runs.config import OWN_BATCHES, complete, default_config, resolve
 from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.setup import Data
 from fliqs_jax.search import assignments
@@ -245,6 +245,7 @@ def evaluate(
   config = problems.attempt(workdir_lib.read_config, folder)
   formats = problems.attempt(_evaluated_formats, formats, folder)
   problems.raise_any()
+  config = complete(config)
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   task = user_task.make_task(model, loss, quality, metrics, inputs)
   network, _ = _network(config, model, task, loss is None, first, first)

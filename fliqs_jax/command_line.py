@@ -14,6 +14,8 @@ import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.errors import ConfigError, Preempted, RunError, not_among
+from fliqs_jax.runs import again, files
+from fliqs_jax.runs.workdir import CONFIG_FILE
 
 # Flags that are defined here belong to the command, whose --help lists them.
 flags.disclaim_key_flags()
@@ -27,7 +29,10 @@ _INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 def define_config_flag() -> flags.FlagHolder:
   """Defines --config, a file with `get_config`, whose fields --config.x overrides."""
   return config_flags.DEFINE_config_file(
-    'config', None, 'Config file, with its variant: configs/resnet18.py:digits'
+    'config',
+    None,
+    'Config file, with its variant, configs/resnet18.py:digits; or the folder of a '
+    'run, to do it again.',
   )
 
 
@@ -81,6 +86,7 @@ def _log_to_stderr():
 
 
 def _parse(argv, required):
+  argv = with_run_folders(argv)
   try:
     rest = flags.FLAGS(argv)
     for name in required:
@@ -96,6 +102,17 @@ def _parse(argv, required):
     sys.exit(0)
   except Exception as error:  # a config file is code and raises what it likes
     _fail([_missing_file(argv) or _unknown_field(argv) or _one_line(error)])
+
+
+def with_run_folders(argv: Sequence[str]) -> list[str]:
+  """Returns arguments whose --config is a file, also where it was a run's folder."""
+  given = list(argv)
+  for index, argument in enumerate(given):
+    folder = argument.removeprefix('--config=')
+    if folder != argument and not folder.partition(':')[0].endswith('.py'):
+      if (files.to_path(folder) / CONFIG_FILE).exists():
+        given[index] = f'--config={again.__file__}:{folder}'
+  return given
 
 
 def _missing_file(argv):

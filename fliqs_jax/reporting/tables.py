@@ -145,12 +145,11 @@ def settings(config: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any
 
 
 def command(run: Run) -> str | None:
-  """Returns the command that does the run again, from the project's folder.
+  """Returns the command that does the run again, to be given in the run's folder.
 
   None where no command can, since the network and its data are a Python program's.
   """
   if run.made_in_python:
     return None
-  config = shlex.quote(f'--config=configs/again.py:{run.workdir.absolute()}')
-  workdir = shlex.quote(f'--workdir=runs/{run.label}_again')
-  return f'python -m fliqs_jax.main {config} {workdir}'
+  workdir = shlex.quote(f'--workdir=../{run.label}_again')
+  return f'python -m fliqs_jax.main --config=. {workdir}'

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import sys
 from typing import Any
 
-import ml_collections
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -12,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
-from fliqs_jax.runs import builders, network, quality
+from fliqs_jax.runs import quality
 from fliqs_jax.search import devices
 from fliqs_jax.search.quantities import counted_bits
-from fliqs_jax.search.space import OPERANDS, fixed_space
+from fliqs_jax.search.space import OPERANDS
 
 
 def make_console() -> Console:
@@ -89,8 +88,7 @@ def print_result(result: Mapping[str, Any], workdir: str) -> None:
   console.print(layer_table(layers, result['cost'], _confidence(result)))
   if result['architecture']:
     console.print(architecture_table(result['architecture'], result['policy']))
-  lines = *summary_lines(result), *_cap_lines(result), *_emulation_lines(result)
-  for line in lines:
+  for line in (*summary_lines(result), *_emulation_lines(result)):
     console.print(line, markup=False)
   console.print(f'Files: {workdir}', markup=False)
 
@@ -130,6 +128,11 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
   lines = [f'Cost: {cost:.6g} {unit} ({result["cost_model"]})']
   if result['target'] is not None:
     lines[0] += f', {cost / result["target"]:.4f} of the target {result["target"]:.6g}'
+  lines += [
+    f'Cap: {cap["cost"]:.6g} {cap["cost_unit"]} ({cap["cost_model"]}), '
+    f'{cap["cost"] / cap["limit"]:.4f} of the cap {cap["limit"]:.6g}'
+    for cap in result.get('caps', ())  # which results of earlier versions lack
+  ]
   if result['uniform_costs']:
     uniform = ', '.join(
       f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
@@ -147,27 +150,6 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
   lines.append(
     f'{shown} of {evaluation["num_examples"]} examples (loss {evaluation["loss"]:.4f})'
   )
-  return lines
-
-
-def _cap_lines(result):
-  """Returns a line for each cap of a search on another cost than the target's."""
-  config = ml_collections.ConfigDict(result['config'])
-  if config.mode != 'search' or not config.search.cap_cost_model:
-    return []
-  standard = network.discover_layers(config)
-  found = network.discover_layers(
-    config, network.choose_architecture(config, result['architecture'])
-  )
-  space = fixed_space(found, result['formats'])
-  lines = []
-  cost_model = builders.build_cost_model(config)
-  for cap in builders.search_caps(config, cost_model, standard):
-    cost = float(cap.cost_model(space, np.zeros(0, np.int32)))
-    lines.append(
-      f'Cap: {cost:.6g} {cap.cost_model.unit} ({cap.cost_model.name}), '
-      f'{cost / cap.limit:.4f} of the cap {cap.limit:.6g}'
-    )
   return lines
 
 

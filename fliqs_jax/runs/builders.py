@@ -1,6 +1,7 @@
 """Builders of what a config names: space, costs, controller and optimizer."""
 
 import functools
+import math
 
 from flax import traverse_util
 import ml_collections
@@ -158,11 +159,26 @@ def check_reachable(
     raise ConfigError(
       f'the target of {target:.6g} {unit} cannot be reached: expected one '
       f'from {low:.6g} to {high:.6g} {unit}, the range of search.formats='
-      f'{config.search.formats!r}{_architectures(config)}; change search.target_scale, '
+      f'{config.search.formats!r}{_architectures(config)}; change '
+      f'{_reachable_scales(config, target, low, high)}'
       'search.target_format, search.target or search.formats'
     )
   for cap in caps:
     _check_cap(config, space, budget, cap)
+
+
+def _reachable_scales(config, target, low, high):
+  """Returns the field of the scale with what it may be; none where it has no effect."""
+  search = config.search
+  if search.target is not None:
+    return ''
+  uniform = target / search.target_scale
+  # Rounded inwards, so that both ends can be reached.
+  least, most = math.ceil(1e4 * low / uniform), math.floor(1e4 * high / uniform)
+  return (
+    f'search.target_scale to one from {least / 1e4:g} to {most / 1e4:g} (with '
+    f'search.target_format={search.target_format}), or '
+  )
 
 
 def _architectures(config):

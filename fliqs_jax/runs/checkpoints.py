@@ -30,6 +30,14 @@ _ITEMS = {
 # How TensorStore ends what it says of a refusal of the operating system.
 _REFUSAL = re.compile(r"[^:]+(?= \[os_error_code='\d+'\])")
 
+# What says more of TensorStore than of the file: the drivers that came upon the fault,
+# and all from its specification on.
+_INTERNALS = re.compile(
+  r'Error opening "\w+" driver: |See full TensorStore .*| \[tensorstore_spec.*'
+  r'| \[source locations.*|<bound method .*',
+  re.DOTALL,
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -183,7 +191,8 @@ def _reason(error):
   refusal = _REFUSAL.search(str(error))
   if refusal or getattr(error, 'strerror', None):
     return refusal[0].strip() if refusal else error.strerror
-  return (str(error).splitlines() or [type(error).__name__])[0][:300]
+  lines = _INTERNALS.sub('', str(error)).strip().splitlines()
+  return lines[0].strip()[:200] if lines else type(error).__name__
 
 
 @jax.jit

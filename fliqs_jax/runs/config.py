@@ -47,6 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
       'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
       'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none
       'log_every': 50,
+      'eval_every': 0,  # steps between evaluations meanwhile; 0 for one at the end
       'model': {'name': 'resnet18', 'width': 1.0},  # and options of that network
       'input': {
         'data_dir': '',  # of TFDS; empty for its default
@@ -129,6 +130,15 @@ def default_config() -> ml_collections.ConfigDict:
       },
     }
   ).lock()
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config of a run, of an earlier version too, with all fields."""
+  completed = default_config()
+  completed.model = config.get('model', completed.model)
+  with completed.unlocked():
+    completed.update(config)
+  return completed
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -71,6 +71,7 @@ def train(setup: Setup, folder: epath.Path) -> dict[str, Any]:
     if jax.process_index() == 0:
       workdir.write(folder, workdir.CONFIG_FILE, config)
       workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
+      workdir.keep_inputs(setup.config, folder)
     result = _train(setup, folder)
     if jax.process_index() == 0:
       workdir.write(folder, result_lib.RESULT_FILE, result)
@@ -88,15 +89,20 @@ def _train(setup, folder):
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state, batches)
       _logger.info('Resuming at step %d.', int(state.step))
-    if int(state.step) < setup.config.num_steps:
-      step = make_step(setup, mesh)
-      state = _loop(setup, folder, mesh, state, batches, step, checkpoints)
-      choices, _ = _final_choices(setup, state)
-      _logger.info('Re-estimating batch norm and evaluating.')
-      state = _reestimate(setup, mesh, state, choices)
-      checkpoints.save(state, batches)
-  choices, policy = _final_choices(setup, state)
-  evaluated = evaluation.make_evaluate(setup, mesh)(state, choices)
+    evaluate = evaluation.make_evaluate(setup, mesh)
+    with workdir.History(folder, int(state.step)) as history:
+      if int(state.step) < setup.config.num_steps:
+        step = make_step(setup, mesh)
+        state = _loop(
+          setup, mesh, state, batches, step, evaluate, history, checkpoints
+        )
+        choices, _ = _final_choices(setup, state)
+        _logger.info('Re-estimating batch norm and evaluating.')
+        state = _reestimate(setup, mesh, state, choices)
+        checkpoints.save(state, batches)
+      choices, policy = _final_choices(setup, state)
+      evaluated = evaluate(state, choices)
+      history.write_evaluation(setup.config.num_steps, evaluated)
   return result_lib.make_result(setup, choices, policy, evaluated)
 
 
@@ -129,11 +135,12 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
 
 def _loop(
   setup: Setup,
-  folder: epath.Path,
   mesh: jax.sharding.Mesh,
   state: TrainState,
   batches: BatchIterator,
   step_fn: Step,
+  evaluate: evaluation.Evaluate,
+  history: workdir.History,
   checkpoints: Checkpoints,
 ) -> TrainState:
   """Takes the steps from `state.step` to the last one; returns the state after it.
@@ -145,7 +152,6 @@ def _loop(
   start, config = int(state.step), setup.config
   placed = sharding.batch_sharding(mesh)
   with (
-    workdir.History(folder, start) as history,
     Progress(start, config.num_steps) as progress,
     Preemption() as preemption,
   ):
@@ -157,6 +163,9 @@ def _loop(
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)
+      if step == start:
+        jax.block_until_ready(metrics)
+        progress.begin(step + 1)
       # Steps are taken in the background. Only a few wait, so that their batches take
       # little memory and a run that must stop does so soon.
       jax.block_until_ready(pending[-_STEPS_AHEAD:][0])
@@ -164,9 +173,12 @@ def _loop(
       stop = preemption.reached(done) and done < config.num_steps
       save = stop or (done % config.checkpoint_every == 0 and done < config.num_steps)
       # A line before every checkpoint, so that a resumed run writes the same lines.
-      if save or done % config.log_every == 0 or done == config.num_steps:
+      meanwhile = config.eval_every and done % config.eval_every == 0
+      if save or meanwhile or done % config.log_every == 0 or done == config.num_steps:
         row = _average(setup, pending, done, checkpoints)
         row['learning_rate'] = float(setup.learning_rate(step))
+        if meanwhile and done < config.num_steps:
+          row |= _evaluated_meanwhile(setup, state, evaluate)
         policy = result_lib.policy_by_name(setup.space, _policy(setup, state))
         history.write(done, row, policy)
         progress.update(done, row)
@@ -177,6 +189,16 @@ def _loop(
         name = preemption.signal_name
         raise Preempted(f'stopped by {name} at step {done}: start me again to go on')
   return state
+
+
+def _evaluated_meanwhile(setup, state, evaluate):
+  """Returns the scalars of a line that evaluate the formats as they stand."""
+  evaluated = evaluate(state, _final_choices(setup, state)[0])
+  return {
+    workdir.EVALUATED + name: value
+    for name, value in evaluated.items()
+    if name != 'num_examples'
+  }
 
 
 def _next(batches, step):

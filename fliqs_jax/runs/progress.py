@@ -21,10 +21,11 @@ class Progress:
   """A progress bar on a terminal, plain lines elsewhere. A context manager."""
 
   def __init__(self, start: int, num_steps: int):
-    self._start, self._num_steps = start, num_steps
+    self._num_steps = num_steps
     # Notebooks ask for colours, but what they save of a bar is each of its states.
     self._console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    self._began = time.monotonic()
+    # The first step and when it ended: it compiles, which no other does.
+    self._first, self._began = None, 0.0
     self._bar = progress.Progress(
       progress.TextColumn('step {task.completed}/{task.total}'),
       progress.BarColumn(bar_width=20),
@@ -44,6 +45,11 @@ class Progress:
   def __exit__(self, *error) -> None:
     self._bar.__exit__(*error)
 
+  def begin(self, step: int) -> None:
+    """Starts the clock, once the first step has been taken."""
+    self._first, self._began = step, time.monotonic()
+    self._bar.update(self._task, completed=step, numbers='')
+
   def update(self, step: int, row: Mapping[str, float]) -> None:
     """Shows the numbers of a history line."""
     numbers = '  '.join(
@@ -54,8 +60,9 @@ class Progress:
     if self._console.is_terminal:
       self._bar.update(self._task, completed=step, numbers=numbers)
     else:
-      elapsed = time.monotonic() - self._began
-      left = elapsed / (step - self._start) * (self._num_steps - step)
+      elapsed, taken = time.monotonic() - self._began, step - self._first
+      left = elapsed / taken * (self._num_steps - step) if taken else None
+      eta = '' if left is None else f'  ETA {left:.0f} s'
       # Not logged: a program that calls `fliqs_jax.search` need not set up logging.
       now, place = time.strftime('%H:%M:%S'), f'step {step}/{self._num_steps}'
-      print(f'{now} {place}  {numbers}  ETA {left:.0f} s', file=sys.stderr, flush=True)
+      print(f'{now} {place}  {numbers}{eta}', file=sys.stderr, flush=True)

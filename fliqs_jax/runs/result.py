@@ -50,6 +50,15 @@ def make_result(
     'cost_unit': cost_model.unit,
     'target': float(setup.target) if searched else None,
     'cost': float(cost_model(space, choices)),
+    'caps': [
+      {
+        'cost_model': cap.cost_model.name,
+        'cost_unit': cap.cost_model.unit,
+        'limit': float(cap.limit),
+        'cost': float(cap.cost_model(space, choices)),
+      }
+      for cap in setup.caps
+    ],
     'seed': config.seed,
     'steps': config.num_steps,
     'formats': space.formats_of(choices),

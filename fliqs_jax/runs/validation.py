@@ -27,8 +27,9 @@ _POSITIVE = (
     'controller.learning_rate',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'seed', 'max_skipped_steps', 'optimizer.warmup_steps', 'optimizer.weight_decay',
-    'optimizer.auxiliary_weight', 'input.rand_augment_magnitude', 'input.mixup_alpha',
+    'seed', 'max_skipped_steps', 'eval_every', 'optimizer.warmup_steps',
+    'optimizer.weight_decay', 'optimizer.auxiliary_weight',
+    'input.rand_augment_magnitude', 'input.mixup_alpha',
     'input.cutmix_alpha',
     'search.weight_delay', 'search.activation_delay', 'search.policy_delay',
     'search.commit_step',

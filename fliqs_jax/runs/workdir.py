@@ -1,12 +1,13 @@
 """The folder of a run: its config, its layers, and the history of its training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
 import functools
 import json
 import os
 import socket
+import time
 from typing import Any
 
 from etils import epath
@@ -17,12 +18,17 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
+from fliqs_jax.numerics.formats import NAMES
+from fliqs_jax.runs import files
 from fliqs_jax.runs import result as result_lib
+from fliqs_jax.runs.config import complete
 
 CONFIG_FILE = 'config.json'
 LAYERS_FILE = 'layers.json'
 HISTORY_FILE = 'history.jsonl'
 LOCK_FILE = '.lock'
+# The folder in a workdir of what was in the files that its config names.
+_INPUTS_FOLDER = 'inputs'
 
 
 def check(
@@ -31,14 +37,20 @@ def check(
   """Checks that a run with this config can start or go on in a folder.
 
   Raises:
-    ConfigError: where the folder is a file, or holds a run with another config, unless
-      that is allowed; the message names the differing fields.
+    ConfigError: where the folder is a file, or Orbax cannot read from it, or it holds
+      a run with another config, unless that is allowed; the message names the
+      differing fields.
   """
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f'workdir {str(workdir)!r} is a file: expected a folder')
+  if not _is_remote(workdir) and set('[\\') & set(str(workdir.absolute())):
+    raise ConfigError(
+      f'workdir {str(workdir.absolute())!r}: expected a path without [ and \\, from '
+      'which Orbax reads no checkpoint'
+    )
   if not (workdir / CONFIG_FILE).exists() or allow_config_change:
     return
-  old = _flatten(read_config(workdir).to_dict())
+  old = _flatten(result_lib.config_to_json(complete(read_config(workdir))))
   new = _flatten(result_lib.config_to_json(config))
   differing = [
     f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
@@ -189,6 +201,45 @@ def write(workdir: epath.Path, name: str, content: Any) -> None:
     result_lib.write_json(workdir / name, content)
 
 
+def keep_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Copies the files that a config names into a workdir, which needs no other then.
+
+  Raises:
+    RunError: where they cannot be written.
+  """
+  with _failures_named(workdir):
+    for original, kept in _inputs(config, workdir).values():
+      if original.is_file():  # a table of no effect may be missing
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(original.read_bytes())
+
+
+def kept_inputs(
+  config: ml_collections.ConfigDict, workdir: epath.Path
+) -> dict[str, str]:
+  """Returns the copies in a workdir by field, of files that changed or are gone."""
+  return {
+    field: str(kept)
+    for field, (original, kept) in _inputs(config, workdir).items()
+    if kept.exists()
+    and not (original.is_file() and original.read_bytes() == kept.read_bytes())
+  }
+
+
+def _inputs(config, workdir):
+  """Returns the original and the copy of each file that a config names, by field."""
+  named = {
+    'formats': config.formats,
+    'architecture': config.architecture,
+    'search.latency_table': config.search.latency_table,
+  }
+  return {
+    field: (files.to_path(name), workdir / _INPUTS_FOLDER / f'{field}.json')
+    for field, name in named.items()
+    if name and name not in NAMES
+  }
+
+
 @contextlib.contextmanager
 def _failures_named(workdir, *kinds):
   try:
@@ -207,12 +258,18 @@ def _is_remote(path):
   return '://' in str(path)
 
 
+# Scalars of a line that say how the search goes; the others say how training does.
+_OF_SEARCH = ('reward', 'quality', 'cost', 'cost_ratio', 'entropy')
+EVALUATED = 'eval_'  # before the name of a scalar that an evaluation meanwhile measured
+
+
 class History:
   """`history.jsonl` and TensorBoard events, written by the first process.
 
   One line for each logging step: its `step`, scalars averaged over the steps since the
   line before, and `policy`, `{decision: {format: probability}}`. Events are written
-  where clu and TensorFlow are installed. A context manager.
+  where clu and TensorFlow are installed, in groups by their names: `train/`, `search/`,
+  `eval/` and `policy/`. A context manager.
   """
 
   def __init__(self, workdir: epath.Path, start: int):
@@ -222,6 +279,7 @@ class History:
       RunError: where it cannot be written, as in `write`.
     """
     self._workdir, self._path = workdir, workdir / HISTORY_FILE
+    self._written = None  # step and time of the line before
     self._writes, self._events = jax.process_index() == 0, None
     if not self._writes:
       return
@@ -259,15 +317,45 @@ class History:
       else:
         with self._path.open('a') as file:
           file.write(line)
-      if self._events:
+    self._write_events(step, {
+        **{_group(name): value for name, value in scalars.items()},
+        **self._steps_per_second(step),
+        **{f'policy/{decision}/{option}': probability
+           for decision, options in policy.items()
+           for option, probability in options.items()},
+    })  # fmt: skip
+
+  def write_evaluation(self, step: int, evaluated: Mapping[str, float]) -> None:
+    """Writes events of the evaluation at the end, which the result holds."""
+    if self._writes:
+      self._write_events(step, {f'eval/{name}': evaluated[name] for name in evaluated})
+
+  def _write_events(self, step, scalars):
+    if self._events:
+      with self._failures_named():
         self._events.write_scalars(step, scalars)
         self._events.flush()
+
+  def _steps_per_second(self, step):
+    """Returns the rate since the line before; before the first one is compiling."""
+    before, self._written = self._written, (step, time.monotonic())
+    if before is None:
+      return {}
+    steps, seconds = (now - then for now, then in zip(self._written, before))
+    return {'train/steps_per_second': steps / seconds}
 
   def _replace(self, lines):
     temporary = self._workdir / f'.{HISTORY_FILE}.tmp'
     temporary.write_text(''.join(lines))
     temporary.replace(self._path)
     self._lines = lines if _is_remote(self._path) else []
+
+
+def _group(name):
+  """Returns the name of a scalar of a line as TensorBoard groups it."""
+  if name.startswith(EVALUATED):
+    return 'eval/' + name.removeprefix(EVALUATED)
+  return ('search/' if name in _OF_SEARCH else 'train/') + name
 
 
 def _import_metric_writers():

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
+from absl import flags
 import browser as browser_lib
 from conftest import ROOT
 from etils import epath
 from made_up_runs import OPTIONS, write_run
+from ml_collections import config_flags
 import pytest
 
+from fliqs_jax import command_line
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import (
   comparison,
@@ -252,13 +256,19 @@ def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_p
 
 
 def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
-  folder = write_run(tmp_path / 'run', ['a'])
-  monkeypatch.syspath_prepend(str(ROOT / 'configs'))
-  import again
-
-  config = config_to_json(resolve(again.get_config(str(folder))))
-  assert config == json.loads((folder / CONFIG_FILE).read_text())
-  assert f'--config=configs/again.py:{folder}' in tables.command(read_run(folder))
+  write_run(tmp_path / 'run', ['a'])
+  folder = (tmp_path / 'run').rename(tmp_path / 'moved')
+  _, _, program, *arguments = shlex.split(tables.command(read_run(folder)))
+  assert program == 'fliqs_jax.main' and '--workdir=../moved_again' in arguments
+  assert str(tmp_path) not in write_report([str(folder)]).read_text()
+  monkeypatch.chdir(folder)
+  given = command_line.with_run_folders([program, *arguments, '--config.seed=7'])
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=given)
+  flags.DEFINE_string('workdir', None, 'Folder.', flag_values=values)
+  values(given)
+  config = config_to_json(resolve(values.config))
+  assert config == json.loads((folder / CONFIG_FILE).read_text()) | {'seed': 7}
 
 
 def test_the_command(tmp_path):

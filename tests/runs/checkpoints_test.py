@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, and damage is noticed wherever it is."""
 
 import pathlib
+import re
 import shutil
 
 from etils import epath
@@ -98,7 +99,7 @@ def test_what_is_saved_comes_back(workdir):
   assert example == 20
 
 
-def test_damage_anywhere_is_noticed_or_harmless(saved, tmp_path):
+def test_damage_anywhere_is_noticed_or_harmless(saved, tmp_path, caplog):
   rng = np.random.default_rng(0)
   damages = (remove, truncate, scramble)
   fell_back = set()
@@ -116,6 +117,9 @@ def test_damage_anywhere_is_noticed_or_harmless(saved, tmp_path):
     assert example == 10 * step, (damage, file)
     if step == 1:
       fell_back.add(file.relative_to(saved).parts[2])
+    reasons = [r.message for r in caplog.records if r.name == checkpoints.__name__]
+    assert not re.search('<|tensorstore|TensorStore|driver', str(reasons))
+    caplog.clear()
   assert {'variables', 'training', 'batches', 'fingerprints'} <= fell_back
 
 

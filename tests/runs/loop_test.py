@@ -8,10 +8,19 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import builders, evaluation, loop, network, preparation
+from fliqs_jax.runs import (
+  again,
+  builders,
+  evaluation,
+  files,
+  loop,
+  network,
+  preparation,
+)
 from fliqs_jax.runs import result as results
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdirs
@@ -21,9 +30,9 @@ from fliqs_jax.search import space as search_space
 from fliqs_jax.training import sharding
 
 RESULT_FIELDS = {
-    'model', 'dataset', 'cost_model', 'cost_unit', 'target', 'cost', 'seed', 'steps',
-    'formats', 'layers', 'architecture', 'eval', 'uniform_costs', 'policy', 'versions',
-    'config',
+    'model', 'dataset', 'cost_model', 'cost_unit', 'target', 'cost', 'caps', 'seed',
+    'steps', 'formats', 'layers', 'architecture', 'eval', 'uniform_costs', 'policy',
+    'versions', 'config',
 }  # fmt: skip
 
 
@@ -127,14 +136,34 @@ def test_other_config_in_the_workdir_is_refused_by_field(finished, tiny_config):
     loop.run(config, finished[0])
 
 
-def test_train_with_the_found_formats(finished, run):
+def test_train_with_the_found_formats(finished, run, tmp_path):
   workdir, found, _ = finished
-  path = str(workdir / 'search_result.json')
-  trained = run('trained', **{'mode': 'train', 'formats': path})
+  path = tmp_path / 'search_result.json'
+  path.write_text((workdir / 'search_result.json').read_text())
+  changes = {'mode': 'train', 'formats': str(path), 'eval_every': 4}
+  trained = run('trained', **changes)
   assert set(trained) == RESULT_FIELDS
   assert trained['formats'] == found['formats']
   assert trained['cost'] == found['cost']
   assert trained['policy'] == {} and trained['target'] is None
+
+  # Evaluated meanwhile, but for the evaluation at the end, which is the result's.
+  evaluated = {row['step'] for row in read_history(tmp_path / 'trained')
+               if 'eval_accuracy' in row}  # fmt: skip
+  assert evaluated == {4, 8}
+  (events,) = (tmp_path / 'trained').glob('events.out.tfevents.*')
+  tags = {
+    value.tag
+    for event in tf.compat.v1.train.summary_iterator(str(events))
+    for value in event.summary.value
+  }
+  assert tags >= {'train/loss', 'eval/loss', 'eval/accuracy', 'train/steps_per_second'}
+
+  # The run is whole without the file that it was started from, also where it is moved.
+  path.unlink()
+  (tmp_path / 'trained').rename(tmp_path / 'moved')
+  config = again.get_config(str(tmp_path / 'moved'))
+  assert files.read_formats(config.formats) == found['formats']
 
 
 def test_eval_of_another_run(finished, run, tmp_path):
@@ -229,8 +258,14 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
   space = search_space.fixed_space(layers, result['formats'])
   assert size(space, np.zeros(0, np.int32)) <= limit
   assert limit == pytest.approx(1.1 * size.uniform(layers, 'int3'))
-  terminal.print_result(result, str(tmp_path))
-  assert f'of the cap {limit:.6g}' in capsys.readouterr().out
+  (cap,) = result['caps']
+  assert cap == {
+      'cost_model': 'model_size', 'cost_unit': size.unit, 'limit': limit,
+      'cost': float(size(space, np.zeros(0, np.int32))),
+  }  # fmt: skip
+  # What is printed is the result's.
+  terminal.print_result(result | {'caps': [cap | {'limit': 7.5}]}, str(tmp_path))
+  assert 'of the cap 7.5' in capsys.readouterr().out
 
 
 def test_evaluations_of_a_run_compile_once(tiny_config, tmp_path):
@@ -274,8 +309,10 @@ def test_all_problems_come_together_and_nothing_is_written(run, tmp_path):
 def test_unreachable_target_states_the_range(run):
   with pytest.raises(
     ConfigError, match=r'expected one from [\d.e-]+ to [\d.e-]+ GBOPs'
-  ):
+  ) as error:
     run('bad', **{'search.target_scale': 0.01})
+  # All in int2 or all in int8, beside the uniform int3 model: (2/3)² and (8/3)².
+  assert 'target_scale to one from 0.4445 to 7.1111 (' in str(error.value)
 
 
 def test_unusable_formats_file(run, tmp_path):
@@ -290,6 +327,13 @@ def test_unusable_formats_file(run, tmp_path):
   with pytest.raises(ConfigError, match='no effect on a search'):
     run('bad', formats=str(path))
   assert not (tmp_path / 'bad').exists()
+
+
+@pytest.mark.parametrize('name', ['lr=[1,2]', 'a\\b'])
+def test_a_workdir_that_orbax_cannot_read_is_refused_at_once(run, tmp_path, name):
+  with pytest.raises(ConfigError, match='expected a path without'):
+    run(name)
+  assert not list(tmp_path.iterdir())
 
 
 def test_workdir_that_is_a_file(run, tmp_path):
