@@ -10,7 +10,6 @@ import pathlib
 import re
 
 from conftest import ROOT
-from etils import epath
 import flax
 from flax import linen as nn
 import grain
@@ -28,7 +27,7 @@ from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
 from fliqs_jax.reporting.page import write_report
-from fliqs_jax.runs import checkpoints, pretrained
+from fliqs_jax.runs import pretrained
 from fliqs_jax.runs import result as results
 from fliqs_jax.training import classification, train_state, user_task
 
@@ -518,14 +517,6 @@ def test_integer_one_hot_labels_are_probabilities():
     np.testing.assert_array_equal(function(logits, rows), function(logits, classes))
 
 
-@pytest.mark.parametrize('flag', [None, 'read_only'])
-def test_checkpoints_open_without_warnings(searched, flag, capfd):
-  result, _ = searched
-  with checkpoints.Checkpoints(epath.Path(result.workdir), bool(flag)) as opened:
-    assert opened.latest_step() == 10
-  assert 'read' not in capfd.readouterr().err
-
-
 # Batches
 
 
@@ -639,6 +630,20 @@ def test_the_flag_of_training_has_many_names(flag, value):
   batch = {'image': np.float32(1)}
   assert arguments(batch, True) == ((1,), {flag: value})
   assert arguments(batch, False) == ((1,), {flag: not value})
+
+
+def test_the_flag_is_that_of_the_network_and_not_of_one_within():
+  class Wrapper(nn.Module):
+    model: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train):
+      return self.model(x)
+
+  wrapper = Wrapper(nn.Dense(1))
+  for model in (wrapper, fliqs_jax.make_searchable(wrapper)):
+    given = user_task.make_task(model).arguments({'image': np.ones((1, 2))}, True)
+    assert given.kwargs == {'train': True}
 
 
 # Variables to start from

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import errors as flax_errors
 from flax import linen as nn
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
@@ -134,7 +135,8 @@ def _minus(loss):
 
 def _arguments(model, inputs):
   """Returns the function from (batch, train) to what the network is called with."""
-  module = getattr(model, 'model', model)  # of a searchable one
+  is_searchable = not isinstance(model, nn.Module | nnx.Module)
+  module = model.model if is_searchable else model
   call = inspect.signature(type(module).__call__)
   give = _giver(inputs)
 

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and damage is noticed wherever it is."""
 
+import logging
 import pathlib
 import re
 import shutil
@@ -97,6 +98,12 @@ def test_what_is_saved_comes_back(workdir):
   state, example = restore(workdir)
   assert_same(state, make_state(2))
   assert example == 20
+
+
+def test_whoever_reads_sees_no_warning(workdir, caplog):
+  with Checkpoints(workdir, read_only=True) as kept:
+    kept.restore_variables(make_state())
+  assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 def test_damage_anywhere_is_noticed_or_harmless(saved, tmp_path, caplog):
