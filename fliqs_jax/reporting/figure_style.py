@@ -75,10 +75,13 @@ def family(name: str) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-  """Returns the end of a name, which tells layers apart, without odd characters."""
+  """Returns a name without its middle and odd characters; its ends tell it apart."""
   odd = '\N{REPLACEMENT CHARACTER}'
   printable = ''.join(c if c.isprintable() else odd for c in name)
-  return printable if len(printable) <= length else '…' + printable[1 - length :]
+  if len(printable) <= length:
+    return printable
+  start = (length - 1) // 3  # most of what differs is at the end of a path
+  return printable[:start] + '…' + printable[start + 1 - length :]
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -96,11 +96,16 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     ratio = result['cost'] / target
     remark = f'{number(target)} {result["cost_unit"]}'
     found.append(('Share of the target', f'{ratio:.1%}', f'of {remark}'))
-  bits = [counted_bits(operands['weights']) for operands in result['formats'].values()]
-  if bits:
-    mean = sum(bits) / len(bits)
+  sizes = [
+    (counted_bits(result['formats'][path]['weights']), layer['params'])
+    for path, layer in result.get('layers', {}).items()
+  ]
+  params = sum(count for _, count in sizes)
+  if params:
+    mean = sum(bits * count for bits, count in sizes) / params
+    remark = f'{number(mean * params / 8)} bytes, {mean / 32:.1%} of float32 and '
     found.append(
-      ('Mean bits of a weight format', f'{mean:.2f}', f'over {len(bits)} layers')
+      ('Bits of a weight', f'{mean:.2f}', f'{remark}{mean / 16:.1%} of bf16')
     )
   return found
 

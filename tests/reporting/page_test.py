@@ -148,6 +148,26 @@ def test_a_heat_map_names_every_option_or_at_least_what_was_found():
   assert heat_map(100) == [OPTIONS[2]] * 100 + letters
 
 
+def test_names_are_told_apart_by_both_ends():
+  names = [f'{part}/transformer/layers/block0/mlp/{end}'
+           for part in ('encoder', 'decoder') for end in ('up', 'down')]  # fmt: skip
+  short = [figure_style.shorten(name, 20) for name in names]
+  assert len({*short}) == 4 and {len(text) for text in short} == {20}
+  assert figure_style.shorten('short', 5) == 'short'
+
+
+def test_bits_of_a_weight_are_weighted_by_parameters(tmp_path):
+  folder = write_run(tmp_path / 'run', ['a', 'b'])  # in int2 and int4
+  path = folder / RESULT_FILE
+  result = json.loads(path.read_text())
+  result['layers']['a']['params'], result['layers']['b']['params'] = 300, 100
+  path.write_text(json.dumps(result))
+  (*_, (_, bits, remark)) = summary.tiles(read_run(folder))
+  # (300 · 2 + 100 · 4) / 400 bits, of 32 and of 16.
+  assert bits == '2.50'
+  assert remark == '125 bytes, 7.8% of float32 and 15.6% of bf16'
+
+
 def test_models_of_one_cost_share_a_bar(tmp_path):
   costs = {'int4': 16.0, 'e2m1': 16.0, 'e3m0': 16.0, 'int8': 64.0, 'e4m3': 64.0}
   run = read_run(write_run(tmp_path / 'run', ['a'], uniform_costs=costs))
