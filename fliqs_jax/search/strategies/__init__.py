@@ -37,8 +37,8 @@ class Strategy(NamedTuple):
 
 
 def _measuring(build):
-  """A strategy that measures, and then has three quarters of the run to finish."""
-  return Strategy(build, 0.1, 0.25, 0.25, 0.25)
+  """A strategy that measures, and then has two thirds of the run to finish."""
+  return Strategy(build, 0.25, 0.35, 0.35, 0.35)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -47,7 +47,7 @@ STRATEGIES: dict[str, Strategy] = {
   'sensitivity': _measuring(sensitivity),
   'random': _measuring(random),
   'exhaustive': _measuring(exhaustive),
-  'uniform': Strategy(uniform, 0.0, 0.0, 0.25, 0.25),
+  'uniform': Strategy(uniform, 0.0, 0.0, 0.35, 0.35),
 }
 # Fixed formats train as those that were searched: what is compared differs in formats.
 FIXED_FORMATS = STRATEGIES['uniform']

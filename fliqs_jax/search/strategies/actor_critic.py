@@ -10,7 +10,7 @@ lands at `π = softmax((u − λ·c) / τ)` (Cen et al., 2021, arXiv 2007.06558,
 `c_i[k]` is the expected cost of option k of decision i, the others as they were
 sampled, which is exact for additive costs. λ is the multiplier at which E_π[C] meets a
 budget that falls from near the highest cost to the target, while the temperature τ
-falls to a twentieth of the spread of `u`, both on the entropy schedule. No weight of
+falls to 0.3 of the spread of `u`, both on the entropy schedule. No weight of
 cost against quality has to be chosen.
 """
 
@@ -34,7 +34,7 @@ from fliqs_jax.search.strategies.problem import Problem
 
 # The first budget, of the highest cost: most decisions have their widest format.
 _FIRST_BUDGET = 0.7
-_LAST_TEMPERATURE = 0.05  # of the spread of the utilities, and at first 1
+_LAST_TEMPERATURE = 0.3  # of the spread of the utilities, and at first 1
 _UPDATES = 12  # of the policy
 _BISECTIONS = 40
 
