@@ -29,9 +29,9 @@ def test_resolve_fills_steps_in_and_leaves_the_config_alone():
   config.num_steps = 1000
   resolved = resolve(config)
   assert resolved.search.strategy == 'actor_critic'
-  assert resolved.search.policy_delay == 100  # T / 10
-  assert resolved.search.commit_step == 250  # T / 4
-  assert resolved.search.weight_delay == resolved.search.activation_delay == 250
+  assert resolved.search.policy_delay == 250  # T / 4
+  assert resolved.search.commit_step == 350  # 0.35 · T
+  assert resolved.search.weight_delay == resolved.search.activation_delay == 350
   assert config.search.policy_delay is None
   config.search.policy_delay = 980
   assert resolve(config).search.policy_delay == 980

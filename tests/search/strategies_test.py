@@ -30,7 +30,7 @@ SIZES = np.random.default_rng(0).lognormal(0.0, 0.7, 12)
 ERRORS = np.array([1.0, 0.3, 0.08, 0.0])
 STEPS = 60
 UNIFORM = OPTIONS.index('int3')
-MEASURING = [name for name, s in STRATEGIES.items() if s.commit_step == 0.25]
+MEASURING = [name for name, s in STRATEGIES.items() if s.commit_step == 0.35]
 
 
 def make_problem(num_layers=12, options=OPTIONS, scale=1.0, **changes):

@@ -10,8 +10,9 @@ lands at `π = softmax((u − λ·c) / τ)` (Cen et al., 2021, arXiv 2007.06558,
 `c_i[k]` is the expected cost of option k of decision i, the others as they were
 sampled, which is exact for additive costs. λ is the multiplier at which E_π[C] meets a
 budget that falls from near the highest cost to the target, while the temperature τ
-falls to 0.3 of the spread of `u`, both on the entropy schedule. No weight of
-cost against quality has to be chosen.
+falls to 0.3 of the spread of `u`, both on the entropy schedule. It falls no further,
+since samples that hardly differ teach the critic little, and the weights that train
+unquantized do not suffer from them. No weight of cost against quality has to be chosen.
 """
 
 import functools
