@@ -20,6 +20,7 @@ import numpy as np
 
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError, Problems, not_among
+from fliqs_jax.exporting import deployment, exporter
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.layers.variants import architecture_decisions
@@ -30,7 +31,7 @@ from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES, complete, default_config, resolve
 from fliqs_jax.runs.network import Network
-from fliqs_jax.runs.setup import Data
+from fliqs_jax.runs.setup import Data, Setup
 from fliqs_jax.search import assignments
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score, Task
@@ -64,6 +65,7 @@ class SearchResult:
   history: list[dict[str, Any]]
   coverage: Coverage
   workdir: str
+  _setup: Setup = dataclasses.field(repr=False)
   _temporary: tempfile.TemporaryDirectory | None = dataclasses.field(repr=False)
 
   @property
@@ -109,6 +111,27 @@ class SearchResult:
       os.chmod(folder, mode)
     except OSError as error:
       raise ConfigError(f'cannot write to {folder!r}: {error}') from None
+
+  def export(self, to: str, folder: os.PathLike | str) -> dict[str, Any]:
+    """Exports the network, loads it again, and compares the outputs.
+
+    Args:
+      to: one of `exporting.exporter.TARGETS`.
+      folder: to be made; an earlier export in it is replaced.
+
+    Returns:
+      What `report.json` in the folder holds: examples of the evaluation batches,
+      differences, means of the evaluation, bytes.
+
+    Raises:
+      ConfigError: where the target cannot express the network, or the folder cannot be
+        written.
+      Mismatch: where what was exported computes something else; no folder is left.
+    """
+    exporter.check(to, folder)
+    state, _ = evaluation.restored_state(self._setup, files.to_path(self.workdir))
+    deployed = deployment.make_deployment(self._setup, state, self.content)
+    return exporter.export(deployed, to, folder)
 
 
 def search(
@@ -174,6 +197,7 @@ def search(
     history=workdir_lib.read_history(folder),
     coverage=coverage,
     workdir=str(folder),
+    _setup=setup,
     _temporary=temporary,
   )
 

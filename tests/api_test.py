@@ -195,6 +195,17 @@ def test_the_report_of_a_loss_of_its_own(searched, tmp_path, monkeypatch):
     again.get_config(folders[0])
 
 
+def test_export(searched, tmp_path):
+  # Attention, embeddings, and layers in a scan, whose inputs set their own scales.
+  result, _ = searched
+  report = result.export('stablehlo', tmp_path / 'export')
+  assert report['agreement'] == 1.0
+  assert report['eval']['loss'] == pytest.approx(result.eval['loss'], rel=1e-4)
+  with pytest.raises(ConfigError, match="'scan/dense': its input sets its own scale"):
+    result.export('onnx', tmp_path / 'onnx')
+  assert not (tmp_path / 'onnx').exists()
+
+
 def test_evaluation_of_a_saved_search(searched, tmp_path):
   result, evaluation = searched
   result.save(tmp_path / 'saved')

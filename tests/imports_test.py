@@ -18,14 +18,14 @@ ROWS = (
   ('search', 'models'),
   ('training', 'data'),
   ('runs',),
-  ('reporting', 'export'),
+  ('reporting', 'exporting'),
   ('',),  # the interface and the commands, beside the folders
 )
 HEIGHT = {folder: height for height, row in enumerate(ROWS) for folder in row}
 ERRORS = 'fliqs_jax.errors'  # below all of them, though in no folder
 
 # Folders that read or write, and may import any library.
-WITH_IO = ('data', 'runs', 'reporting', 'export', '')
+WITH_IO = ('data', 'runs', 'reporting', 'exporting', '')
 LIBRARIES = sys.stdlib_module_names | {
   'fliqs_jax', 'jax', 'flax', 'optax', 'chex', 'etils', 'ml_collections', 'numpy',
   'scipy', 'opt_einsum',

@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import opt_einsum
 
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes
 from fliqs_jax.numerics.products import Product
@@ -138,6 +139,20 @@ def transposed_convolution(
     contraction=Contraction(last, inputs),
     x_kept=(0,),
   )
+
+
+def rebuilt(layer: Layer) -> Product:
+  """Returns the product that a layer computes."""
+  x = jax.ShapeDtypeStruct(layer.input_shape, jnp.float32)
+  w = jax.ShapeDtypeStruct(layer.kernel_shape, jnp.float32)
+  arguments = dict(layer.arguments)
+  if layer.kind == 'conv':
+    return convolution(x, w, **arguments)
+  if layer.kind == 'dense':
+    return dot_general(x, w, **arguments)
+  if layer.kind == 'einsum':
+    return einsum(x, w, **arguments)
+  return transposed_convolution(w, **arguments)
 
 
 def _others(array, axis):

@@ -1,6 +1,6 @@
 """Evaluation: of the state at hand, or of a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any
 
@@ -14,6 +14,7 @@ from fliqs_jax.layers.architecture import searched
 from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
+from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.preparation import attempt_build, configured_data
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import sharding, steps
@@ -73,12 +74,17 @@ def make_evaluate(setup: Setup, mesh: jax.sharding.Mesh) -> Evaluate:
       placed = sharding.replicated(mesh) if uneven else split
       batch = jax.make_array_from_process_local_data(placed, batch)
       sums.append(eval_step(state, choices, batch))
-    return _means(jax.device_get(sums))
+    return means(jax.device_get(sums))
 
   return evaluate
 
 
-def _means(sums):
+def means(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns the means over all examples, and their number, of the sums of batches.
+
+  Raises:
+    FloatingPointError: where one of the means is not finite.
+  """
   totals = jax.tree.map(lambda *values: sum(map(float, values)), *sums)
   num_examples = int(totals.pop('num_examples'))
   means = {name: total / num_examples for name, total in totals.items()}
@@ -106,19 +112,53 @@ def evaluate_checkpoint(
     FloatingPointError: where a mean is not finite.
   """
   source = files.to_path(config.checkpoint) if config.checkpoint else folder
-  problems = Problems()
-  formats = problems.attempt(_evaluated_formats, config, source)
-  architecture = problems.attempt(_evaluated_architecture, config, source)
-  setup = attempt_build(problems, config, formats or 'float32', architecture)
-  data = configured_data(problems, config)
-  setup = setup._replace(data=data)
-  state, mesh = _evaluated_state(setup, source)
+  setup, state, mesh = _evaluated(config, source)
   choices = np.zeros(0, np.int32)
   evaluated = make_evaluate(setup, mesh)(state, choices)
   result = result_lib.make_result(setup, choices, None, evaluated)
   if jax.process_index() == 0:
     workdir.write(folder, result_lib.EVAL_FILE, result)
   return result
+
+
+def finished_run(folder: epath.Path) -> tuple[Setup, TrainState, dict[str, Any]]:
+  """Returns a finished run, under its own formats: its setup, state and result.
+
+  Raises:
+    ConfigError: where the folder holds no such run, or one of a network and batches
+      that only the program has which called `fliqs_jax.search`.
+    RunError: where no checkpoint can be read.
+  """
+  config = workdir.read_config(folder)
+  if not (folder / result_lib.RESULT_FILE).exists():
+    raise ConfigError(
+      f'{str(folder)!r} holds an unfinished run, without {result_lib.RESULT_FILE}: '
+      'expected one that was run to its end'
+    )
+  result = result_lib.read_result(folder / result_lib.RESULT_FILE)
+  if config.dataset == OWN_BATCHES:
+    raise ConfigError(
+      f'{str(folder)!r} holds a run of fliqs_jax.search, whose network and batches no '
+      'file has: expected that program to call export of its result'
+    )
+  # The result says formats and architecture; files that the run was given may be gone.
+  with config.unlocked():
+    config.update(
+      mode='eval', checkpoint=str(folder), formats='', architecture='', init_from=''
+    )
+  setup, state, _ = _evaluated(config, folder)
+  return setup, state, result
+
+
+def _evaluated(config, source):
+  """Returns the setup, the state and the mesh of an evaluation of a run."""
+  problems = Problems()
+  formats = problems.attempt(_evaluated_formats, config, source)
+  architecture = problems.attempt(_evaluated_architecture, config, source)
+  setup = attempt_build(problems, config, formats or 'float32', architecture)
+  data = configured_data(problems, config)
+  setup = setup._replace(data=data)
+  return setup, *_evaluated_state(setup, source)
 
 
 def _evaluated_architecture(config, source):

@@ -8,6 +8,7 @@ its examples.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -406,20 +407,34 @@ def make_eval_step(
     variables = {'params': state.params, FORMATS: formats, **state.model_stats}
     arguments = task.arguments(batch, False)
     outputs = state.apply_fn(variables, *arguments.args, **arguments.kwargs)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    mask = task.mask and task.mask(batch)
-    sums = {
-      name: _sum_over_examples(name, values, mask, size)
-      for name, values in task.evaluation(outputs, batch).items()
-    }
-    counted = jnp.int32(size) if mask is None else jnp.sum(mask)
-    return {**sums, 'num_examples': counted}
+    return evaluation_sums(task, outputs, batch)
 
   return jax.jit(
     eval_step,
     in_shardings=(replicated(mesh), replicated(mesh), None),
     out_shardings=replicated(mesh),
   )
+
+
+def evaluation_sums(task: Task, outputs: Any, batch: Batch) -> Metrics:
+  """Returns sums of `task.evaluation` over the examples that count, `num_examples`.
+
+  Args:
+    task: what the outputs are worth.
+    outputs: of the network.
+    batch: `[B, ...]`, those that gave the outputs.
+
+  Raises:
+    ConfigError: where a value has no shape that can be summed.
+  """
+  size = jax.tree.leaves(batch)[0].shape[0]
+  mask = task.mask and task.mask(batch)
+  sums = {
+    name: _sum_over_examples(name, values, mask, size)
+    for name, values in task.evaluation(outputs, batch).items()
+  }
+  counted = jnp.int32(size) if mask is None else jnp.sum(mask)
+  return {**sums, 'num_examples': counted}
 
 
 def _sum_over_examples(name, values, mask, size):

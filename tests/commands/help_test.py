@@ -12,7 +12,7 @@ import pytest
 # What makes the examples short; the network and the formats stay those of the config.
 NARROW = '--config.model.width=0.0625'
 SHORT = f'{NARROW} --config.num_steps=4 --config.search.statistics_batches=1'
-COMMANDS = ('main', 'overview', 'measure', 'sweep', 'report', 'analysis')
+COMMANDS = ('main', 'overview', 'measure', 'sweep', 'report', 'analysis', 'export')
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +81,18 @@ def test_report(shell, searched, example):
   assert 'report.html' in example('report')[1]
   assert page.exists()
   assert list((page.parent / 'report_figures').glob('*.png'))
+
+
+def test_export(shell, searched, example):
+  printed = example('export')[1]
+  folder = shell[0] / 'runs/digits/export/stablehlo'
+  report = json.loads((folder / 'report.json').read_text())
+  assert report['agreement'] == 1.0
+  assert 'runs/digits/export/stablehlo/model.stablehlo' in printed
+  # Mistakes are one line, found before the run is read.
+  line = 'python -m fliqs_jax.export --workdir=runs/digits'
+  (problem,) = shell[1](f'{line} --to=tflite', 2).strip().splitlines()
+  assert "unknown target 'tflite'" in problem
 
 
 def test_overview(example):

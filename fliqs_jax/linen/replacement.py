@@ -1,0 +1,34 @@
+"""Networks whose quantized layers compute by another function, for deployment."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+
+from fliqs_jax.linen.operators import QuantizedOperator
+from fliqs_jax.numerics.products import Product
+
+# (module path, x, w, product) -> what `QuantizedOperator.arithmetic` returns first
+Compute = Callable[[str, jax.Array, jax.Array, Product], Any]
+
+
+@contextlib.contextmanager
+def replaced_layers(compute: Compute) -> Iterator[None]:
+  """Lets the quantized layers of all networks that are applied within it compute so.
+
+  Their formats, weights and statistics are then for the function to know.
+  """
+
+  def replace(call, args, kwargs, context):
+    module = context.module
+    if not isinstance(module, QuantizedOperator) or context.method_name != _COMPUTE:
+      return call(*args, **kwargs)
+    return compute('/'.join(module.path[:-1]), *args)
+
+  with nn.intercept_methods(replace):
+    yield
+
+
+_COMPUTE = QuantizedOperator.compute.__name__
