@@ -14,7 +14,7 @@ from fliqs_jax.layers.architecture import searched
 from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.runs.config import OWN_BATCHES
+from fliqs_jax.runs.config import OWN_BATCHES, complete
 from fliqs_jax.runs.preparation import attempt_build, configured_data
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import sharding, steps
@@ -129,7 +129,7 @@ def finished_run(folder: epath.Path) -> tuple[Setup, TrainState, dict[str, Any]]
       that only the program has which called `fliqs_jax.search`.
     RunError: where no checkpoint can be read.
   """
-  config = workdir.read_config(folder)
+  config = complete(workdir.read_config(folder))
   if not (folder / result_lib.RESULT_FILE).exists():
     raise ConfigError(
       f'{str(folder)!r} holds an unfinished run, without {result_lib.RESULT_FILE}: '
