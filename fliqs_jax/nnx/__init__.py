@@ -1,0 +1,9 @@
+"""The adapter to Flax NNX: it finds layers, names them and keeps their state.
+
+operators   quantized operators for the hooks of NNX's layers
+searchable  a user's own network with its layers searched
+"""
+
+from fliqs_jax.nnx.searchable import Searchable
+
+__all__ = ['Searchable']
