@@ -69,7 +69,8 @@ class QuantizedConv(QuantizedOperator):
 
   def __call__(self, lhs, rhs, window_strides, padding, **kwargs):
     """The arguments are those of `lax.conv_general_dilated`."""
-    kwargs = _without_none(kwargs)
+    # Linen's layer gives its precision always, and the others never.
+    kwargs = _without_none(kwargs) | {'precision': kwargs.get('precision')}
     product = products.convolution(lhs, rhs, window_strides, padding, **kwargs)
     return self.compute(lhs, rhs, product)
 

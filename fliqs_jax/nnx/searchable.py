@@ -49,7 +49,9 @@ class Searchable:
       ConfigError: where the model is anything else.
     """
     if not isinstance(model, nnx.Module):
-      raise ConfigError(f'expected an NNX module, as Network(rngs=...), found {model!r}')
+      raise ConfigError(
+        f'expected an NNX module, as Network(rngs=...), found {model!r}'
+      )
     self.model = model
     clone = nnx.clone(model)
     # Listed first, since operators are modules too.
@@ -57,7 +59,7 @@ class Searchable:
       name, default, operator = _HOOKS.get(type(layer), (None, None, None))
       if name and getattr(layer, name) in (None, default):
         if getattr(layer, f'{name}_cls', None) is None:
-          setattr(layer, name, operator(**attributes))
+          setattr(layer, name, nnx.data(operator(**attributes)))
           layer.promote_dtype = promote_all_but_kernel
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
     self._states = dict(zip(_COLLECTIONS, states))
@@ -93,8 +95,7 @@ class Searchable:
     if not mutable:
       return outputs
     return outputs, {
-      name: nnx.to_pure_dict(nnx.state(model, _COLLECTIONS[name]))
-      for name in mutable
+      name: nnx.to_pure_dict(nnx.state(model, _COLLECTIONS[name])) for name in mutable
     }
 
   def discover(self, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:

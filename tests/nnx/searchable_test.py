@@ -39,7 +39,7 @@ def test_same_layers_and_outputs_as_linen():
   neutral = lambda layers: [layer._replace(operator='') for layer in layers]
   assert neutral(found) == neutral(expected)
   four = get_format('int4')
-  bound = {l.path: BoundLayer(LayerFormats(four, four)) for l in found}
+  bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in found}
   outputs = []
   for network, layers in ((ours, found), (theirs, expected)):
     variables = network.init(jax.random.key(0), x)
