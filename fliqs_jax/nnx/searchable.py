@@ -34,8 +34,8 @@ _COLLECTIONS = {
 class Searchable:
   """The `init` and `apply` of a linen module, of an NNX module with quantized layers.
 
-  The model itself is never changed: its clone carries the operators. A call with
-  mutable collections is one in training, any other is not.
+  The model itself is never changed: its clone carries the operators. A call with a
+  list of mutable collections is one in training, any other is not.
   """
 
   def __init__(self, model: nnx.Module, attributes: Mapping[str, Any]):
@@ -77,7 +77,7 @@ class Searchable:
     self,
     variables: Mapping[str, Any],
     *args: Any,
-    mutable: Any = (),
+    mutable: Any = False,
     rngs: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
   ) -> Any:
@@ -85,14 +85,15 @@ class Searchable:
     model = self._merged(variables)
     formats = traverse_util.flatten_dict(dict(variables.get('formats', {})))
     bound = {'/'.join(path[:-1]): value for path, value in formats.items()}
-    (model.train if mutable else model.eval)()
+    training = mutable is not False  # as in linen, an empty list is no False
+    (model.train if training else model.eval)()
     for path, operator in _operators(model):
-      operator.updates = 'quant_stats' in (mutable or ())
+      operator.updates = training and 'quant_stats' in mutable
       operator.formats = nnx.data(bound.get(path))
     if rngs:
       nnx.reseed(model, **rngs)
     outputs = model(*args, **kwargs)
-    if not mutable:
+    if not training:
       return outputs
     return outputs, {
       name: nnx.to_pure_dict(nnx.state(model, _COLLECTIONS[name])) for name in mutable
