@@ -91,7 +91,7 @@ class Searchable:
       operator.updates = training and 'quant_stats' in mutable
       operator.formats = nnx.data(bound.get(path))
     if rngs:
-      nnx.reseed(model, **rngs)
+      _reseed(model, rngs)
     outputs = model(*args, **kwargs)
     if not training:
       return outputs
@@ -139,6 +139,16 @@ class Searchable:
       nnx.replace_by_pure_dict(state, variables.get(name, {}))
       states.append(state)
     return nnx.merge(self._graph, *states, self._rest, copy=True)
+
+
+def _reseed(model, rngs):
+  # Streams of an `nnx.Rngs(0)` are all named `default`, and those that layers share a
+  # key of would draw the same masks: each has a key of its own.
+  streams = [node for _, node in nnx.iter_graph(model) if type(node) is nnx.RngStream]
+  for index, stream in enumerate(streams):
+    key = rngs.get(stream.tag, rngs.get('dropout', next(iter(rngs.values()))))
+    stream.key[...] = jax.random.fold_in(key, index)
+    stream.count[...] = jnp.zeros_like(stream.count[...])
 
 
 def _operators(model):
