@@ -14,6 +14,7 @@ from jax.interpreters import ad, batching
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.layer import Layer
 
 _mark = Primitive('layer_mark')
 _mark.def_abstract_eval(lambda x, w, **_: x)
@@ -66,9 +67,29 @@ def marks(jaxpr: Any) -> Iterator[tuple[Any, int]]:
         if name == 'while':
           raise ConfigError(
             f'layer {info.path} runs in a loop of unknown length, so that its cost is '
-            'unknown: use nn.scan, or leave it out with a promote_dtype of its own'
+            'unknown: use a scan, or leave it out with a promote_dtype of its own'
           )
         yield info, calls * (params['length'] if name == 'scan' else 1)
+
+
+def count_layers(jaxpr: Any) -> dict[str, Layer]:
+  """Returns the marked layers by path, in the order in which they first compute.
+
+  A layer that is called several times is one, whose multiply-accumulates add up.
+
+  Args:
+    jaxpr: whose marks carry a `Layer` each.
+
+  Raises:
+    ConfigError: as `marks`.
+  """
+  found = {}
+  for layer, calls in marks(jaxpr):
+    macs, previous = layer.macs * calls, found.get(layer.path)
+    if previous:
+      macs, calls = macs + previous.macs, calls + previous.calls
+    found[layer.path] = layer._replace(macs=macs, calls=calls)
+  return found
 
 
 def _jaxprs(values):

@@ -1,7 +1,9 @@
 """The products that Flax's layers compute, from the arguments of the lax operations."""
 
 import functools
+from typing import Any
 
+from flax.linen.linear import canonicalize_padding
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -153,6 +155,27 @@ def rebuilt(layer: Layer) -> Product:
   if layer.kind == 'einsum':
     return einsum(x, w, **arguments)
   return transposed_convolution(w, **arguments)
+
+
+def transposed_convolution_arguments(layer: Any) -> dict[str, Any]:
+  """Returns the arguments of `transposed_convolution` for a layer of either interface.
+
+  Args:
+    layer: `nn.ConvTranspose` or `nnx.ConvTranspose`.
+  """
+  size = layer.kernel_size
+  rank = 1 if isinstance(size, int) else len(size)
+
+  def each(value):
+    return (value or 1,) * rank if isinstance(value, int | None) else tuple(value)
+
+  padding = canonicalize_padding(layer.padding, rank)
+  return {
+    'strides': each(layer.strides),
+    'padding': 'VALID' if padding == 'CIRCULAR' else padding,
+    'rhs_dilation': each(layer.kernel_dilation),
+    'transpose_kernel': layer.transpose_kernel,
+  }
 
 
 def _others(array, axis):

@@ -11,7 +11,7 @@ import jax
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.architecture import Table
-from fliqs_jax.layers.call_counts import marked, marks
+from fliqs_jax.layers.call_counts import count_layers, marked, marks
 from fliqs_jax.layers.layer import Layer, describe, join_path
 from fliqs_jax.linen.operators import QuantizedOperator
 from fliqs_jax.linen.supernet import Gate
@@ -90,16 +90,11 @@ def discover_hooked(
   with nn.intercept_methods(record):
     jaxpr = jax.make_jaxpr(call)(variables, *inputs)
   _check_no_jit(jaxpr)
-  found = {}
-  for layer, calls in marks(jaxpr):
-    # A module that is called several times is one layer.
-    macs, previous = layer.macs * calls, found.get(layer.path)
-    if previous:
-      macs, calls = macs + previous.macs, calls + previous.calls
-    gate = gates.get(layer.path, '')
-    found[layer.path] = layer._replace(macs=macs, calls=calls, gate=gate)
   params = traverse_util.flatten_dict(nn.unbox(variables['params']), sep='/')
-  return tuple(_with_params(layer, params) for layer in found.values())
+  return tuple(
+    _with_params(layer._replace(gate=gates.get(layer.path, '')), params)
+    for layer in count_layers(jaxpr).values()
+  )
 
 
 def _check_no_jit(jaxpr):

@@ -15,12 +15,12 @@ from typing import Any
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen.dtypes import promote_dtype
-from flax.linen.linear import canonicalize_padding
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products
 from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
 from fliqs_jax.linen.discovery import discover_hooked, init_shapes
@@ -218,7 +218,9 @@ def _hooks(layer, attributes, args, kwargs):
     equation = [layer.einsum_str, *args[1:], *kwargs.values()][-1]
     return _operand_hooks(layer, QuantizedEinsum, attributes | {'equation': equation})
   return _operand_hooks(
-    layer, QuantizedConvTranspose, attributes | _transposed_convolution(layer)
+    layer,
+    QuantizedConvTranspose,
+    attributes | transposed_convolution_arguments(layer),
   )
 
 
@@ -267,20 +269,3 @@ def _rounded_operands(operator, inputs, kernel, bias, *, dtype=None, inexact=Tru
     inputs, kernel, bias, dtype=dtype, inexact=inexact
   )
   return *operator()(inputs, kernel), bias
-
-
-def _transposed_convolution(layer):
-  """Returns the arguments of `lax.conv_transpose`, as `nn.ConvTranspose` gives them."""
-  size = layer.kernel_size
-  rank = 1 if isinstance(size, int) else len(size)
-
-  def each(value):
-    return (value or 1,) * rank if isinstance(value, int | None) else tuple(value)
-
-  padding = canonicalize_padding(layer.padding, rank)
-  return {
-    'strides': each(layer.strides),
-    'padding': 'VALID' if padding == 'CIRCULAR' else padding,
-    'rhs_dilation': each(layer.kernel_dilation),
-    'transpose_kernel': layer.transpose_kernel,
-  }

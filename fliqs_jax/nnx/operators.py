@@ -1,67 +1,128 @@
-"""Quantized operators for the hooks of NNX's own layers."""
+"""Quantized operators for the hooks of NNX's own layers.
 
-from collections.abc import Callable
-from typing import Any
+Operators are modules among the layers of a network, so that Flax's transformations
+carry their formats and statistics as they carry the layers' own variables.
+
+`nnx.Einsum`, `nnx.ConvTranspose` and `nnx.Embed.attend` multiply rounded operands, as
+their counterparts of linen do.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fliqs_jax.layers import products
+from fliqs_jax.layers.call_counts import marked
+from fliqs_jax.layers.layer import describe
 from fliqs_jax.numerics.calibration import Statistics
-from fliqs_jax.numerics.products import LayerFormats, Product, quantized_layer
+from fliqs_jax.numerics.products import (
+  LayerFormats,
+  Product,
+  quantized_layer,
+  quantized_operands,
+)
 
 
 class QuantStat(nnx.Variable):
   """A moving average of the statistics of a layer's input."""
 
 
+class BoundFormats(nnx.Variable):
+  """The formats of a layer, a `LayerFormats`."""
+
+
 class QuantizedOperator(nnx.Module):
   """Quantizes the two operands of a product by the formats bound to its layer.
 
+  Keeps moving averages of the input's statistics, which a call updates in training, as
+  `nnx.BatchNorm` does. Where a transformation carries no state of a layer, as
+  `nnx.vmap` with `in_axes=None`, the input at hand sets its own threshold.
+
   Attributes:
+    path: of the layer, `/`-separated.
+    stacked: leading axes of the layer's parameters, over which `nnx.scan` and
+      `nnx.vmap` run; their elements share the formats.
     calibration: one of `calibration.CALIBRATIONS`.
     momentum: of the moving averages.
-    formats: the layer's formats, set for the time of a call; None leaves it as it is.
-    record: called as (x, w, product) before it computes, returns x; for discovery.
-    updates: whether a call updates the moving averages.
+    use_running_average: whether a call leaves the moving averages as they are; Flax's
+      `train` and `eval` set it.
+    discovers: whether calls mark the layer in their trace.
+    formats: None computes in floating point.
   """
 
-  def __init__(self, calibration: str = 'rms', momentum: float = 0.95):
+  # What is computed: `quantized_layer`, or another function of the same arguments.
+  arithmetic = staticmethod(quantized_layer)
+
+  def __init__(
+    self,
+    path: str,
+    stacked: tuple[int, ...] = (),
+    calibration: str = 'rms',
+    momentum: float = 0.95,
+  ):
     """The arguments are attributes."""
+    self.path = path
+    self.stacked = stacked
     self.calibration = calibration
     self.momentum = momentum
-    self.updates = False
-    self.formats: LayerFormats | None = nnx.data(None)
-    self.record: Callable[..., jax.Array] | None = None
+    self.use_running_average = True
+    self.discovers = False
+    self.formats: BoundFormats | None = nnx.data(None)
     for name in Statistics._fields:
-      setattr(self, name, QuantStat(jnp.zeros(())))
+      setattr(self, name, QuantStat(jnp.zeros(stacked)))
 
-  def compute(self, x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
-    """Returns the quantized product, and keeps its statistics.
+  def bind(self, formats: LayerFormats | None) -> None:
+    """Sets the formats; None for floating point."""
+    if formats is not None:
+      stack = lambda a: jnp.broadcast_to(a, self.stacked + jnp.shape(a))
+      formats = BoundFormats(jax.tree.map(stack, formats))
+    self.formats = nnx.data(formats)
+
+  def compute(self, x: jax.Array, w: jax.Array, product: Product) -> Any:
+    """Returns what `arithmetic` makes of a product, and keeps its statistics.
 
     Args:
       x: activations in the compute dtype.
       w: weights in the parameters' own dtype.
       product: what the layer computes.
     """
-    if self.record is not None:
-      x = self.record(x, w, product)
-    given = Statistics(*(getattr(self, name)[...] for name in Statistics._fields))
-    y, updated = quantized_layer(
+    if self.discovers:
+      layer = describe(self.path, OPERATOR, product, x, w)
+      kernels = int(np.prod(self.stacked))
+      x = marked(x, w, layer._replace(kernels=kernels))
+    y, updated = self.arithmetic(
       product,
       x,
       w,
-      self.formats,
-      given,
+      self._formats(),
+      self._statistics(x),
       calibration=self.calibration,
       momentum=self.momentum,
     )
-    if self.updates:
+    if updated is not None and not self.use_running_average:
       for name, value in updated._asdict().items():
         getattr(self, name)[...] = value
     return y
+
+  def _formats(self):
+    if self.formats is None:
+      return None
+    # The first of equal ones, where a transformation has not split them.
+    first = lambda a: a if a.ndim == 0 else a.ravel()[0]
+    return jax.tree.map(first, self.formats.get_value())
+
+  def _statistics(self, x):
+    values = [getattr(self, name)[...] for name in Statistics._fields]
+    carried = all(value.ndim == 0 and _is_carried(value, x) for value in values)
+    return Statistics(*values) if carried else None
+
+
+OPERATOR = 'operator'  # name under which formats are bound to that of a layer
 
 
 class QuantizedConv(QuantizedOperator):
@@ -82,8 +143,122 @@ class QuantizedDotGeneral(QuantizedOperator):
     """The arguments are those of `lax.dot_general`."""
     if _without_none(kwargs):
       raise NotImplementedError(f'unexpected {sorted(_without_none(kwargs))}')
+    # Linen's layers give no empty tuples of another type.
+    (lhs_contracted, rhs_contracted), batch = dimension_numbers
+    dimension_numbers = (tuple(lhs_contracted), tuple(rhs_contracted)), batch
     product = products.dot_general(lhs, rhs, dimension_numbers, precision)
     return self.compute(lhs, rhs, product)
+
+
+class QuantizedEinsum(QuantizedOperator):
+  """`jnp.einsum` of rounded operands, for `nnx.Einsum.einsum_op`."""
+
+  arithmetic = staticmethod(quantized_operands)
+
+  def __call__(self, equation, x, w, **kwargs):
+    """The arguments are those of `jnp.einsum`."""
+    x, w = self.compute(x, w, products.einsum(x, w, equation))
+    return jnp.einsum(equation, x, w, **_without_none(kwargs))
+
+
+class QuantizedConvTranspose(QuantizedOperator):
+  """Rounded operands of `nnx.ConvTranspose`, for its `promote_dtype`.
+
+  Attributes:
+    arguments: of `products.transposed_convolution`.
+  """
+
+  arithmetic = staticmethod(quantized_operands)
+
+  def __init__(self, path: str, *args: Any, arguments: Any, **kwargs: Any):
+    """The arguments are those of `QuantizedOperator`, and the attribute."""
+    super().__init__(path, *args, **kwargs)
+    self.arguments = tuple(sorted(arguments.items()))
+
+  def __call__(self, operands, /, **kwargs):
+    """The arguments are those of `promote_dtype`."""
+    x, w, bias = promote_all_but_kernel(operands, **kwargs)
+    product = products.transposed_convolution(w, **dict(self.arguments))
+    return *self.compute(x, w, product), bias
+
+
+class QuantizedAttend(QuantizedOperator):
+  """Rounded operands of `nnx.Embed.attend`, for the layer's `promote_dtype`.
+
+  Rows that are looked up stay as they are: that multiplies nothing.
+  """
+
+  arithmetic = staticmethod(quantized_operands)
+
+  def __call__(self, operands, /, *, dtype=None, **kwargs):
+    """The arguments are those of `promote_dtype`."""
+    if len(operands) == 1:
+      return promote_dtype(operands, dtype=dtype, **kwargs)
+    x, w, _ = promote_all_but_kernel((*operands, None), dtype=dtype, **kwargs)
+    axes = ((x.ndim - 1,), (w.ndim - 1,)), ((), ())
+    return self.compute(x, w, products.dot_general(x, w, axes))
+
+
+class QuantizedLoRA(nnx.Module):
+  """The two products of `nnx.LoRA`, for its `promote_dtype`.
+
+  The layer multiplies what this returns by `@`, which computes the quantized product.
+
+  Attributes:
+    lora_a: the operator of the first product.
+    lora_b: that of the second.
+  """
+
+  def __init__(self, path: str, **attributes: Any):
+    """Makes an operator for each of the two parameters of the layer at a path."""
+    for name in ('lora_a', 'lora_b'):
+      own = f'{path}/{name}'.lstrip('/')
+      setattr(self, name, QuantizedDotGeneral(own, **attributes))
+
+  def __call__(self, operands, /, *, dtype=None, **kwargs):
+    """The arguments are those of `promote_dtype`."""
+    x, a, b = operands
+    dtype = canonicalize_dtype(x, a, b, dtype=dtype)
+    (x,) = promote_dtype((x,), dtype=dtype, **kwargs)
+    return x, _Factor(self.lora_a, a), _Factor(self.lora_b, b)
+
+
+class _Factor(NamedTuple):
+  """The second operand of `@`."""
+
+  operator: QuantizedDotGeneral
+  w: jax.Array
+
+  def __rmatmul__(self, x):
+    return self.operator(x, self.w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _is_carried(state, x):
+  """Whether the transformation that runs a layer takes its state in and gives it back.
+
+  State that it broadcasts comes from outside of its trace.
+  """
+  mapped, traced = _tracer_types()
+  if isinstance(state, mapped) or isinstance(x, mapped):
+    return isinstance(state, mapped)
+  if isinstance(x, traced) and isinstance(state, traced):
+    return state._trace is x._trace
+  return not (isinstance(x, traced) and isinstance(state, jax.core.Tracer))
+
+
+@functools.cache
+def _tracer_types():
+  """Returns the types of what `vmap` maps and of what is traced, as in `scan`."""
+  found = []
+
+  def record(x):
+    found.append(type(x))
+    return x
+
+  x = jax.ShapeDtypeStruct((1,), jnp.float32)
+  jax.eval_shape(jax.vmap(record), x)
+  jax.eval_shape(record, x)
+  return found
 
 
 def promote_all_but_kernel(operands: Any, /, *, dtype: Any = None, **kwargs: Any):

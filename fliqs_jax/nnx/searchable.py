@@ -1,6 +1,11 @@
-"""A user's own NNX network, unchanged, with its layers searched."""
+"""A user's own NNX network, unchanged, with its layers searched.
 
-from collections.abc import Mapping
+A network's state is carried by Flax's functional API: it is split into variables by
+collection, nested dicts of arrays as linen has them, and merged for the time of a call.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import inspect
 from typing import Any
 
 from flax import nnx, traverse_util
@@ -8,34 +13,29 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.layers.call_counts import marked, marks
-from fliqs_jax.layers.layer import Layer, describe
-from fliqs_jax.nnx.operators import (
-  QuantizedConv,
-  QuantizedDotGeneral,
-  QuantizedOperator,
-  QuantStat,
-  promote_all_but_kernel,
-)
+from fliqs_jax.layers.call_counts import count_layers
+from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
+from fliqs_jax.nnx.hooks import set_hooks
+from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 
-# The hook of each layer, what it holds where the user set none, and its operator.
-_HOOKS = {
-  nnx.Conv: ('conv_general_dilated', jax.lax.conv_general_dilated, QuantizedConv),
-  nnx.Linear: ('dot_general', jax.lax.dot_general, QuantizedDotGeneral),
-  nnx.LinearGeneral: ('dot_general', jax.lax.dot_general, QuantizedDotGeneral),
-}
+_PARAMS, _SOWN, _OTHERS = 'params', 'intermediates', 'others'
 _COLLECTIONS = {
-  'params': nnx.Param,
+  _PARAMS: nnx.Param,
   'batch_stats': nnx.BatchStat,
-  'quant_stats': QuantStat,
+  QUANT_STATS: QuantStat,
+  _OTHERS: nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate)),  # of the first filters
 }
 
 
 class Searchable:
   """The `init` and `apply` of a linen module, of an NNX module with quantized layers.
 
-  The model itself is never changed: its clone carries the operators. A call with a
-  list of mutable collections is one in training, any other is not.
+  The model itself is never changed: its clone carries the operators. The variables are
+  the model's own, and `quant_stats`; `apply` takes the formats in the collection
+  `formats`, made by `layers.nest`, and without them is the module's. A call with a list
+  of mutable collections is one in training, any other is not.
   """
 
   def __init__(self, model: nnx.Module, attributes: Mapping[str, Any]):
@@ -46,31 +46,31 @@ class Searchable:
       attributes: of `QuantizedOperator`.
 
     Raises:
-      ConfigError: where the model is anything else.
+      ConfigError: where the model is quantized already.
     """
-    if not isinstance(model, nnx.Module):
-      raise ConfigError(
-        f'expected an NNX module, as Network(rngs=...), found {model!r}'
-      )
     self.model = model
+    for path, module in nnx.iter_modules(model):
+      if _is_quantized(module):
+        place = '/'.join(map(str, path)) or type(model).__name__
+        raise ConfigError(
+          f'{place} is quantized already, by {_is_quantized(module)}: expected the '
+          'network without it'
+        )
     clone = nnx.clone(model)
-    # Listed first, since operators are modules too.
-    for _, layer in list(nnx.iter_modules(clone)):
-      name, default, operator = _HOOKS.get(type(layer), (None, None, None))
-      if name and getattr(layer, name) in (None, default):
-        if getattr(layer, f'{name}_cls', None) is None:
-          setattr(layer, name, nnx.data(operator(**attributes)))
-          layer.promote_dtype = promote_all_but_kernel
+    self._reasons = set_hooks(clone, attributes)
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
-    self._states = dict(zip(_COLLECTIONS, states))
+    self._states = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
 
-  def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns copies of the model's own variables by collection."""
-    del key, args, kwargs  # an instance has its values already
+  def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns copies of the model's own variables by collection.
+
+    The arguments are those of `nn.Module.init`, of which an instance needs none.
+    """
+    del key, args, kwargs
     return {
-      name: jax.tree.map(jnp.copy, nnx.to_pure_dict(state))
+      name: _nested(state, jnp.copy)
       for name, state in self._states.items()
-      if name == 'params' or jax.tree.leaves(state)
+      if name == _PARAMS or state
     }
 
   def apply(
@@ -81,93 +81,151 @@ class Searchable:
     rngs: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
   ) -> Any:
-    """As `nn.Module.apply`; formats are those of the collection `formats`."""
-    model = self._merged(variables)
-    formats = traverse_util.flatten_dict(dict(variables.get('formats', {})))
-    bound = {'/'.join(path[:-1]): value for path, value in formats.items()}
+    """As `nn.Module.apply`."""
+    model = self.merge(variables)
     training = mutable is not False  # as in linen, an empty list is no False
-    (model.train if training else model.eval)()
-    for path, operator in _operators(model):
-      operator.updates = training and 'quant_stats' in mutable
-      operator.formats = nnx.data(bound.get(path))
+    if training:
+      nnx.Module.train(model)
     if rngs:
       _reseed(model, rngs)
+      if 'rngs' in inspect.signature(type(model).__call__).parameters:
+        kwargs['rngs'] = nnx.Rngs(rngs.get('dropout', next(iter(rngs.values()))))
     outputs = model(*args, **kwargs)
     if not training:
       return outputs
-    return outputs, {
-      name: nnx.to_pure_dict(nnx.state(model, _COLLECTIONS[name])) for name in mutable
-    }
+    sown = nnx.to_flat_state(nnx.pop(model, nnx.Intermediate))
+    _, *states, _ = nnx.split(model, *_COLLECTIONS.values(), ...)
+    updated = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
+    # Formats are among the others; they are bound for this call alone.
+    updated[_OTHERS] = _like(updated[_OTHERS], self._states[_OTHERS])
+    updated[_SOWN] = sown
+    return outputs, {name: _nested(updated[name]) for name in mutable}
 
-  def discover(self, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
-    """Returns the quantized layers in the order in which they compute.
+  def merge(self, variables: Mapping[str, Any]) -> nnx.Module:
+    """Returns the network with variables, an NNX module as for evaluation.
+
+    Args:
+      variables: as in `apply`; those that are missing are the model's own.
+    """
+    states = []
+    for name, own in self._states.items():
+      given = traverse_util.flatten_dict(dict(variables.get(name, {})))
+      states.append(
+        nnx.from_flat_state(
+          (path, leaf.replace(jnp.asarray(given[_strings(path)])))
+          if _strings(path) in given
+          else (path, leaf)
+          for path, leaf in own
+        )
+      )
+    model = nnx.merge(self._graph, *states, self._rest, copy=True)
+    nnx.Module.eval(model)
+    bound = traverse_util.flatten_dict(dict(variables.get(FORMATS, {})))
+    bound = {'/'.join(path[:-2]): formats for path, formats in bound.items()}
+    for operator in _operators(model):
+      operator.bind(bound.get(operator.path))
+    return model
+
+  def coverage(self, *inputs: Any, **kwargs: Any) -> Coverage:
+    """Returns which layers are searched, and why the others are not.
+
+    Traces a call abstractly.
 
     Args:
       *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
       **kwargs: of the model's call.
     """
-
-    def forward(*inputs):
-      model = self._merged(self.init(jax.random.key(0)))
-      model.eval()
-      for path, operator in _operators(model):
-        operator.record = _recorder(path)
-      return model(*inputs, **kwargs)
-
-    found = {}
-    for layer, calls in marks(jax.make_jaxpr(forward)(*inputs)):
-      macs, previous = layer.macs * calls, found.get(layer.path)
-      if previous:
-        macs, calls = macs + previous.macs, calls + previous.calls
-      found[layer.path] = layer._replace(macs=macs, calls=calls)
-    params = _flat(nnx.to_pure_dict(self._states['params']))
-    return tuple(
-      layer._replace(
-        params=sum(
-          leaf.size
-          for name, leaf in params.items()
-          if name.rpartition('/')[0] == layer.path
-        )
-      )
-      for layer in found.values()
+    sizes = {
+      _strings(path): leaf.get_value().size for path, leaf in self._states[_PARAMS]
+    }
+    found = tuple(
+      layer._replace(params=_own_params(layer, sizes))
+      for layer in count_layers(self._traced(*inputs, **kwargs)).values()
     )
+    return Coverage(found, self._skipped(found))
 
-  def _merged(self, variables):
-    states = []
-    for name, state in self._states.items():
-      state = jax.tree.map(lambda leaf: leaf, state)  # replaced in place below
-      nnx.replace_by_pure_dict(state, variables.get(name, {}))
-      states.append(state)
-    return nnx.merge(self._graph, *states, self._rest, copy=True)
+  def _traced(self, *inputs, **kwargs):
+    def forward(*inputs):
+      model = self.merge({})
+      for operator in _operators(model):
+        operator.discovers = True
+      return jax.tree.leaves(model(*inputs, **kwargs))
+
+    return jax.make_jaxpr(forward)(*inputs)
+
+  def _skipped(self, found):
+    searched = {layer.path for layer in found}
+    skipped = {}
+    for path, leaf in self._states[_PARAMS]:
+      *module, name = _strings(path)
+      module = '/'.join(module)
+      layer = {module, f'{module}/{name}'.lstrip('/')}
+      # Biases and scales alone make no layer, stacked ones neither.
+      is_factor = leaf.get_value().ndim > 1 and name not in ('bias', 'scale')
+      if is_factor and not layer & searched:
+        skipped[module] = self._reasons.get(module, self._unknown(path[:-1]))
+    return skipped
+
+  def _unknown(self, path):
+    for place, module in nnx.iter_modules(self.model):
+      if place == path and isinstance(module, nnx.Embed):
+        return 'nnx.Embed looks its rows up, which multiplies nothing'
+    return _UNKNOWN
+
+
+_UNKNOWN = (
+  'its parameters are used outside of nnx.Conv, nnx.ConvTranspose, nnx.Linear, '
+  'nnx.LinearGeneral, nnx.Einsum, nnx.Embed.attend and nnx.LoRA: write the product '
+  'with one of these'
+)
+
+
+def _strings(path):
+  """Returns a path as keys of nested dicts; those of lists are numbers."""
+  return tuple(map(str, path))
+
+
+def _nested(state, of_leaf: Callable[[Any], Any] = lambda leaf: leaf):
+  return traverse_util.unflatten_dict(
+    {
+      _strings(path): jax.tree.map(of_leaf, leaf.get_value())
+      for path, leaf in state
+    }
+  )
+
+
+def _like(state, template):
+  paths = {path for path, _ in template}
+  return [(path, leaf) for path, leaf in state if path in paths]
+
+
+def _own_params(layer: Layer, sizes: Mapping[tuple[str, ...], int]) -> int:
+  """Returns the parameters of a layer's module, or the one that it is named after."""
+  path = tuple(filter(None, layer.path.split('/')))
+  return sum(size for name, size in sizes.items() if path in (name, name[:-1]))
+
+
+def _operators(model: nnx.Module) -> Iterator[QuantizedOperator]:
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, QuantizedOperator):
+      yield module
 
 
 def _reseed(model, rngs):
   # Streams of an `nnx.Rngs(0)` are all named `default`, and those that layers share a
   # key of would draw the same masks: each has a key of its own.
-  streams = [node for _, node in nnx.iter_graph(model) if type(node) is nnx.RngStream]
+  streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
   for index, stream in enumerate(streams):
     key = rngs.get(stream.tag, rngs.get('dropout', next(iter(rngs.values()))))
-    stream.key[...] = jax.random.fold_in(key, index)
+    key, shape = jax.random.fold_in(key, index), stream.key.shape
+    stream.key[...] = jax.random.split(key, shape) if shape else key
     stream.count[...] = jnp.zeros_like(stream.count[...])
 
 
-def _operators(model):
-  for path, module in nnx.iter_modules(model):
-    if isinstance(module, QuantizedOperator):
-      yield '/'.join(map(str, path)), module
-
-
-def _recorder(path):
-  *layer_path, name = path.split('/')
-
-  def record(x, w, product):
-    return marked(x, w, describe('/'.join(layer_path), name, product, x, w))
-
-  return record
-
-
-def _flat(tree):
-  return {
-    '/'.join(map(str, path)): leaf
-    for path, leaf in traverse_util.flatten_dict(tree).items()
-  }
+def _is_quantized(module):
+  """Returns the library that has quantized a module, None where none has."""
+  kinds = (type(module), *map(type, vars(module).values()))
+  for kind in kinds:
+    if kind.__module__.split('.')[0] in ('qwix', 'aqt'):
+      return kind.__module__.split('.')[0]
+  return None

@@ -8,7 +8,7 @@ import numpy as np
 from fliqs_jax.layers.layer import BoundLayer
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.interception import make_searchable
-from fliqs_jax.linen.variables import nest
+from fliqs_jax.layers.variables import nest
 from fliqs_jax.nnx import Searchable
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats

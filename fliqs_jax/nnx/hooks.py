@@ -1,0 +1,126 @@
+"""The hooks of NNX's layers, and what of a network's layers they make searched."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+import jax
+import jax.numpy as jnp
+
+from fliqs_jax.layers.products import transposed_convolution_arguments
+from fliqs_jax.nnx.operators import (
+  QuantizedAttend,
+  QuantizedConv,
+  QuantizedConvTranspose,
+  QuantizedDotGeneral,
+  QuantizedEinsum,
+  QuantizedLoRA,
+  promote_all_but_kernel,
+)
+
+# Hooks of each layer, with what they hold where the user has set none.
+_PROMOTE_DTYPE = {'promote_dtype': (promote_dtype,)}
+_DEFAULTS = {
+  nnx.Conv: {'conv_general_dilated': (jax.lax.conv_general_dilated,)},
+  nnx.Linear: {'dot_general': (jax.lax.dot_general,)},
+  nnx.LinearGeneral: {
+    'dot_general': (None, jax.lax.dot_general),
+    'dot_general_cls': (None,),
+  },
+  nnx.Einsum: {'einsum_op': (jnp.einsum,)},
+  nnx.ConvTranspose: {},
+  nnx.Embed: {},
+  nnx.LoRA: {},
+}
+
+
+def set_hooks(model: nnx.Module, attributes: Mapping[str, Any]) -> dict[str, str]:
+  """Gives the layers of a model their operators; returns why others stay as they are.
+
+  Args:
+    model: changed in place.
+    attributes: of `QuantizedOperator`.
+
+  Returns:
+    `{module path: reason}`.
+  """
+  reasons = {}
+  # Listed first, since operators are modules too.
+  for parts, layer in list(nnx.iter_modules(model)):
+    path = '/'.join(map(str, parts))
+    kind = next((kind for kind in _DEFAULTS if isinstance(layer, kind)), None)
+    if kind is None:
+      continue
+    reason = _own_hook(layer, kind) or _unknown_stack(layer, kind)
+    if reason:
+      reasons[path] = reason
+      continue
+    stacked = _stacked_axes(layer, kind)
+    for name, hook in _hooks(layer, kind, path, stacked, attributes).items():
+      setattr(layer, name, hook)
+  return reasons
+
+
+def _own_hook(layer, kind):
+  for name, defaults in (_DEFAULTS[kind] | _PROMOTE_DTYPE).items():
+    if getattr(layer, name) not in defaults:
+      return f'it has a hook of its own, in {name}'
+  return None
+
+
+def _hooks(layer, kind, path, stacked, attributes):
+  """Returns the attributes that quantize a layer."""
+  attributes = dict(attributes) | {'path': path, 'stacked': stacked}
+  if kind is nnx.ConvTranspose:
+    arguments = transposed_convolution_arguments(layer)
+    operator = QuantizedConvTranspose(**attributes, arguments=arguments)
+    return {'promote_dtype': nnx.data(operator)}
+  if kind is nnx.Embed:
+    return {'promote_dtype': nnx.data(QuantizedAttend(**attributes))}
+  if kind is nnx.LoRA:
+    return {'promote_dtype': nnx.data(QuantizedLoRA(**attributes))}
+  name, operator = {
+    nnx.Conv: ('conv_general_dilated', QuantizedConv),
+    nnx.Linear: ('dot_general', QuantizedDotGeneral),
+    nnx.LinearGeneral: ('dot_general', QuantizedDotGeneral),
+    nnx.Einsum: ('einsum_op', QuantizedEinsum),
+  }[kind]
+  return {
+    name: nnx.data(operator(**attributes)),
+    'promote_dtype': promote_all_but_kernel,
+  }
+
+
+def _kernel(layer, kind):
+  name = {nnx.Embed: 'embedding', nnx.LoRA: 'lora_a'}.get(kind, 'kernel')
+  return getattr(layer, name)
+
+
+def _own_shape(layer, kind):
+  """Returns the shape of one kernel, as the layer was made."""
+  if kind is nnx.Embed:
+    return layer.num_embeddings, layer.features
+  if kind is nnx.LoRA:
+    return (layer.in_features, _kernel(layer, kind).shape[-1])
+  if kind is nnx.Linear:
+    return layer.in_features, layer.out_features
+  if kind is nnx.LinearGeneral:
+    batch = tuple(layer.batch_axis.values())
+    return (*batch, *layer.in_features, *layer.out_features)
+  return tuple(layer.kernel_shape)
+
+
+def _stacked_axes(layer, kind):
+  shape = _kernel(layer, kind).shape
+  return shape[: len(shape) - len(_own_shape(layer, kind))]
+
+
+def _unknown_stack(layer, kind):
+  shape, own = _kernel(layer, kind).shape, _own_shape(layer, kind)
+  if shape[len(shape) - len(own) :] != own:
+    return (
+      f'its kernel {shape} is none of {own} stacked along leading axes: stack with '
+      'in_axes=0'
+    )
+  return None
