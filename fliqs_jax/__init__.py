@@ -12,7 +12,7 @@ RunError         a run that cannot go on
 Preempted        a run that was asked to stop, and goes on when it is started again
 
 The parts, for programs of their own, are the folders `numerics`, `layers`, `linen`,
-`models`, `search`, `data`, `training`, `runs` and `reporting`. Those of `search`, which
+`nnx`, `models`, `search`, `data`, `training`, `runs` and `reporting`. Those of `search`, which
 is a function here, are imported as `from fliqs_jax.search import space`.
 
 Shapes in docstrings have the same letters everywhere: S samples of the policy in a
@@ -32,7 +32,7 @@ _MODULES = {
   'SearchResult': 'api',
   'default_config': 'runs.config',
   'evaluate': 'api',
-  'make_searchable': 'linen.interception',
+  'make_searchable': 'api',
   'search': 'api',
 }
 __all__ = list(_MODULES)

@@ -14,6 +14,7 @@ import tempfile
 from typing import Any
 
 from flax import linen as nn
+from flax import nnx
 import jax
 import ml_collections
 import numpy as np
@@ -24,7 +25,8 @@ from fliqs_jax.exporting import deployment, exporter
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.layers.variants import architecture_decisions
-from fliqs_jax.linen.interception import Searchable, make_searchable
+from fliqs_jax.linen import interception
+from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.runs import evaluation, files, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
@@ -35,6 +37,9 @@ from fliqs_jax.runs.setup import Data, Setup
 from fliqs_jax.search import assignments
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score, Task
+
+# A user's own network: a module of either interface of Flax.
+Model = nn.Module | nnx.Module
 
 # Where a field that is given by its last name alone is looked for, in this order.
 _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')
@@ -50,8 +55,10 @@ class SearchResult:
   """What a search found.
 
   Attributes:
-    model: the searched network; `model.apply(variables, ...)` computes with the found
-      formats, and the user's own `apply` takes `variables['params']` without them.
+    model: the searched network with the found formats. Of an NNX module, an NNX module
+      with the found weights, as for evaluation. Of a linen module, what computes with
+      them in `model.apply(variables, ...)`; the user's own `apply` takes
+      `variables['params']` without formats.
     variables: parameters, statistics and other collections, and `formats`.
     content: what `search_result.json` holds.
     history: a dict of scalars and of the policy for each logging step.
@@ -59,7 +66,7 @@ class SearchResult:
     workdir: the run's folder.
   """
 
-  model: Searchable
+  model: interception.Searchable | nnx.Module
   variables: Mapping[str, Any]
   content: Mapping[str, Any]
   history: list[dict[str, Any]]
@@ -134,8 +141,39 @@ class SearchResult:
     return exporter.export(deployed, to, folder)
 
 
+def make_searchable(
+  model: Model, **attributes: Any
+) -> interception.Searchable | NnxSearchable:
+  """Returns the `init` and `apply` of a network whose layers are searched.
+
+  Args:
+    model: an instance of a linen or an NNX module, which is not changed. Searched are
+      the convolutions, the dense layers (so the projections of attention and of LoRA),
+      the einsums and, of NNX, `nnx.Embed.attend`; layers with a hook of their own stay
+      as they are.
+    **attributes: of the quantized operators: calibration, momentum.
+
+  Raises:
+    ConfigError: where the model is anything else, or quantized already.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import fliqs_jax
+    >>> model = fliqs_jax.make_searchable(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> print(model.coverage(jnp.ones((1, 8))))
+    1 layers are searched:
+    .: dense (8, 4), 32 MACs
+  """
+  if isinstance(model, nnx.Module):
+    return NnxSearchable(model, attributes)
+  if isinstance(model, NnxSearchable):
+    return model
+  return interception.make_searchable(model, **attributes)
+
+
 def search(
-  model: nn.Module,
+  model: Model,
   train_batches: batches.Source,
   eval_batches: batches.Source,
   *,
@@ -151,7 +189,8 @@ def search(
   """Searches the formats of a network's layers while it trains.
 
   Args:
-    model: any linen module; see `make_searchable` for what is searched.
+    model: an instance of a linen or an NNX module, which is not changed; see
+      `make_searchable` for what is searched. One of NNX trains from its own weights.
     train_batches: dicts of numpy arrays `[B, ...]`, all of one size: an iterator, or
       a function that returns one, or a list, which start over when they end. B is a
       multiple of the samples and of the devices.
@@ -190,9 +229,11 @@ def search(
     data=_data(setup, train_batches, eval_batches, first, evaluated)
   )
   content = loop.train(setup, folder)
+  found = _final_variables(setup, folder, content['formats'])
+  is_nnx = isinstance(network.model, NnxSearchable)
   return SearchResult(
-    model=network.model,
-    variables=_final_variables(setup, folder, content['formats']),
+    model=network.model.merge(found) if is_nnx else network.model,
+    variables=found,
     content=content,
     history=workdir_lib.read_history(folder),
     coverage=coverage,
@@ -237,7 +278,7 @@ def _evaluation_data(setup, eval_batches, evaluated):
 
 
 def evaluate(
-  model: nn.Module,
+  model: Model,
   eval_batches: batches.Source,
   workdir: os.PathLike | str,
   *,
@@ -291,7 +332,7 @@ def _evaluated_formats(formats, folder):
 
 def _network(
   config: ml_collections.ConfigDict,
-  model: nn.Module,
+  model: Model,
   task: Task,
   default_loss: bool,
   first: Batch,

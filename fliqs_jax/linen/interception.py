@@ -50,15 +50,19 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
   Examples:
     >>> from flax import linen as nn
     >>> import jax.numpy as jnp
-    >>> import fliqs_jax
-    >>> model = fliqs_jax.make_searchable(nn.Dense(4))
+    >>> from fliqs_jax.linen.interception import make_searchable
+    >>> model = make_searchable(nn.Dense(4))
     >>> print(model.coverage(jnp.ones((1, 8))))
     1 layers are searched:
     .: dense (8, 4), 32 MACs
     100.0% of the multiply-accumulates by parameters are searched
   """
   if not isinstance(model, nn.Module | Searchable):
-    raise ConfigError(f'expected a linen module, as Network(), found {model!r}')
+    found = f'the class {model.__name__}' if isinstance(model, type) else repr(model)
+    raise ConfigError(
+      'expected an instance of a linen or an NNX module, as Network() or '
+      f'Network(rngs=nnx.Rngs(0)), found {found}'
+    )
   return model if isinstance(model, Searchable) else Searchable(model, attributes)
 
 

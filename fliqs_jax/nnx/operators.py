@@ -49,6 +49,7 @@ class QuantizedOperator(nnx.Module):
       `nnx.vmap` run; their elements share the formats.
     calibration: one of `calibration.CALIBRATIONS`.
     momentum: of the moving averages.
+    activation_scale: `tensor` or `token`: what shares a scale of the activations.
     use_running_average: whether a call leaves the moving averages as they are; Flax's
       `train` and `eval` set it.
     discovers: whether calls mark the layer in their trace.
@@ -64,12 +65,14 @@ class QuantizedOperator(nnx.Module):
     stacked: tuple[int, ...] = (),
     calibration: str = 'rms',
     momentum: float = 0.95,
+    activation_scale: str = 'tensor',
   ):
     """The arguments are attributes."""
     self.path = path
     self.stacked = stacked
     self.calibration = calibration
     self.momentum = momentum
+    self.activation_scale = activation_scale
     self.use_running_average = True
     self.discovers = False
     self.formats: BoundFormats | None = nnx.data(None)
@@ -103,6 +106,7 @@ class QuantizedOperator(nnx.Module):
       self._statistics(x),
       calibration=self.calibration,
       momentum=self.momentum,
+      activation_scale=self.activation_scale,
     )
     if updated is not None and not self.use_running_average:
       for name, value in updated._asdict().items():

@@ -1,0 +1,174 @@
+"""The same networks in NNX and in linen: layers, outputs and searches, bit for bit."""
+
+import functools
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fliqs_jax
+from fliqs_jax.layers.layer import BoundLayer
+from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
+from fliqs_jax.numerics.formats import get_format
+from fliqs_jax.numerics.products import LayerFormats
+
+
+class LinenNet(nn.Module):
+  @nn.compact
+  def __call__(self, image, train):
+    x = nn.Conv(4, (3, 3), name='conv')(image)
+    x = nn.BatchNorm(use_running_average=not train, name='norm')(x)
+    return nn.Dense(3, name='dense')(nn.relu(x).mean((1, 2)))
+
+
+class NnxNet(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, image):
+    return self.dense(nnx.relu(self.norm(self.conv(image))).mean((1, 2)))
+
+
+class LinenLayers(nn.Module):
+  """Layers of the other kinds."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.ConvTranspose(4, (3,), strides=(2,), name='up')(x)
+    x = nn.DenseGeneral((2, 3), name='heads')(x)
+    x = nn.Einsum((2, 3, 4), 'blhd,hdo->blo', name='out')(x)
+    shared = nn.Dense(4, name='shared')
+    x = shared(nn.relu(shared(x)))
+    scan = nn.scan(
+      LinenBlock, variable_axes={True: 0}, split_rngs={'params': True}, length=3
+    )
+    return scan(name='scan')(x, None)[0]
+
+
+class LinenBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return x + nn.Dense(4, name='dense')(nn.relu(x)), None
+
+
+class NnxBlock(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(4, 4, rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.dense(nnx.relu(x))
+
+
+class NnxLayers(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.ConvTranspose(2, 4, (3,), strides=(2,), rngs=rngs)
+    self.heads = nnx.LinearGeneral(4, (2, 3), rngs=rngs)
+    self.out = nnx.Einsum('blhd,hdo->blo', (2, 3, 4), (4,), rngs=rngs)
+    self.shared = nnx.Linear(4, 4, rngs=rngs)
+    make = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))
+    self.scan = make(jax.random.split(jax.random.key(1), 3))
+
+  def __call__(self, x):
+    x = self.out(self.heads(self.up(x)))
+    x = self.shared(nnx.relu(self.shared(x)))
+    step = lambda x, block: block(x)
+    return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.scan)
+
+
+PAIRS = {
+  'convolution': (NnxNet, LinenNet(), (2, 4, 4, 2), {'train': False}),
+  'other layers': (NnxLayers, LinenLayers(), (2, 5, 2), {}),
+}
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_layers_and_outputs_are_the_same(pair):
+  make, linen_model, shape, kwargs = PAIRS[pair]
+  x, model = jax.random.normal(jax.random.key(1), shape), make(nnx.Rngs(0))
+  graph = nnx.graphdef(model)
+  ours, theirs = map(fliqs_jax.make_searchable, (model, linen_model))
+  found, expected = ours.coverage(x[:1]), theirs.coverage(x[:1], **kwargs)
+  neutral = lambda layers: [layer._replace(operator='') for layer in layers]
+  assert neutral(found.layers) == neutral(expected.layers)
+  assert found.skipped == expected.skipped == {}
+  assert len(found.layers) == len(ours.init(None)[QUANT_STATS])
+  four, params = get_format('int4'), ours.init(None)['params']
+  results = []
+  for network, layers, kwargs in (
+    (ours, found.layers, {}),
+    (theirs, expected.layers, kwargs),
+  ):
+    bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in layers}
+    variables = network.init(jax.random.key(0), x, **kwargs)
+    variables |= {'params': params, FORMATS: nest(layers, bound)}
+    call = functools.partial(network.apply, mutable=['batch_stats', QUANT_STATS])
+    call = functools.partial(call, **{'train': True} if kwargs else {})
+
+    @jax.jit
+    def outputs(variables):
+      _, updated = call(variables, x)
+      # The averages of the first call set the thresholds of the second.
+      quantized = variables | updated
+      plain = {name: quantized[name] for name in variables if name != FORMATS}
+      results = (network.apply(v, x, **kwargs) for v in (quantized, plain))
+      return *results, jax.tree.leaves(updated)
+
+    results.append(outputs(variables))
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  assert np.abs(results[0][0] - results[0][1]).max() > 0
+  assert nnx.graphdef(model) == graph  # as it was given
+
+
+def batch(seed):
+  rng = np.random.default_rng(seed)
+  image = rng.normal(size=(8, 4, 4, 2)).astype(np.float32)
+  return {'image': image, 'label': rng.integers(3, size=8)}
+
+
+@pytest.fixture(scope='module')
+def searches():
+  """Results of the same search over both networks, and the NNX model before it."""
+  model = NnxNet(nnx.Rngs(0))
+  before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+  start = {
+    'params': nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+    'batch_stats': nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
+  }
+  results = [
+    fliqs_jax.search(
+      network, [batch(0), batch(1)], [batch(2)], variables=variables, num_steps=12,
+      num_samples=2, formats='int2,int4,int8', target_format='int4', log_every=4,
+    )
+    for network, variables in ((model, None), (LinenNet(), start))
+  ]  # fmt: skip
+  return *results, model, before
+
+
+def test_a_search_is_the_same(searches):
+  ours, theirs, _, _ = searches
+  for field in ('formats', 'cost', 'eval', 'policy', 'history'):
+    assert getattr(ours, field) == getattr(theirs, field), field
+  for name in ('params', 'batch_stats'):
+    jax.tree.map(
+      np.testing.assert_array_equal, ours.variables[name], theirs.variables[name]
+    )
+
+
+def test_the_result_is_an_nnx_module_and_the_given_one_stays(searches):
+  ours, theirs, model, before = searches
+  after = nnx.to_pure_dict(nnx.state(model))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  images = batch(2)['image']
+  expected = jax.jit(lambda v: theirs.model.apply(v, images, train=False))
+  found = nnx.jit(lambda model: model(images))(ours.model)
+  np.testing.assert_allclose(found, expected(theirs.variables), rtol=1e-5, atol=1e-6)
+  # Its state can be taken out and put back, as that of any module.
+  graph, state = nnx.split(ours.model)
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+  again = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
+  np.testing.assert_allclose(again(images), found, rtol=1e-5, atol=1e-6)
