@@ -12,8 +12,9 @@ RunError         a run that cannot go on
 Preempted        a run that was asked to stop, and goes on when it is started again
 
 The parts, for programs of their own, are the folders `numerics`, `layers`, `linen`,
-`nnx`, `models`, `search`, `data`, `training`, `runs` and `reporting`. Those of `search`, which
-is a function here, are imported as `from fliqs_jax.search import space`.
+`nnx`, `models`, `search`, `data`, `training`, `runs` and `reporting`. Those of
+`search`, which is a function here, are imported as `from
+fliqs_jax.search import space`.
 
 Shapes in docstrings have the same letters everywhere: S samples of the policy in a
 step, B examples of a batch, N decisions, K options of a decision or formats of a table,

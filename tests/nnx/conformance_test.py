@@ -86,6 +86,18 @@ PAIRS = {
 }
 
 
+def _outputs(network, kwargs, x, variables):
+  """Returns quantized and plain outputs, and the averages of a call in training."""
+  train = {name: not value for name, value in kwargs.items()}
+  mutable = ['batch_stats', QUANT_STATS]
+  _, updated = network.apply(variables, x, mutable=mutable, **train)
+  # The averages of the first call set the thresholds of the second.
+  quantized = variables | updated
+  plain = {name: quantized[name] for name in variables if name != FORMATS}
+  outputs = (network.apply(v, x, **kwargs) for v in (quantized, plain))
+  return *outputs, jax.tree.leaves(updated)
+
+
 @pytest.mark.parametrize('pair', PAIRS)
 def test_layers_and_outputs_are_the_same(pair):
   make, linen_model, shape, kwargs = PAIRS[pair]
@@ -98,27 +110,16 @@ def test_layers_and_outputs_are_the_same(pair):
   assert found.skipped == expected.skipped == {}
   assert len(found.layers) == len(ours.init(None)[QUANT_STATS])
   four, params = get_format('int4'), ours.init(None)['params']
+  bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in found.layers}
   results = []
-  for network, layers, kwargs in (
+  for network, layers, arguments in (
     (ours, found.layers, {}),
     (theirs, expected.layers, kwargs),
   ):
-    bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in layers}
-    variables = network.init(jax.random.key(0), x, **kwargs)
+    variables = network.init(jax.random.key(0), x, **arguments)
     variables |= {'params': params, FORMATS: nest(layers, bound)}
-    call = functools.partial(network.apply, mutable=['batch_stats', QUANT_STATS])
-    call = functools.partial(call, **{'train': True} if kwargs else {})
-
-    @jax.jit
-    def outputs(variables):
-      _, updated = call(variables, x)
-      # The averages of the first call set the thresholds of the second.
-      quantized = variables | updated
-      plain = {name: quantized[name] for name in variables if name != FORMATS}
-      results = (network.apply(v, x, **kwargs) for v in (quantized, plain))
-      return *results, jax.tree.leaves(updated)
-
-    results.append(outputs(variables))
+    outputs = functools.partial(_outputs, network, arguments, x)
+    results.append(jax.jit(outputs)(variables))
   jax.tree.map(np.testing.assert_array_equal, *results)
   assert np.abs(results[0][0] - results[0][1]).max() > 0
   assert nnx.graphdef(model) == graph  # as it was given
