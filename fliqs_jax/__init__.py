@@ -13,8 +13,8 @@ Preempted        a run that was asked to stop, and goes on when it is started ag
 
 The parts, for programs of their own, are the folders `numerics`, `layers`, `linen`,
 `nnx`, `models`, `search`, `data`, `training`, `runs` and `reporting`. Those of
-`search`, which is a function here, are imported as `from
-fliqs_jax.search import space`.
+`search`, which is a function here, are imported as in
+`from fliqs_jax.search import space`.
 
 Shapes in docstrings have the same letters everywhere: S samples of the policy in a
 step, B examples of a batch, N decisions, K options of a decision or formats of a table,
