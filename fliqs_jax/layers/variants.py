@@ -107,7 +107,7 @@ def _resized(layer, inputs, outputs, kernel, present):
   """The layer with other sizes, None for those that it keeps."""
   if present == 0:
     return layer._replace(**_NOTHING)
-  axes = layer.axes
+  axes, contraction = layer.axes, layer.contraction
   arguments = dict(layer.arguments)
   grouped = layer.kernel_shape[axes.w_inputs] != layer.input_shape[axes.x_inputs]
   input_shape, kernel_shape = list(layer.input_shape), list(layer.kernel_shape)
@@ -116,6 +116,7 @@ def _resized(layer, inputs, outputs, kernel, present):
     input_shape[axes.x_inputs] = inputs
     if grouped:
       arguments['feature_group_count'] = inputs
+      contraction = contraction._replace(groups=inputs)
     else:
       kernel_shape[axes.w_inputs] = inputs
   if outputs is not None:
@@ -136,6 +137,7 @@ def _resized(layer, inputs, outputs, kernel, present):
     // kernel_shape[axes.w_outputs],
     params=elements + biases,
     arguments=tuple(sorted(arguments.items())),
+    contraction=contraction,
     sizes=None,
     axes=None,
     gate='',
