@@ -135,7 +135,8 @@ def _minus(loss):
 
 def _arguments(model, inputs):
   """Returns the function from (batch, train) to what the network is called with."""
-  is_searchable = not isinstance(model, nn.Module | nnx.Module)
+  # A class, given in place of an instance, is refused later, with a line of its own.
+  is_searchable = not isinstance(model, nn.Module | nnx.Module | type)
   module = model.model if is_searchable else model
   call = inspect.signature(type(module).__call__)
   give = _giver(inputs)
