@@ -69,7 +69,7 @@ def _blackwell(config):
 
 
 def _ironwood(config):
-  """What TPU7x multiplies faster than bf16, fp8, and bf16, at a cost between them."""
+  """Formats for TPU7x, fp8 beside bf16, at a cost between the two."""
   config.quantizer.activation_scale = 'token'
   config.search.update(
     formats='device',

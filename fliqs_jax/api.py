@@ -52,7 +52,7 @@ _NOT_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-  """What a search found.
+  """Result of a search: the network, its weights, its formats, and the record.
 
   Attributes:
     model: the searched network with the found formats. Of an NNX module, an NNX module

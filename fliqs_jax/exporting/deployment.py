@@ -61,7 +61,7 @@ class Deployment(NamedTuple):
 
   @property
   def unquantized(self) -> dict[str, np.ndarray]:
-    """What is deployed as it is: biases, norms, embeddings."""
+    """Arrays that are deployed as they are: biases, norms, embeddings."""
     return unquantized([layer.layer for layer in self.layers.values()], self.variables)
 
   def searched(self, *inputs: jax.Array) -> Any:

@@ -27,7 +27,7 @@ REPORT = 'report.json'
 
 
 class Target(NamedTuple):
-  """What a search is exported to."""
+  """Kind of file that a search is exported to."""
 
   file: str  # the name of what is written
   loader: str  # the program of `loaders` that loads it

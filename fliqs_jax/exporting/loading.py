@@ -15,7 +15,7 @@ LOADERS = pathlib.Path(__file__).parent / 'loaders'
 
 
 class Mismatch(RunError):
-  """What was exported computes something else than what was searched."""
+  """Error of an export that computes something else than what was searched."""
 
 
 def run(

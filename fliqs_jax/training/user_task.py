@@ -222,6 +222,7 @@ def check(
   Raises:
     ConfigError: where they return what a search cannot use.
   """
+
   def forward(batch, evaluated):
     *found, outputs = _forward(model, task, batch, evaluated)
     # Others may be of a class of the user's that JAX cannot return.
