@@ -193,7 +193,10 @@ def _loop(
 
 def _evaluated_meanwhile(setup, state, evaluate):
   """Returns the scalars of a line that evaluate the formats as they stand."""
-  evaluated = evaluate(state, _final_choices(setup, state)[0])
+  choices, _ = _final_choices(setup, state)
+  if (choices < 0).any():  # nothing is committed to yet
+    choices = _best_choices(setup, state)
+  evaluated = evaluate(state, choices)
   return {
     workdir.EVALUATED + name: value
     for name, value in evaluated.items()
@@ -234,10 +237,14 @@ def _policy(setup, state):
 
 def _commit(setup, state, mesh):
   """Fixes the best choices within the budgets for the rest of the run."""
-  scores = setup.controller.scores(jax.device_get(state.controller))
-  choices = setup.problem.best_choices(jax.device_get(scores))
-  choices = jax.device_put(choices, sharding.replicated(mesh))
+  choices = jax.device_put(_best_choices(setup, state), sharding.replicated(mesh))
   return state.replace(controller=setup.controller.commit(state.controller, choices))
+
+
+def _best_choices(setup, state):
+  """Returns the best choices within the budgets, int32[N], by what is known so far."""
+  scores = setup.controller.scores(jax.device_get(state.controller))
+  return setup.problem.best_choices(jax.device_get(scores))
 
 
 def _final_choices(setup, state):
