@@ -18,8 +18,9 @@ random           the best of eight random assignments by the shared weights, one
 
 Every run has its workdir in the folder: the same command goes on where it stopped, and
 several processes may work on different seeds. `--table` prints what is there, as mean
-and standard error, and paired differences to `one_shot` with the p-value of a t-test.
-A run takes 80 s of one core; `--quick` is two seeds of three methods and 500 steps.
+and standard error, paired differences to `one_shot` with the p-value of a t-test, and
+the median of the seconds that a run took, and draws the points into `points.png`. A run
+takes 80 s of one core; `--quick` is two seeds of three methods and 500 steps.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import pathlib
 import time
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
@@ -38,6 +40,7 @@ from fliqs_jax.runs.result import RESULT_FILE
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'transformer_lm.py'
 UNIFORM = 'int3'
 BUDGETS = ('int3', '0.75*int4')
+SECONDS_FILE = 'seconds.txt'  # of a run, in its workdir
 # Whatever is to be compared comes first.
 METHODS = (
   'one_shot',
@@ -88,7 +91,7 @@ def run(method, config, folder):
 
 
 def run_all(args, folder):
-  """Runs what is missing, and appends a line to the file of each process."""
+  """Runs what is missing, and prints a line for each run."""
   for method in args.methods:
     for budget in args.budgets:
       for seed in args.seeds:
@@ -96,13 +99,16 @@ def run_all(args, folder):
         workdir = folder / f'{name}-{seed}' / method
         began = time.monotonic()
         result = run(method, load_config(seed, budget, args.num_steps), workdir)
+        seconds, taken = round(time.monotonic() - began, 1), workdir / SECONDS_FILE
+        if not taken.exists():
+          taken.write_text(f'{seconds}\n')
         line = {
           'method': method,
           'budget': budget,
           'seed': seed,
           'bits_per_byte': result['eval']['bits_per_byte'],
           'cost': result['cost'],
-          'seconds': round(time.monotonic() - began, 1),
+          'seconds': seconds,
         }
         print(json.dumps(line), flush=True)
 
@@ -114,15 +120,18 @@ def read_results(folder, methods):
     budget, _, seed = path.parents[1].name.rpartition('-')
     if path.parent.name in methods:
       key = path.parent.name, budget.replace('x', '*')
-      found.setdefault(key, {})[int(seed)] = json.loads(path.read_text())
+      result = json.loads(path.read_text())
+      seconds = path.with_name(SECONDS_FILE)
+      result['seconds'] = float(seconds.read_text()) if seconds.exists() else np.nan
+      found.setdefault(key, {})[int(seed)] = result
   return found
 
 
 def print_table(results, methods):
   """Prints mean and standard error of each method, and differences to `one_shot`."""
-  columns = ('budget', 'method', 'bits per byte', 'less one-shot', 'p', 'cost / target')
-  print(f'| {" | ".join(columns)} | seeds |')
-  print('|---|---|---|---|---|---|---|')
+  columns = 'budget', 'method', 'bits per byte', 'less one-shot', 'p', 'cost / target'
+  columns = (*columns, 'seconds', 'seeds')
+  print(f'| {" | ".join(columns)} |\n{"|---" * len(columns)}|')
   for budget in dict.fromkeys(budget for _, budget in results):
     ours = results.get(('one_shot', budget), {})
     target = next((r['target'] for r in ours.values()), None)
@@ -142,8 +151,29 @@ def print_table(results, methods):
       cost = f'{np.mean(ratios):.4f}' if ratios else ''
       print(
         f'| {budget} | {method} | {_mean_and_error(list(values.values()))} '
-        f'| {difference} | {p} | {cost} | {len(values)} |'
+        f'| {difference} | {p} | {cost} | {_median_seconds(runs)} | {len(values)} |'
       )
+
+
+def _median_seconds(runs):
+  return f'{np.nanmedian([r["seconds"] for r in runs.values()]):.0f}'
+
+
+def draw(results, methods, path):
+  """Draws the bits per byte of each run, a panel for each budget."""
+  budgets = list(dict.fromkeys(budget for _, budget in results))
+  figure, axes = plt.subplots(1, len(budgets), sharey=True, squeeze=False)
+  for axis, budget in zip(axes[0], budgets):
+    shown = [method for method in methods if (method, budget) in results]
+    for place, method in enumerate(shown):
+      runs = results[method, budget]
+      values = [r['eval']['bits_per_byte'] for r in runs.values()]
+      axis.plot([place] * len(values), values, 'o', alpha=0.6)
+      axis.plot(place, np.mean(values), 'k_', markersize=20)
+    axis.set_xticks(range(len(shown)), shown, rotation=45, ha='right')
+    axis.set_title(f'at the cost of {budget}')
+  axes[0][0].set_ylabel('bits per byte (lower is better)')
+  figure.savefig(path, bbox_inches='tight', dpi=150)
 
 
 def _mean_and_error(values):
@@ -169,7 +199,9 @@ def main():
   if not args.table:
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
     run_all(args, folder)
-  print_table(read_results(folder, args.methods), args.methods)
+  results = read_results(folder, args.methods)
+  print_table(results, args.methods)
+  draw(results, args.methods, folder / 'points.png')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.models.common import ModuleDef
 
 _normal = nn.initializers.normal(0.02)
@@ -91,17 +92,17 @@ class TransformerLM(nn.Module):
     """Returns the logits `float32[B, T, num_classes]` of each next token of `[B, T]`.
 
     Raises:
-      ValueError: where the heads do not divide the hidden size, or there are no tokens.
+      ConfigError: where the heads do not divide the hidden size, or there are no tokens.
     """
     del train  # nothing differs in training
     hidden = round(self.hidden_size * self.width)
     if hidden == 0 or hidden % self.num_heads:
-      raise ValueError(
+      raise ConfigError(
         f'hidden size {hidden} ({self.hidden_size} at width {self.width}): expected '
         f'a multiple of the {self.num_heads} heads'
       )
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(
+      raise ConfigError(
         f'{tokens.dtype}{list(tokens.shape)}: expected whole numbers [B, T], which '
         'input.context makes of a text'
       )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax import models
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.linen.discovery import discover
 
 HIDDEN, DEPTH, HEADS, CONTEXT, VALUES = 48, 3, 4, 48, 256
@@ -102,7 +103,7 @@ def test_computes_in_its_dtype():
   ],
 )
 def test_what_does_not_fit_is_named(options, example, words):
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(ConfigError) as error:
     discover(make(**options), example, train=False)
   for word in words:
     assert word in str(error.value)
