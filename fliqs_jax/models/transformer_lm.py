@@ -92,7 +92,7 @@ class TransformerLM(nn.Module):
     """Returns the logits `float32[B, T, num_classes]` of each next token of `[B, T]`.
 
     Raises:
-      ConfigError: where the heads do not divide the hidden size, or there are no tokens.
+      ConfigError: where the heads do not divide the hidden size, or without tokens.
     """
     del train  # nothing differs in training
     hidden = round(self.hidden_size * self.width)
