@@ -3,8 +3,9 @@
     result = fliqs_jax.search(model, train_batches, eval_batches, num_steps=1000)
 
 search           a search over your own network, data and loss
-SearchResult     what it returns: formats, weights, cost, history
-evaluate         the quality of what a search left, under its formats or others
+train            the same network trained in fixed formats
+Result           what they return: formats, weights, cost, history
+evaluate         the quality of what a run left, under its formats or others
 make_searchable  a network with its layers quantized, for a loop of your own
 default_config   the fields of a config, which `search` and the commands take
 ConfigError      a mistake in what was asked for
@@ -30,11 +31,12 @@ _MODULES = {
   'ConfigError': 'errors',
   'Preempted': 'errors',
   'RunError': 'errors',
-  'SearchResult': 'api',
+  'Result': 'api',
   'default_config': 'runs.config',
   'evaluate': 'api',
   'make_searchable': 'api',
   'search': 'api',
+  'train': 'api',
 }
 __all__ = list(_MODULES)
 

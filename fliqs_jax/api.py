@@ -1,17 +1,19 @@
-"""The Python interface: a search over a user's own network, data and loss.
+"""The Python interface: runs over a user's own network, data and loss.
 
     result = fliqs_jax.search(model, train_batches, eval_batches, num_steps=1000)
+    fixed = fliqs_jax.train(model, train_batches, eval_batches, formats='int8')
 
 The loop is that of `python -m fliqs_jax.main`, and so are the files that it leaves.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import json
 import os
 import shutil
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import nnx
@@ -36,13 +38,18 @@ from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.setup import Data, Setup
 from fliqs_jax.search import assignments
 from fliqs_jax.training import user_task
-from fliqs_jax.training.task import Batch, Metrics, Score, Task
+from fliqs_jax.training.task import Batch, Metrics, Score
 
 # A user's own network: a module of either interface of Flax.
 Model = nn.Module | nnx.Module
 
 # Where a field that is given by its last name alone is looked for, in this order.
 _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')
+# Those of `search` that a training with fixed formats has too.
+_OF_TRAINING = (
+  'cost_model', 'device', 'latency_table', 'weight_delay', 'activation_delay',
+  'statistics_batches',
+)  # fmt: skip
 # Fields that the arguments say, or that only data from TFDS have.
 _NOT_FIELDS = (
     'mode', 'batch_size', 'eval_batch_size', 'dataset', 'num_classes', 'dtype',
@@ -51,18 +58,20 @@ _NOT_FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchResult:
-  """Result of a search: the network, its weights, its formats, and the record.
+class Result:
+  """Result of a run: the network, its weights, its formats, and the record.
+
+  The formats are those that a search has found, or those that a training was given.
 
   Attributes:
-    model: the searched network with the found formats. Of an NNX module, an NNX module
-      with the found weights, as for evaluation. Of a linen module, what computes with
+    model: the network with these formats. Of an NNX module, an NNX module with the
+      trained weights, as for evaluation. Of a linen module, what computes with
       them in `model.apply(variables, ...)`; the user's own `apply` takes
       `variables['params']` without formats.
     variables: parameters, statistics and other collections, and `formats`.
     content: what `search_result.json` holds.
     history: a dict of scalars and of the policy for each logging step.
-    coverage: which layers were searched, and why others were not.
+    coverage: which layers have formats, and why others have none.
     workdir: the run's folder.
   """
 
@@ -77,22 +86,22 @@ class SearchResult:
 
   @property
   def formats(self) -> Mapping[str, Mapping[str, str]]:
-    """The found formats, `{module path: {'weights': name, 'activations': name}}`."""
+    """The formats, `{module path: {'weights': name, 'activations': name}}`."""
     return self.content['formats']
 
   @property
   def cost(self) -> float:
-    """The cost under the found formats, in `content['cost_unit']`."""
+    """The cost under these formats, in `content['cost_unit']`."""
     return self.content['cost']
 
   @property
-  def target(self) -> float:
-    """The target that was searched for, in the same unit."""
+  def target(self) -> float | None:
+    """The target that was searched for, in the same unit; None of a training."""
     return self.content['target']
 
   @property
   def policy(self) -> Mapping[str, Mapping[str, float]]:
-    """The policy that was searched, `{decision: {format: probability}}`."""
+    """The policy, `{decision: {format: probability}}`; empty of a training."""
     return self.content['policy']
 
   @property
@@ -185,7 +194,7 @@ def search(
   workdir: os.PathLike | str | None = None,
   config: ml_collections.ConfigDict | None = None,
   **fields: Any,
-) -> SearchResult:
+) -> Result:
   """Searches the formats of a network's layers while it trains.
 
   Args:
@@ -212,15 +221,79 @@ def search(
     ConfigError: where something is wrong, with a line for each problem.
     FloatingPointError: where a loss is not finite.
   """
+  config = _with_fields(config, fields, _field_names('search'))
+  if config.reward.split != 'train':
+    raise ConfigError(
+      f'reward.split={config.reward.split!r}: expected train, since a search in Python '
+      'measures the quality on the training batches'
+    )
+  scores = _Scores(loss, quality, metrics, inputs)
+  return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
+
+
+def train(
+  model: Model,
+  train_batches: batches.Source,
+  eval_batches: batches.Source,
+  *,
+  formats: 'Result | os.PathLike | str | Mapping[str, Any]',
+  loss: Score | None = None,
+  quality: Score | None = None,
+  metrics: Callable[[Any, Batch], Metrics] | None = None,
+  inputs: str | Callable[[Batch], Any] = 'image',
+  variables: Mapping[str, Any] | None = None,
+  workdir: os.PathLike | str | None = None,
+  config: ml_collections.ConfigDict | None = None,
+  **fields: Any,
+) -> Result:
+  """Trains a network whose layers have fixed formats.
+
+  Args:
+    model: as in `search`, as all that is not named here.
+    train_batches: as in `search`; B is a multiple of the devices.
+    eval_batches: as in `search`.
+    formats: a format for all layers, `float32` for none; an assignment such as
+      `{'head': 'int8', '.*': 'int4'}`; a `Result`, whose formats are taken without its
+      weights; or the path of a file of formats or of a result.
+    loss: as in `search`.
+    quality: what is evaluated besides the loss.
+    metrics: as in `search`.
+    inputs: as in `search`.
+    variables: as in `search`, those of a result for instance.
+    workdir: as in `search`.
+    config: as in `search`.
+    **fields: as in `search`, without those that only a search has.
+
+  Raises:
+    ConfigError: where something is wrong, with a line for each problem.
+    FloatingPointError: where a loss is not finite.
+  """
+  config = _with_fields(config, fields, _field_names('train'))
+  config.mode, config.formats = 'train', _formats_field(formats)
+  scores = _Scores(loss, quality, metrics, inputs)
+  return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
+
+
+class _Scores(NamedTuple):
+  """What a user's task is made of; see `user_task.make_task`."""
+
+  loss: Score | None
+  quality: Score | None
+  metrics: Callable[[Any, Batch], Metrics] | None
+  inputs: str | Callable[[Batch], Any]
+
+
+def _run(config, model, train_batches, eval_batches, scores, variables, workdir):
+  """Searches or trains as the config says, and returns the result."""
   if jax.process_count() > 1:
-    raise ConfigError('fliqs_jax.search runs in one process: use python -m '
-                      'fliqs_jax.main for several')  # fmt: skip
-  config = _with_fields(config, fields)
+    raise ConfigError(
+      f'fliqs_jax.{config.mode} runs in one process: use python -m fliqs_jax.main for '
+      'several'
+    )
   first, train_batches = batches.first_batch(train_batches, 'train_batches')
   evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   _describe(config, model, first)
-  task = user_task.make_task(model, loss, quality, metrics, inputs)
-  network, coverage = _network(config, model, task, loss is None, first, evaluated)
+  network, coverage = _network(config, model, scores, first, evaluated)
   print(coverage, file=sys.stderr)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   folder = files.to_path(workdir or temporary.name)
@@ -229,11 +302,11 @@ def search(
     data=_data(setup, train_batches, eval_batches, first, evaluated)
   )
   content = loop.train(setup, folder)
-  found = _final_variables(setup, folder, content['formats'])
+  final = _final_variables(setup, folder, content['formats'])
   is_nnx = isinstance(network.model, NnxSearchable)
-  return SearchResult(
-    model=network.model.merge(found) if is_nnx else network.model,
-    variables=found,
+  return Result(
+    model=network.model.merge(final) if is_nnx else network.model,
+    variables=final,
     content=content,
     history=workdir_lib.read_history(folder),
     coverage=coverage,
@@ -251,9 +324,12 @@ def _describe(config, model, batch):
 
 
 def _prepare(config, network, folder, variables):
-  """Returns what a search needs besides data, after all checks."""
+  """Returns what a run needs besides data, after all checks."""
   problems = Problems()
-  setup = problems.attempt(setup_lib.build, config, jax.device_count(), None, network)
+  formats = problems.attempt(preparation.fixed_formats, config)
+  problems.raise_any()
+  devices = jax.device_count()
+  setup = problems.attempt(setup_lib.build, config, devices, formats, network)
   start = preparation.attempt_start(problems, config, setup, variables)
   problems.attempt(workdir_lib.check, config, folder, False)
   problems.attempt(workdir_lib.check_layers, network.layers, folder)
@@ -282,21 +358,19 @@ def evaluate(
   eval_batches: batches.Source,
   workdir: os.PathLike | str,
   *,
-  formats: os.PathLike | str | Mapping[str, Any] | None = None,
+  formats: Result | os.PathLike | str | Mapping[str, Any] | None = None,
   loss: Score | None = None,
   quality: Score | None = None,
   metrics: Callable[[Any, Batch], Metrics] | None = None,
   inputs: str | Callable[[Batch], Any] = 'image',
 ) -> dict[str, float]:
-  """Evaluates the weights of a finished search under its formats, or others.
+  """Evaluates the weights of a finished run under its formats, or others.
 
   Args:
     model: as in `search`, as `eval_batches`, `loss`, `quality`, `metrics`, `inputs`.
     eval_batches: each example once.
-    workdir: of the search, or where its result was saved.
-    formats: a format for all layers, the path of a file of formats or of a result, or
-      an assignment such as `SearchResult.formats` or `{'head': 'int8', '.*': 'int4'}`;
-      None takes what was found.
+    workdir: of the run, or where its result was saved.
+    formats: as in `train`; None takes those of the run.
     loss: as in `search`.
     quality: as in `search`.
     metrics: as in `search`.
@@ -312,8 +386,8 @@ def evaluate(
   problems.raise_any()
   config = complete(config)
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
-  task = user_task.make_task(model, loss, quality, metrics, inputs)
-  network, _ = _network(config, model, task, loss is None, first, first)
+  scores = _Scores(loss, quality, metrics, inputs)
+  network, _ = _network(config, model, scores, first, first)
   setup = setup_lib.build(config, jax.device_count(), formats, network)
   setup = setup._replace(data=Data(None, _evaluation_data(setup, eval_batches, first)))
   state, mesh = evaluation.restored_state(setup, folder)
@@ -321,26 +395,32 @@ def evaluate(
 
 
 def _evaluated_formats(formats, folder):
-  """Returns the given formats, one name or by layer, or those that were found."""
+  """Returns the given formats, one name or by layer, or those of the run."""
   if formats is None:
     return result_lib.read_result(folder / result_lib.RESULT_FILE)['formats']
+  return files.read_formats(_formats_field(formats))
+
+
+def _formats_field(formats):
+  """Returns given formats as the field `formats` of a config has them."""
   if isinstance(formats, str | os.PathLike):
-    return files.read_formats(os.fspath(formats))
-  given = dict(formats) if isinstance(formats, Mapping) else formats
-  return assignments.parse(given, 'formats')
+    return os.fspath(formats)
+  given = formats.formats if isinstance(formats, Result) else formats
+  given = dict(given) if isinstance(given, Mapping) else given
+  return json.dumps(assignments.parse(given, 'formats'))
 
 
 def _network(
   config: ml_collections.ConfigDict,
   model: Model,
-  task: Task,
-  default_loss: bool,
+  scores: _Scores,
   first: Batch,
   evaluated: Batch,
 ) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
+  task = user_task.make_task(model, *scores)
   searchable = make_searchable(model, **config.quantizer.to_dict())
-  task = user_task.check(searchable, task, default_loss, first, evaluated)
+  task = user_task.check(searchable, task, scores.loss is None, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
   called = _with_shapes(task.arguments(one, False))
   coverage = searchable.coverage(*called.args, **called.kwargs)
@@ -372,10 +452,10 @@ def _final_variables(setup, folder, formats):
   return jax.device_get({'params': state.params, **state.model_stats, FORMATS: formats})
 
 
-def _with_fields(config, fields):
+def _with_fields(config, fields, names):
   """Returns a copy of a config with fields that are given by their last names."""
   config = (config or default_config()).copy_and_resolve_references()
-  names, problems = _field_names(config), []
+  problems = []
   for name, value in fields.items():
     if name not in names:
       given = f'unknown argument {name!r}'
@@ -387,23 +467,27 @@ def _with_fields(config, fields):
       config.update_from_flattened_dict({names[name]: value})
     except TypeError as error:
       problems.append(f'{name}={value!r}: {str(error).splitlines()[0]}')
-  if config.reward.split != 'train':
-    problems.append(
-      f'reward.split={config.reward.split!r}: expected train, since a search in Python '
-      'measures the quality on the training batches'
-    )
   if problems:
     raise ConfigError(*problems)
   return config
 
 
-def _field_names(config):
+def _field_names(mode):
   """Returns `{name of an argument: field}`; an optimizer's own name is `optimizer`."""
-  names = {}
+  names, config = {}, default_config()
   for section in reversed(_SECTIONS):
     for name in config[section] if section else config:
+      if mode == 'train' and not _trains(section, name):
+        continue
       if name == 'name':
         names[section] = f'{section}.name'
       elif section or name not in (*_NOT_FIELDS, *_SECTIONS):
         names[name] = f'{section}.{name}'.lstrip('.')
   return names
+
+
+def _trains(section, name):
+  """Returns whether a field has an effect on a training with fixed formats."""
+  if section == 'search':
+    return name in _OF_TRAINING
+  return section not in ('reward', 'controller')

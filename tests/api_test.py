@@ -225,6 +225,79 @@ def test_evaluation_of_a_saved_search(searched, tmp_path):
     )
 
 
+# Fixed formats
+
+
+def test_formats_are_trained_however_they_are_given(tmp_path):
+  (batch,) = sequences([16])
+  train = functools.partial(
+    fliqs_jax.train, Smallest(), [batch], [batch], num_steps=2, **TASK
+  )
+  folder, int8 = tmp_path / 'run', {'Dense_.*': 'int8'}
+  fixed = train(formats=int8, workdir=folder)
+  assert fixed.formats == {'Dense_0': {'weights': 'int8', 'activations': 'int8'}}
+  # 7 tokens of an example, each a vector of SYMBOLS numbers.
+  assert fixed.cost == pytest.approx(7 * SYMBOLS**2 * 8 * 8 / 1e9)
+  assert fixed.target is None and fixed.policy == {}
+  assert [line['step'] for line in fixed.history] == [2]
+  fixed.save(tmp_path / 'saved')
+  path = tmp_path / 'saved' / results.RESULT_FILE
+  assert train(formats='int8').eval == fixed.eval
+  evaluate = functools.partial(fliqs_jax.evaluate, Smallest(), [batch], folder, **TASK)
+  assert evaluate() == evaluate(formats=fixed) == evaluate(formats=path) == fixed.eval
+  # The same call goes on where it was, and another one does not.
+  assert train(formats=int8, workdir=folder).eval == fixed.eval
+  with pytest.raises(ConfigError, match='holds a run with another config: formats'):
+    train(formats=fixed, workdir=folder)
+  assert fixed.export('safetensors', tmp_path / 'export')['agreement'] == 1.0
+  page = write_report([str(tmp_path / 'saved')]).read_text()
+  assert 'By the same call of <code>fliqs_jax.train' in page
+
+
+def test_float32_trains_as_plain_flax_does():
+  (batch,) = sequences([16])
+  model, inputs = Smallest(), TASK['inputs'](batch)
+  start = model.init(jax.random.key(3), inputs)
+  result = fliqs_jax.train(
+    model, [batch], [batch], formats='float32', variables=start, num_steps=3,
+    learning_rate=0.1, warmup_steps=0, weight_decay=0.0, **TASK,
+  )  # fmt: skip
+  optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, 3), momentum=0.9)
+  params, state = start['params'], optimizer.init(start['params'])
+  total = lambda params: loss(model.apply({'params': params}, inputs), batch).mean()
+  for _ in range(3):
+    updates, state = optimizer.update(jax.grad(total)(params), state, params)
+    params = optax.apply_updates(params, updates)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    result.variables['params'], params,
+  )  # fmt: skip
+  assert result.eval['loss'] == pytest.approx(float(total(params)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  'arguments, expected',
+  [
+    ({'formats': 'int9'}, "unknown format 'int9'"),
+    ({'formats': 5}, "'formats' holds no formats of layers"),
+    ({'formats': {}}, "'formats' holds no formats of layers"),
+    ({'formats': {'head': 'int8'}}, 'which matches the whole path of no layer'),
+    ({'formats': 'there_is/none.json'}, "cannot read 'there_is/none.json'"),
+    ({'num_samples': 2}, "unknown argument 'num_samples'"),
+    ({'target_format': 'int4'}, "unknown argument 'target_format'"),
+    ({'reward': 'absolute'}, "unknown argument 'reward'"),
+  ],
+)
+def test_wrong_input_of_a_training_is_named(arguments, expected, tmp_path):
+  (batch,) = sequences([16])
+  arguments = {'formats': 'int8', 'num_steps': 2, **TASK, **arguments}
+  with pytest.raises(ConfigError, match=re.escape(expected)):
+    fliqs_jax.train(
+      Smallest(), [batch], [batch], workdir=tmp_path / 'run', **arguments
+    )
+  assert not (tmp_path / 'run').exists()
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
   def nan_in_evaluation(outputs, batch):
     return {'ratio': jnp.mean(jnp.log(batch['scale']))}
@@ -504,8 +577,9 @@ class TwoHeads(nn.Module):
 
 
 def test_a_network_starts_with_all_of_its_parameters():
+  scores = api._Scores(None, None, None, 'image')
   check = lambda model: api._network(
-    fliqs_jax.default_config(), model, user_task.make_task(model), True, *2 * VECTORS
+    fliqs_jax.default_config(), model, scores, *2 * VECTORS
   )
   network, coverage = check(TwoHeads())
   assert network.example.kwargs == {'train': True}

@@ -16,7 +16,7 @@ from fliqs_jax.errors import ConfigError
 Source = Callable[[], Iterable[Any]] | Iterable[Any]
 Check = Callable[[Any], None]  # of a batch in numpy; raises ConfigError
 
-# The arguments of `fliqs_jax.search`, as messages name them.
+# The arguments of `fliqs_jax.search` and `train`, as messages name them.
 _TRAIN, _EVALUATION = 'train_batches', 'eval_batches'
 
 _EXPECTED = (

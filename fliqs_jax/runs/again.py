@@ -16,7 +16,7 @@ def get_config(workdir: str = '') -> ml_collections.ConfigDict:
   Files that it names are those that the run has kept, where they are not as they were.
 
   Raises:
-    ValueError: where there is none, or `fliqs_jax.search` made it.
+    ValueError: where there is none, or a program in Python made it.
   """
   if not workdir:
     raise ValueError('expected the folder of a run, as configs/again.py:runs/digits')
@@ -24,8 +24,8 @@ def get_config(workdir: str = '') -> ml_collections.ConfigDict:
   found = read_config(folder)
   if found.dataset == OWN_BATCHES:
     raise ValueError(
-      f'{workdir!r} was made by fliqs_jax.search, whose network and data it does not '
-      'hold: expected a run of fliqs_jax.main; make the same call in Python again'
+      f'{workdir!r} was made by fliqs_jax.{found.mode}, whose network and data it does '
+      'not hold: expected a run of fliqs_jax.main; make the same call in Python again'
     )
   config = complete(found)
   config.update_from_flattened_dict(kept_inputs(config, folder))

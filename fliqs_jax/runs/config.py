@@ -12,7 +12,7 @@ from fliqs_jax.search.strategies import (
   default_strategy,
 )
 
-# The dataset of a run of `fliqs_jax.search`, whose network and data no config can name.
+# The dataset of a run from Python, whose network and data no config can name.
 OWN_BATCHES = 'own batches'
 
 
@@ -33,8 +33,8 @@ def default_config() -> ml_collections.ConfigDict:
       'num_classes': 10,
       'dtype': 'float32',  # of the computation; or bfloat16
       # For train and eval: a format for all layers, float32 for none, or the path of
-      # a formats.json (assignments.py) or a search_result.json. In eval, empty takes
-      # the checkpoint's own.
+      # a formats.json (assignments.py) or a search_result.json, or what such a file
+      # holds, {"head": "int8", ".*": "int4"}. In eval, empty takes the checkpoint's.
       'formats': '',
       # The path of a search_result.json whose architecture to build, where it is not
       # searched; empty for that of config.formats, else the standard one.

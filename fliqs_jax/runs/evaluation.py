@@ -126,7 +126,7 @@ def finished_run(folder: epath.Path) -> tuple[Setup, TrainState, dict[str, Any]]
 
   Raises:
     ConfigError: where the folder holds no such run, or one of a network and batches
-      that only the program has which called `fliqs_jax.search`.
+      that only the program in Python has which made it.
     RunError: where no checkpoint can be read.
   """
   config = complete(workdir.read_config(folder))
@@ -138,8 +138,8 @@ def finished_run(folder: epath.Path) -> tuple[Setup, TrainState, dict[str, Any]]
   result = result_lib.read_result(folder / result_lib.RESULT_FILE)
   if config.dataset == OWN_BATCHES:
     raise ConfigError(
-      f'{str(folder)!r} holds a run of fliqs_jax.search, whose network and batches no '
-      'file has: expected that program to call export of its result'
+      f'{str(folder)!r} holds a run of fliqs_jax.{config.mode}, whose network and '
+      'batches no file has: expected that program to call export of its result'
     )
   # The result says formats and architecture; files that the run was given may be gone.
   with config.unlocked():

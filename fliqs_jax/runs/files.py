@@ -20,17 +20,26 @@ def to_path(given: os.PathLike | str) -> epath.Path:
 
 
 def read_formats(spec: str) -> str | Assignment:
-  """Returns what `config.formats` names: a format for all layers, or a file's.
+  """Returns what `config.formats` names: a format for all layers, or one for each.
+
+  Those of each layer are the content of a file, or written out as such a content.
 
   Raises:
-    ConfigError: where it is neither; one line for each problem.
+    ConfigError: where it is none of them; one line for each problem.
   """
   if formats.is_format(spec):
     return spec
+  if is_written_out(spec):
+    return assignments.parse(assignments.load(spec.encode(), 'formats'), 'formats')
   if not to_path(spec).exists() and os.sep not in spec and '.' not in spec:
     formats.find_format(spec)  # names the nearest format
   content = read_json(spec)
   return assignments.parse(content.get('formats', content), spec)
+
+
+def is_written_out(spec: str) -> bool:
+  """Returns whether `config.formats` is an assignment itself and names no file."""
+  return spec.startswith('{')
 
 
 def read_json(path: os.PathLike | str) -> dict[str, Any]:

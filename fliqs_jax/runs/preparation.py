@@ -30,7 +30,7 @@ def prepare(
     ConfigError: with all that stands in the way of the run.
   """
   problems = Problems()
-  formats = problems.attempt(_fixed_formats, config)
+  formats = problems.attempt(fixed_formats, config)
   if config.mode == 'train':
     formats = formats or 'float32'
   architecture = problems.attempt(supernet.read_architecture, config)
@@ -41,7 +41,12 @@ def prepare(
   return setup._replace(data=data, start=start)
 
 
-def _fixed_formats(config):
+def fixed_formats(config: ml_collections.ConfigDict) -> str | Assignment | None:
+  """Returns the formats of a training; None for a search.
+
+  Raises:
+    ConfigError: where the config has them for a search, or none for a training.
+  """
   if config.mode == 'search' and config.formats:
     raise ConfigError(
       f'formats={config.formats!r} would have no effect on a search: expected them '

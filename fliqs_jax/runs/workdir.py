@@ -236,7 +236,7 @@ def _inputs(config, workdir):
   return {
     field: (files.to_path(name), workdir / _INPUTS_FOLDER / f'{field}.json')
     for field, name in named.items()
-    if name and name not in NAMES
+    if name and name not in NAMES and not files.is_written_out(name)
   }
 
 
