@@ -24,8 +24,10 @@ _NUM_KEPT = 3
 # optimizer's and the controller's state, whose shapes depend on the run.
 _ITEMS = {
   'variables': ('params', 'batch_stats', 'quant_stats', 'collections'),
-  'training': ('step', 'opt_state', 'controller', 'skipped', 'key'),
-}
+  'training': (
+    'step', 'opt_state', 'averaged_params', 'controller', 'skipped', 'key',
+  ),
+}  # fmt: skip
 
 # How TensorStore ends what it says of a refusal of the operating system.
 _REFUSAL = re.compile(r"[^:]+(?= \[os_error_code='\d+'\])")

@@ -120,6 +120,7 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       target=setup.target,
       activation_delay=config.search.activation_delay,
       weight_delay=config.search.weight_delay,
+      averaged_steps=_averaged_steps(config.search),
       held_out=config.reward.split == 'validation',
     )
   else:
@@ -131,6 +132,11 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       config.search.weight_delay,
     )
   return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
+
+
+def _averaged_steps(search):
+  """Half of the steps in which qualities are measured."""
+  return max((search.commit_step - search.policy_delay) // 2, 1)
 
 
 def _loop(

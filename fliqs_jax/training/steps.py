@@ -165,6 +165,7 @@ def make_search_step(
   target: float,
   activation_delay: int = 0,
   weight_delay: int = 0,
+  averaged_steps: int = 1,
   held_out: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that updates weights and policy together.
@@ -181,6 +182,8 @@ def make_search_step(
     target: in the cost model's unit, for the metric `cost_ratio`.
     activation_delay: the first step with quantized activations.
     weight_delay: the first step with quantized weights.
+    averaged_steps: the time constant of the moving averages of the weights, under which
+      a controller that measures does so.
     held_out: whether the quality is that of `batch['reward']`.
 
   Returns:
@@ -219,10 +222,26 @@ def make_search_step(
       state.controller, outcome, state.step
     )
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
+    if controller.is_measured is not None:
+      new_state = _average_params(new_state, averaged_steps)
     own_metrics = _search_metrics(metrics, outcome, gradients, target)
     return new_state, {**own_metrics, **controller_metrics}
 
   return _jit_step(search_step, mesh)
+
+
+def _average_params(state, num_steps):
+  """Returns the state with moving averages that take its parameters in.
+
+  At first they are the mean of all steps, so that no step before the first counts.
+  """
+  weight = 1 / jnp.minimum(state.step, num_steps)
+  averaged = jax.tree.map(
+    lambda average, p: average + weight * (p.astype(average.dtype) - average),
+    state.averaged_params,
+    state.params,
+  )
+  return state.replace(averaged_params=averaged)
 
 
 def _measured(outcome, measured, measure, state, batch, key):
@@ -241,13 +260,21 @@ def _make_measure(task, space, mesh, held_out):
   It is `(state, batch, choices int32[S, N], key) -> float32[S]`. The examples are those
   of `batch['reward']` where it is held out, else half of the batch, before the weights
   train on it. Common random numbers take what the examples contribute to a quality out
-  of the differences between samples.
+  of the differences between samples. The weights are the averaged ones: their losses
+  under formats are nearer to those of the weights in which the learning rate ends
+  (Izmailov et al., 2018, arXiv 1803.05407) than those of any one step are.
   """
 
   def one_sample(shared, choices):
     state, examples, key = shared
     formats = nest(space.layers, space.bind(choices))
-    outputs, _, _ = _forward(state, task, state.params, formats, examples, key)
+    params = jax.tree.map(
+      # Nothing is averaged before the first step.
+      lambda average, p: jnp.where(state.step > 0, average.astype(p.dtype), p),
+      state.averaged_params,
+      state.params,
+    )
+    outputs, _, _ = _forward(state, task, params, formats, examples, key)
     return {}, jnp.mean(task.quality(outputs, examples))
 
   def measure(state, batch, choices, key):

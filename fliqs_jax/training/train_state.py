@@ -47,6 +47,9 @@ class TrainState(train_state.TrainState):
   controller: ControllerState | None  # None where formats are fixed
   skipped: jax.Array  # shape=(), int32, unsound steps in a row, up to the last one
   key: jax.Array  # shape=(), typed PRNG key; never consumed, only folded into
+  # Moving averages of the parameters, float32, under which qualities are measured; None
+  # where none are.
+  averaged_params: Any = None
   # What else the network updates: {collection: variables}.
   collections: Mapping[str, Any] = struct.field(default_factory=dict)
 
@@ -79,6 +82,10 @@ def create_train_state(
   init_key, run_key = jax.random.split(key)
   args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
   variables = plain(model.init(init_key, *args, **example.kwargs))
+  averaged = None
+  if controller is not None and controller.is_measured is not None:
+    zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
+    averaged = jax.tree.map(zeros, variables['params'])
   state = TrainState.create(
     apply_fn=model.apply,
     params=variables.pop('params'),
@@ -88,6 +95,7 @@ def create_train_state(
     controller=controller and controller.init(),
     skipped=jnp.zeros((), jnp.int32),
     key=run_key,
+    averaged_params=averaged,
     collections=variables,
   )
   # Flax's 0 is a Python number, whose type is weak. That of a checkpoint is not, and a
