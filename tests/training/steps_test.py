@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import chex
 from conftest import ROOT
 from flax import linen as nn
 import jax
@@ -129,6 +130,41 @@ def take_steps(num_samples, num_devices, count=3, **options):
     state, new = step(state, batch)
     metrics.append(jax.device_get(new))
   return jax.device_get(state.replace(key=None)), metrics
+
+
+def test_qualities_are_measured_with_averaged_weights():
+  mesh, num_samples = sharding.make_mesh(2, jax.devices()[:1]), 2
+  search, init = make_search()
+  choices = jnp.ones(len(search.space.decisions), int)
+  recorder = search.controller._replace(
+    sample=lambda state, keys: jnp.tile(choices, (num_samples, 1)),
+    update=lambda state, outcome, step: (outcome.qualities, {}),
+    is_measured=lambda step: jnp.bool_(True),
+  )
+  task = classification.classification('minus_loss')
+  step = steps.make_search_step(
+    task, search.space, search.cost_model, recorder, mesh,
+    num_samples=num_samples, target=search.target, averaged_steps=2,
+  )  # fmt: skip
+  state, formats = init(mesh), bound(search, choices)
+  apply = jax.jit(functools.partial(state.apply_fn, train=True, mutable=True))
+  average = state.params
+  zeros = jax.tree.map(jnp.zeros_like, average)
+  state = state.replace(controller=jnp.zeros(num_samples), averaged_params=zeros)
+  for weight in (1, 1 / 2, 1 / 2, 1 / 2):  # the first is that of a mean of one
+    batch = make_batch(num_samples, int(state.step))
+    half = {k: v[:, :2].reshape(-1, *v.shape[2:]) for k, v in batch.items()}
+    key = jax.random.fold_in(state.key, state.step)
+    logits, _ = apply(
+      {'params': average, FORMATS: formats, **state.model_stats},
+      half['image'], rngs={'dropout': key},
+    )  # fmt: skip
+    expected = jnp.mean(task.quality(logits, half))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, _ = step(jax.tree.map(jnp.copy, state), batch)
+    np.testing.assert_allclose(state.controller, [expected] * num_samples, rtol=1e-5)
+    average = optax.incremental_update(state.params, average, weight)
+  chex.assert_trees_all_close(state.averaged_params, average, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
