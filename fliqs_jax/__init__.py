@@ -6,6 +6,7 @@ search           a search over your own network, data and loss
 train            the same network trained in fixed formats
 Result           what they return: formats, weights, cost, history
 evaluate         the quality of what a run left, under its formats or others
+overview         the layers of a network and its costs, before anything is trained
 make_searchable  a network with its layers quantized, for a loop of your own
 default_config   the fields of a config, which `search` and the commands take
 ConfigError      a mistake in what was asked for
@@ -15,7 +16,8 @@ Preempted        a run that was asked to stop, and goes on when it is started ag
 The parts, for programs of their own, are the folders `numerics`, `layers`, `linen`,
 `nnx`, `models`, `search`, `data`, `training`, `runs` and `reporting`. Those of
 `search`, which is a function here, are imported as in
-`from fliqs_jax.search import space`.
+`from fliqs_jax.search import space`; the command `fliqs_jax.overview` is started by
+`python -m`.
 
 Shapes in docstrings have the same letters everywhere: S samples of the policy in a
 step, B examples of a batch, N decisions, K options of a decision or formats of a table,
@@ -35,6 +37,7 @@ _MODULES = {
   'default_config': 'runs.config',
   'evaluate': 'api',
   'make_searchable': 'api',
+  'overview': 'api',
   'search': 'api',
   'train': 'api',
 }
@@ -47,11 +50,15 @@ def __getattr__(name):
   return getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
 
 
-class _Package(types.ModuleType):
-  """The package, whose `search` is the function and not the folder of that name."""
+def _kept(name):
+  """Returns the attribute that no import of a module of that name replaces."""
+  return property(lambda package: __getattr__(name), lambda package, module: None)
 
-  # Whoever imports from the folder would else replace the function by it.
-  search = property(lambda package: __getattr__('search'), lambda package, folder: None)
+
+class _Package(types.ModuleType):
+  """The package, whose functions keep their names beside modules of the same ones."""
+
+  search, overview = _kept('search'), _kept('overview')
 
 
 sys.modules[__name__].__class__ = _Package

@@ -29,6 +29,8 @@ from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen import interception
 from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
+from fliqs_jax.reporting import notebook, terminal
+from fliqs_jax.reporting import overview as overview_lib
 from fliqs_jax.runs import evaluation, files, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
@@ -57,7 +59,7 @@ _NOT_FIELDS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
   """Result of a run: the network, its weights, its formats, and the record.
 
@@ -81,8 +83,14 @@ class Result:
   history: list[dict[str, Any]]
   coverage: Coverage
   workdir: str
-  _setup: Setup = dataclasses.field(repr=False)
-  _temporary: tempfile.TemporaryDirectory | None = dataclasses.field(repr=False)
+  _setup: Setup
+  _temporary: tempfile.TemporaryDirectory | None
+
+  def __repr__(self) -> str:
+    return terminal.to_text(*terminal.result_parts(self.content, self.workdir))
+
+  def _repr_html_(self) -> str:
+    return notebook.to_html(*terminal.result_parts(self.content, self.workdir))
 
   @property
   def formats(self) -> Mapping[str, Mapping[str, str]]:
@@ -320,7 +328,11 @@ def _describe(config, model, batch):
   """Writes into a config what it says of a user's network and batches."""
   config.batch_size = batches.batch_size(batch, 'train_batches')
   config.dataset = OWN_BATCHES
-  config.model = {'name': type(model).__name__, 'width': 1.0}
+  config.model = _describe_model(model)
+
+
+def _describe_model(model):
+  return {'name': type(model).__name__, 'width': 1.0}
 
 
 def _prepare(config, network, folder, variables):
@@ -351,6 +363,58 @@ def _data(setup, train_batches, eval_batches, first, evaluated):
 def _evaluation_data(setup, eval_batches, evaluated):
   check = batches.alike('eval_batches', evaluated, setup.task.check)
   return lambda sharding: batches.eval_batches(eval_batches, check)
+
+
+def overview(
+  model: Model,
+  *inputs: Any,
+  formats: Result | os.PathLike | str | Mapping[str, Any] = 'bf16',
+  config: ml_collections.ConfigDict | None = None,
+  **kwargs: Any,
+) -> overview_lib.Overview:
+  """Returns the layers of a network and its costs, without training it.
+
+  Args:
+    model: as in `search`.
+    *inputs: what the network is called with, arrays `[B, ...]` or their shapes as
+      `jax.ShapeDtypeStruct`; costs are those of one example.
+    formats: as in `train`.
+    config: whose cost model, formats and target are shown; None for the defaults.
+    **kwargs: of the network's call; flags of training are off by themselves.
+
+  Raises:
+    ConfigError: where something is wrong, with a line for each problem.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import fliqs_jax
+    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> found = fliqs_jax.overview(model, jnp.ones((1, 8)), formats='int4')
+    >>> found.macs, found.layers[0]['weights'], f'{found.total:.3g} {found.cost_unit}'
+    (32, 'int4', '5.12e-07 GBOPs')
+  """
+  config = (config or default_config()).copy_and_resolve_references()
+  config.dataset, config.model = OWN_BATCHES, _describe_model(model)
+  assignment = files.read_formats(_formats_field(formats))
+  task = user_task.make_task(model, inputs=lambda batch: (batch, kwargs))
+  searchable = make_searchable(model, **config.quantizer.to_dict())
+  one = jax.tree.map(_first_example, inputs)
+  coverage, example = _coverage(searchable, model, task, one)
+  found = overview_lib.describe(
+    resolve(config),
+    assignment,
+    label=formats if isinstance(assignment, str) else 'the formats given',
+    own=Network(searchable, example, coverage.layers, task),
+  )
+  return dataclasses.replace(found, coverage=coverage)
+
+
+def _first_example(a):
+  if not hasattr(a, 'shape'):
+    return a  # which is reported as an argument of the network
+  dtype = jax.dtypes.canonicalize_dtype(a.dtype)
+  return jax.ShapeDtypeStruct((1, *a.shape[1:])[: len(a.shape)], dtype)
 
 
 def evaluate(
@@ -420,10 +484,19 @@ def _network(
   """Returns the user's network as the loop takes it, and what of it is searched."""
   task = user_task.make_task(model, *scores)
   searchable = make_searchable(model, **config.quantizer.to_dict())
-  task = user_task.check(searchable, task, scores.loss is None, first, evaluated)
+  with user_task.misfits_named(model, task.arguments(first, True).args):
+    task = user_task.check(searchable, task, scores.loss is None, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
-  called = _with_shapes(task.arguments(one, False))
-  coverage = searchable.coverage(*called.args, **called.kwargs)
+  coverage, _ = _coverage(searchable, model, task, one)
+  example = _with_shapes(user_task.initial_arguments(searchable, task, one))
+  return Network(searchable, example, coverage.layers, task), coverage
+
+
+def _coverage(searchable, model, task, batch):
+  """Returns what of a network is searched, and how it is called in evaluation."""
+  called = _with_shapes(task.arguments(batch, False))
+  with user_task.misfits_named(model, called.args):
+    coverage = searchable.coverage(*called.args, **called.kwargs)
   name = type(model).__name__
   if not coverage.layers:
     reasons = (
@@ -435,8 +508,7 @@ def _network(
       f'the architecture of {name} is left open: fliqs_jax.search decides formats '
       'alone, python -m fliqs_jax.main the architecture too'
     )
-  example = _with_shapes(user_task.initial_arguments(searchable, task, one))
-  return Network(searchable, example, coverage.layers, task), coverage
+  return coverage, called
 
 
 def _with_shapes(arguments):

@@ -7,10 +7,15 @@ of --config.formats. --device=NAME lists the formats that a device multiplies na
 with their rates. --json prints one JSON object instead of the table.
 """
 
+import json
+
 from absl import flags
 
 from fliqs_jax import command_line
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import overview
+from fliqs_jax.runs import files, supernet
+from fliqs_jax.runs.config import resolve
 
 _CONFIG = command_line.define_config_flag()
 _FORMAT = flags.DEFINE_string('format', None, 'Format of all layers (default: bf16).')
@@ -21,7 +26,18 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 def main(argv):
   """Prints the overview of the config's network."""
   del argv
-  overview.print_overview(_CONFIG.value, _FORMAT.value, _DEVICE.value, _JSON.value)
+  config = resolve(_CONFIG.value)
+  if _FORMAT.value and config.formats:
+    raise ConfigError('--format and --config.formats: expected one of the two')
+  label = _FORMAT.value or config.formats or 'bf16'
+  found = overview.describe(
+    config,
+    files.read_formats(label),
+    label,
+    supernet.read_architecture(config),
+    device=_DEVICE.value,
+  )
+  print(json.dumps(found.to_json()) if _JSON.value else found)
 
 
 if __name__ == '__main__':

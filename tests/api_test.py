@@ -59,6 +59,14 @@ class Sequence(nn.Module):
     return nn.Dense(SYMBOLS, name='head')(x)
 
 
+class Smallest(nn.Module):
+  """A network that takes next to no time to compile."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    return nn.Dense(SYMBOLS)(jax.nn.one_hot(tokens, SYMBOLS))
+
+
 def sequences(sizes):
   rng = np.random.default_rng(0)
   for size in sizes:
@@ -225,6 +233,49 @@ def test_evaluation_of_a_saved_search(searched, tmp_path):
     )
 
 
+# Layers and costs
+
+
+def test_an_overview_has_the_layers_and_the_costs():
+  found = fliqs_jax.overview(
+    Sequence(),
+    np.zeros((16, LENGTH), int),
+    formats={'attention/.*': 'int8', '.*': 'int4'},
+  )
+  # Of one example: four projections 8 -> 8, twice the layer in the scan, and the head.
+  macs = {'dense': LENGTH * 64, 'scan': 2 * LENGTH * 64, 'head': LENGTH * 8 * SYMBOLS}
+  assert found.macs == 4 * macs['dense'] + macs['scan'] + macs['head']
+  assert found.total == pytest.approx(
+    (4 * macs['dense'] * 64 + (macs['scan'] + macs['head']) * 16) / 1e9
+  )
+  assert found.params == 4 * 72 + 72 + 9 * SYMBOLS + 8 * SYMBOLS
+  head = found.layers[-1]
+  assert head['name'] == 'head' and head['kind'] == 'dense'
+  assert head['weights'] == head['activations'] == 'int4'
+  assert found.uniform_costs['int8'] == pytest.approx(found.macs * 64 / 1e9)
+  (target,) = found.budgets
+  for name in ('limit', 'low'):
+    assert target[name] == pytest.approx(found.uniform_costs['int4'])
+  shown, html = repr(found), found._repr_html_()
+  for text in ('attention/query', 'int8', 'Sequence: ', 'not searched: Embed_0'):
+    assert text in shown and text in html
+  assert html.count('<tr>') == 1 + len(found.layers)
+  assert html.count('<td') == 8 * len(found.layers)
+
+
+@pytest.mark.parametrize(
+  'model, inputs, expected',
+  [
+    (Sequence, [], 'found the class Sequence'),
+    (Smallest(), [], 'does not fit its arguments'),
+    (Smallest(), ['abc'], "inputs gives 'abc' as an argument"),
+  ],
+)
+def test_wrong_input_of_an_overview_is_named(model, inputs, expected):
+  with pytest.raises(ConfigError, match=expected):
+    fliqs_jax.overview(model, *inputs)
+
+
 # Fixed formats
 
 
@@ -249,6 +300,9 @@ def test_formats_are_trained_however_they_are_given(tmp_path):
   assert train(formats=int8, workdir=folder).eval == fixed.eval
   with pytest.raises(ConfigError, match='holds a run with another config: formats'):
     train(formats=fixed, workdir=folder)
+  shown = repr(fixed)
+  for text in ('Dense_0', '8 × 8', f'Cost: {fixed.cost:.6g} GBOPs', str(folder)):
+    assert text in shown and text in fixed._repr_html_()
   assert fixed.export('safetensors', tmp_path / 'export')['agreement'] == 1.0
   page = write_report([str(tmp_path / 'saved')]).read_text()
   assert 'By the same call of <code>fliqs_jax.train' in page
@@ -292,9 +346,7 @@ def test_wrong_input_of_a_training_is_named(arguments, expected, tmp_path):
   (batch,) = sequences([16])
   arguments = {'formats': 'int8', 'num_steps': 2, **TASK, **arguments}
   with pytest.raises(ConfigError, match=re.escape(expected)):
-    fliqs_jax.train(
-      Smallest(), [batch], [batch], workdir=tmp_path / 'run', **arguments
-    )
+    fliqs_jax.train(Smallest(), [batch], [batch], workdir=tmp_path / 'run', **arguments)
   assert not (tmp_path / 'run').exists()
 
 
@@ -309,14 +361,6 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
   with pytest.raises(FloatingPointError, match='ratio is nan over the 16 examples'):
     search(train, evaluation, metrics=nan_in_evaluation, workdir=tmp_path / 'run')
   assert not (tmp_path / 'run' / results.RESULT_FILE).exists()
-
-
-class Smallest(nn.Module):
-  """A network that takes next to no time to compile."""
-
-  @nn.compact
-  def __call__(self, tokens):
-    return nn.Dense(SYMBOLS)(jax.nn.one_hot(tokens, SYMBOLS))
 
 
 @pytest.fixture

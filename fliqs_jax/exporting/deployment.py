@@ -19,7 +19,8 @@ from fliqs_jax.exporting.parameters import (
   unquantized,
 )
 from fliqs_jax.layers.variables import FORMATS, nest
-from fliqs_jax.linen.replacement import replaced_layers
+from fliqs_jax.linen.replacement import replaced_layers as linen_layers
+from fliqs_jax.nnx.operators import replaced_layers as nnx_layers
 from fliqs_jax.runs import network
 from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.setup import Setup
@@ -93,7 +94,7 @@ class Deployment(NamedTuple):
         )
       return compute(layer, self.calibration, x, product)
 
-    with replaced_layers(layer_outputs):
+    with linen_layers(layer_outputs), nnx_layers(layer_outputs):
       return self._outputs(self._without_kernels(), inputs)
 
   def _outputs(self, variables, inputs):

@@ -1,11 +1,13 @@
 """Coverage of a network: which of its layers are searched, and why others are not."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
 
 _ENOUGH = 0.9  # of the multiply-accumulates
+_QWIX_MARK = '_unquantized_type'  # an attribute of the classes that Qwix makes
 
 
 class Coverage(NamedTuple):
@@ -25,10 +27,17 @@ class Coverage(NamedTuple):
       [
         f'{len(found)} layers are searched:',
         *found,
-        *(f'not searched: {path or "."}: {why}' for path, why in self.skipped.items()),
-        *self._share_line(),
+        *self.remarks(),
       ]
     )
+
+  def remarks(self) -> list[str]:
+    """Returns lines on the layers that are not searched, and on the searched share."""
+    skipped = self.skipped.items()
+    return [
+      *(f'not searched: {path or "."}: {why}' for path, why in skipped),
+      *self._share_line(),
+    ]
 
   def _share_line(self):
     if self.share is None:
@@ -39,3 +48,19 @@ class Coverage(NamedTuple):
         'NOT searched, and count in no cost: see above what is not, and why'
       ]
     return [f'{self.share:.1%} of the multiply-accumulates by parameters are searched']
+
+
+def check_not_quantized(module: Any, place: str) -> None:
+  """Checks that Qwix has not quantized a module of either interface.
+
+  Args:
+    module: the module.
+    place: its path, or the name of the network.
+
+  Raises:
+    ConfigError: where it has.
+  """
+  if hasattr(type(module), _QWIX_MARK):
+    raise ConfigError(
+      f'{place} is quantized already, by qwix: expected the network without it'
+    )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products
-from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.coverage import Coverage, check_not_quantized
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
@@ -45,7 +45,7 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
     **attributes: of `QuantizedOperator`: calibration, momentum, activation_scale.
 
   Raises:
-    ConfigError: where the model is anything else.
+    ConfigError: where the model is anything else, or quantized already.
 
   Examples:
     >>> from flax import linen as nn
@@ -63,7 +63,10 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
       'expected an instance of a linen or an NNX module, as Network() or '
       f'Network(rngs=nnx.Rngs(0)), found {found}'
     )
-  return model if isinstance(model, Searchable) else Searchable(model, attributes)
+  if isinstance(model, Searchable):
+    return model
+  check_not_quantized(model, type(model).__name__)
+  return Searchable(model, attributes)
 
 
 class Searchable:

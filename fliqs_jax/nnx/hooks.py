@@ -71,25 +71,21 @@ def _own_hook(layer, kind):
 
 def _hooks(layer, kind, path, stacked, attributes):
   """Returns the attributes that quantize a layer."""
-  attributes = dict(attributes) | {'path': path, 'stacked': stacked}
-  if kind is nnx.ConvTranspose:
-    arguments = transposed_convolution_arguments(layer)
-    operator = QuantizedConvTranspose(**attributes, arguments=arguments)
-    return {'promote_dtype': nnx.data(operator)}
-  if kind is nnx.Embed:
-    return {'promote_dtype': nnx.data(QuantizedAttend(**attributes))}
-  if kind is nnx.LoRA:
-    return {'promote_dtype': nnx.data(QuantizedLoRA(**attributes))}
   name, operator = {
     nnx.Conv: ('conv_general_dilated', QuantizedConv),
     nnx.Linear: ('dot_general', QuantizedDotGeneral),
     nnx.LinearGeneral: ('dot_general', QuantizedDotGeneral),
     nnx.Einsum: ('einsum_op', QuantizedEinsum),
+    nnx.ConvTranspose: ('promote_dtype', QuantizedConvTranspose),
+    nnx.Embed: ('promote_dtype', QuantizedAttend),
+    nnx.LoRA: ('promote_dtype', QuantizedLoRA),
   }[kind]
-  return {
-    name: nnx.data(operator(**attributes)),
-    'promote_dtype': promote_all_but_kernel,
-  }
+  attributes = {**attributes, 'path': path, 'name': name, 'stacked': stacked}
+  if kind is nnx.ConvTranspose:
+    attributes['arguments'] = transposed_convolution_arguments(layer)
+  hooks = {name: nnx.data(operator(**attributes))}
+  # The other hooks are products, before which the kernel keeps its precision.
+  return {'promote_dtype': promote_all_but_kernel} | hooks
 
 
 def _kernel(layer, kind):

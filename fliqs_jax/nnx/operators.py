@@ -7,6 +7,9 @@ carry their formats and statistics as they carry the layers' own variables.
 their counterparts of linen do.
 """
 
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 import functools
 from typing import Any, NamedTuple
 
@@ -45,6 +48,7 @@ class QuantizedOperator(nnx.Module):
 
   Attributes:
     path: of the layer, `/`-separated.
+    name: of the layer's attribute that holds the operator.
     stacked: leading axes of the layer's parameters, over which `nnx.scan` and
       `nnx.vmap` run; their elements share the formats.
     calibration: one of `calibration.CALIBRATIONS`.
@@ -62,6 +66,7 @@ class QuantizedOperator(nnx.Module):
   def __init__(
     self,
     path: str,
+    name: str,
     stacked: tuple[int, ...] = (),
     calibration: str = 'rms',
     momentum: float = 0.95,
@@ -69,6 +74,7 @@ class QuantizedOperator(nnx.Module):
   ):
     """The arguments are attributes."""
     self.path = path
+    self.name = name
     self.stacked = stacked
     self.calibration = calibration
     self.momentum = momentum
@@ -94,8 +100,10 @@ class QuantizedOperator(nnx.Module):
       w: weights in the parameters' own dtype.
       product: what the layer computes.
     """
+    if replaced := _replaced.get():
+      return replaced(self.path, x, w, product)
     if self.discovers:
-      layer = describe(self.path, OPERATOR, product, x, w)
+      layer = describe(self.path, self.name, product, x, w)
       kernels = int(np.prod(self.stacked))
       x = marked(x, w, layer._replace(kernels=kernels))
     y, updated = self.arithmetic(
@@ -126,7 +134,22 @@ class QuantizedOperator(nnx.Module):
     return Statistics(*values) if carried else None
 
 
-OPERATOR = 'operator'  # name under which formats are bound to that of a layer
+# (module path, x, w, product) -> what `QuantizedOperator.compute` returns
+Compute = Callable[[str, jax.Array, jax.Array, Product], Any]
+_replaced = contextvars.ContextVar('replaced', default=None)
+
+
+@contextlib.contextmanager
+def replaced_layers(compute: Compute) -> Iterator[None]:
+  """Lets the quantized layers of all networks that are called within it compute so.
+
+  Their formats, weights and statistics are then for the function to know.
+  """
+  token = _replaced.set(compute)
+  try:
+    yield
+  finally:
+    _replaced.reset(token)
 
 
 class QuantizedConv(QuantizedOperator):
@@ -174,9 +197,9 @@ class QuantizedConvTranspose(QuantizedOperator):
 
   arithmetic = staticmethod(quantized_operands)
 
-  def __init__(self, path: str, *args: Any, arguments: Any, **kwargs: Any):
+  def __init__(self, *args: Any, arguments: Any, **kwargs: Any):
     """The arguments are those of `QuantizedOperator`, and the attribute."""
-    super().__init__(path, *args, **kwargs)
+    super().__init__(*args, **kwargs)
     self.arguments = tuple(sorted(arguments.items()))
 
   def __call__(self, operands, /, **kwargs):
@@ -246,6 +269,7 @@ def _is_carried(state, x):
   if isinstance(state, mapped) or isinstance(x, mapped):
     return isinstance(state, mapped)
   if isinstance(x, traced) and isinstance(state, traced):
+    # JAX tells in no public way which trace a value is of.
     return state._trace is x._trace
   return not (isinstance(x, traced) and isinstance(state, jax.core.Tracer))
 

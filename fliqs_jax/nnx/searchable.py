@@ -4,7 +4,7 @@ A network's state is carried by Flax's functional API: it is split into variable
 collection, nested dicts of arrays as linen has them, and merged for the time of a call.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import inspect
 from typing import Any
 
@@ -12,9 +12,8 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.call_counts import count_layers
-from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.coverage import Coverage, check_not_quantized
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
 from fliqs_jax.nnx.hooks import set_hooks
@@ -50,12 +49,7 @@ class Searchable:
     """
     self.model = model
     for path, module in nnx.iter_modules(model):
-      if _is_quantized(module):
-        place = '/'.join(map(str, path)) or type(model).__name__
-        raise ConfigError(
-          f'{place} is quantized already, by {_is_quantized(module)}: expected the '
-          'network without it'
-        )
+      check_not_quantized(module, '/'.join(map(str, path)) or type(model).__name__)
     clone = nnx.clone(model)
     self._reasons = set_hooks(clone, attributes)
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
@@ -67,8 +61,13 @@ class Searchable:
     The arguments are those of `nn.Module.init`, of which an instance needs none.
     """
     del key, args, kwargs
+    return jax.tree.map(jnp.copy, self.variables)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The model's own variables by collection."""
     return {
-      name: _nested(state, jnp.copy)
+      name: _nested(state)
       for name, state in self._states.items()
       if name == _PARAMS or state
     }
@@ -185,12 +184,9 @@ def _strings(path):
   return tuple(map(str, path))
 
 
-def _nested(state, of_leaf: Callable[[Any], Any] = lambda leaf: leaf):
+def _nested(state):
   return traverse_util.unflatten_dict(
-    {
-      _strings(path): jax.tree.map(of_leaf, leaf.get_value())
-      for path, leaf in state
-    }
+    {_strings(path): leaf.get_value() for path, leaf in state}
   )
 
 
@@ -220,12 +216,3 @@ def _reseed(model, rngs):
     key, shape = jax.random.fold_in(key, index), stream.key.shape
     stream.key[...] = jax.random.split(key, shape) if shape else key
     stream.count[...] = jnp.zeros_like(stream.count[...])
-
-
-def _is_quantized(module):
-  """Returns the library that has quantized a module, None where none has."""
-  kinds = (type(module), *map(type, vars(module).values()))
-  for kind in kinds:
-    if kind.__module__.split('.')[0] in ('qwix', 'aqt'):
-      return kind.__module__.split('.')[0]
-  return None

@@ -1,9 +1,8 @@
-"""Overview of a config's network: its layers and their costs, without training it."""
+"""Overview of a network: its layers and their costs, without training it."""
 
 import collections
-from collections.abc import Mapping
+import dataclasses
 import functools
-import json
 from types import MappingProxyType
 from typing import Any
 
@@ -11,48 +10,110 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.coverage import Coverage
+from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics.formats import parse_names
-from fliqs_jax.reporting import terminal
-from fliqs_jax.runs import builders, files, network, supernet
+from fliqs_jax.reporting import notebook, terminal
+from fliqs_jax.runs import builders, network
 from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.runs.config import resolve
 from fliqs_jax.search import assignments, devices
 from fliqs_jax.search.budget import cost_range
 from fliqs_jax.search.space import UNQUANTIZED
 
 
-def print_overview(
-  config: ml_collections.ConfigDict,
-  format_name: str | None,
-  device_name: str | None,
-  as_json: bool,
-) -> None:
-  """Prints a network's layers, as a table with what the search could reach.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Overview:
+  """Layers of a network and its costs in given formats.
 
-  Args:
-    config: unresolved.
-    format_name: of all layers; None for the formats that the config names, else bf16.
-    device_name: of a device whose formats are listed; None for none.
-    as_json: print what `describe` returns instead.
-
-  Raises:
-    ConfigError: where the config, or a file that it names, is unusable.
+  Attributes:
+    model: name of the network.
+    cost_model: name of the cost.
+    cost_unit: its unit.
+    format: what the formats are called.
+    architecture: the fixed one, `{decision: size}`.
+    total: the network's cost.
+    params: parameters that inference uses.
+    training_params: those of training alone, `{name of a module: parameters}`.
+    macs: multiply-accumulates of an example, of the layers that have formats.
+    layers: a dict for each layer: `name` (its path), `kind` (its operator), `macs`,
+      `params`, `weights` and `activations` (its formats), and `cost`.
+    uniform_costs: of the network in each format that a search would have, by format.
+    budgets: what a search keeps within, dicts of `cost_model`, `cost_unit`, `limit`,
+      and `low` and `high`, the costs that it reaches. The first is the target.
+    device: formats that a device multiplies natively, from `describe_device`; None
+      where none was asked for.
+    coverage: which layers have formats, and why others have none; None for networks
+      whose layers are all known.
   """
-  config = resolve(config)
-  if format_name and config.formats:
-    raise ConfigError('--format and --config.formats: expected one of the two')
-  label = format_name or config.formats or 'bf16'
-  assignment = files.read_formats(label)
-  architecture = supernet.read_architecture(config)
-  content = describe(config, assignment, label, architecture)
-  if device_name:
-    content['device'] = describe_device(device_name)
-  if as_json:
-    print(json.dumps(content))
-  else:
-    print_table(config, content)
+
+  model: str
+  cost_model: str
+  cost_unit: str
+  format: str
+  architecture: dict[str, int]
+  total: float
+  params: int
+  training_params: dict[str, int]
+  macs: int
+  layers: list[dict[str, Any]]
+  uniform_costs: dict[str, float]
+  budgets: list[dict[str, Any]]
+  device: dict[str, Any] | None
+  coverage: Coverage | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the overview as JSON has it, without the coverage."""
+    content = dataclasses.asdict(dataclasses.replace(self, coverage=None))
+    del content['coverage']
+    return content
+
+  def __repr__(self) -> str:
+    return terminal.to_text(self._tables(), self._lines())
+
+  def _repr_html_(self) -> str:
+    return notebook.to_html(self._tables(), self._lines())
+
+  def _tables(self):
+    layers = {layer['name']: layer for layer in self.layers}
+    tables = [terminal.layer_table(layers, self.total, confidence={})]
+    if self.architecture:
+      tables.append(terminal.architecture_table(self.architecture, policy={}))
+    return tables
+
+  def _lines(self):
+    lines = [
+      f'{self.model}: {self.params:,} parameters, {self.macs:,} MACs',
+      *(
+        f'In training alone: {name}, {count:,} parameters'
+        for name, count in self.training_params.items()
+      ),
+      f'Cost in {self.format}: {self.total:.6g} {self.cost_unit} ({self.cost_model})',
+      *self._budget_lines(),
+    ]
+    if self.device:
+      lines.append(_native_formats(self.device))
+    return lines + (self.coverage.remarks() if self.coverage else [])
+
+  def _budget_lines(self):
+    if not self.budgets:
+      return []
+    uniform = ', '.join(
+      f'{name} {cost:.6g}' for name, cost in self.uniform_costs.items()
+    )
+    target, *caps = self.budgets
+    reached = '{low:.6g} to {high:.6g} {cost_unit}'
+    limit = '{limit:.6g} {cost_unit}'
+    return [
+      f'Uniform models: {uniform} {self.cost_unit}',
+      f'The search reaches {reached}; its target is {limit}'.format(**target),
+      *(
+        f'Its cap is {limit} ({{cost_model}}), of which it reaches {reached}'.format(
+          **cap
+        )
+        for cap in caps
+      ),
+    ]
 
 
 def describe(
@@ -60,32 +121,44 @@ def describe(
   assignment: str | assignments.Assignment,
   label: str,
   architecture: network.Architecture = MappingProxyType({}),
-) -> dict[str, Any]:
-  """Returns the layers and totals of a config's network, ready for JSON.
+  own: network.Network | None = None,
+  device: str | None = None,
+) -> Overview:
+  """Returns the overview of a config's network, or of a user's own.
 
   Args:
     config: resolved.
     assignment: the formats.
     label: what to call them.
     architecture: empty for the standard one.
+    own: None for the network that the config names.
+    device: whose native formats are listed; None for none.
+
+  Raises:
+    ConfigError: where the config, the formats or the device are unusable.
   """
-  setup = setup_lib.build(config, 1, assignment, architecture=architecture)
+  setup = setup_lib.build(config, 1, assignment, own, architecture)
   used, unused = _parameters(setup)
   layers = setup.space.layers
   fixed = np.zeros(0, np.int32)
   formats = setup.space.formats_of(fixed)
   costs = setup.cost_model.per_layer(setup.space, fixed)
-  return {
-    'model': config.model.name,
-    'cost_model': setup.cost_model.name,
-    'cost_unit': setup.cost_model.unit,
-    'format': label,
-    'architecture': setup.architecture,
-    'total': float(setup.cost_model.total(costs)),
-    'params': sum(used.values()),
-    'training_params': unused,
-    'macs': sum(layer.macs for layer in layers),
-    'layers': [
+  uniform_costs, budgets = {}, []
+  if config.mode == 'search':
+    searched = layers if own else network.searched_layers(config, setup.architecture)
+    standard = setup.standard_layers
+    uniform_costs, budgets = _reachable_costs(config, standard, searched)
+  return Overview(
+    model=config.model.name,
+    cost_model=setup.cost_model.name,
+    cost_unit=setup.cost_model.unit,
+    format=label,
+    architecture=dict(setup.architecture),
+    total=float(setup.cost_model.total(costs)),
+    params=sum(used.values()),
+    training_params=dict(unused),
+    macs=sum(layer.macs for layer in layers),
+    layers=[
       {
         'name': layer.path,
         'kind': layer.kind,
@@ -96,7 +169,10 @@ def describe(
       }
       for layer, cost in zip(layers, costs)
     ],
-  }
+    uniform_costs=uniform_costs,
+    budgets=budgets,
+    device=describe_device(device) if device else None,
+  )
 
 
 def describe_device(name: str) -> dict[str, Any]:
@@ -129,7 +205,9 @@ def _parameters(setup):
   init = functools.partial(model.init, **example.kwargs)
   variables = jax.eval_shape(init, jax.random.key(0), *example.args)
   apply = functools.partial(model.apply, **example.kwargs)
-  jaxpr = jax.make_jaxpr(apply)(variables, *example.args).jaxpr
+  is_array = lambda leaf: isinstance(leaf, jax.Array)  # outputs may be of any class
+  outputs = lambda *args: list(filter(is_array, jax.tree.leaves(apply(*args))))
+  jaxpr = jax.make_jaxpr(outputs)(variables, *example.args).jaxpr
   read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(map(id, jaxpr.outvars))
   counts = collections.Counter(), collections.Counter()
   leaves = jax.tree.leaves_with_path(variables)
@@ -137,30 +215,6 @@ def _parameters(setup):
     if path[0].key == 'params':
       counts[id(variable) not in read][path[1].key] += leaf.size
   return counts
-
-
-def print_table(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -> None:
-  """Prints an overview as a table, with what the search could reach."""
-  lines = [
-    f'{content["model"]}: {content["params"]:,} parameters, {content["macs"]:,} MACs',
-    *(
-      f'In training alone: {name}, {count:,} parameters'
-      for name, count in content['training_params'].items()
-    ),
-    f'Cost in {content["format"]}: {content["total"]:.6g} {content["cost_unit"]} '
-    f'({content["cost_model"]})',
-  ]
-  if config.mode == 'search':
-    lines += _reachable_costs(config, content['architecture'])
-  layers = {layer['name']: layer for layer in content['layers']}
-  console = terminal.make_console()
-  console.print(terminal.layer_table(layers, content['total'], confidence={}))
-  if content['architecture']:
-    console.print(terminal.architecture_table(content['architecture'], policy={}))
-  if 'device' in content:
-    lines.append(_native_formats(content['device']))
-  for line in lines:
-    console.print(line, markup=False)
 
 
 def _native_formats(device):
@@ -171,27 +225,39 @@ def _native_formats(device):
   )
 
 
-def _reachable_costs(config, architecture):
-  """Returns lines on the costs of uniform models and on those that a search reaches."""
+def _reachable_costs(
+  config: ml_collections.ConfigDict,
+  layers: tuple[Layer, ...],
+  searched: tuple[Layer, ...],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+  """Returns the costs of uniform models, and the budgets with what a search reaches.
+
+  Args:
+    config: resolved.
+    layers: of the standard network.
+    searched: those that the search is over.
+  """
   cost_model = builders.build_cost_model(config)
-  layers = network.discover_layers(config)
-  space = builders.build_space(config, network.searched_layers(config, architecture))
-  unit = cost_model.unit
-  uniform = ', '.join(
-    f'{name} {cost_model.uniform(layers, name):.6g}'
+  space = builders.build_space(config, searched)
+  uniform = {
+    name: cost_model.uniform(layers, name)
     for name in parse_names(config.search.formats)
-  )
-  low, high = cost_range(space, cost_model)
-  lines = [
-    f'Uniform models: {uniform} {unit}',
-    f'The search reaches {low:.6g} to {high:.6g} {unit}; its target is '
-    f'{builders.search_target(config, cost_model, layers):.6g} {unit}',
+  }
+  limits = [(cost_model, builders.search_target(config, cost_model, layers))]
+  limits += [
+    (cap.cost_model, cap.limit)
+    for cap in builders.search_caps(config, cost_model, layers)
   ]
-  for cap in builders.search_caps(config, cost_model, layers):
-    low, high = cost_range(space, cap.cost_model)
-    unit = cap.cost_model.unit
-    lines.append(
-      f'Its cap is {cap.limit:.6g} {unit} ({cap.cost_model.name}), of which it '
-      f'reaches {low:.6g} to {high:.6g} {unit}'
+  budgets = []
+  for model, limit in limits:
+    low, high = map(float, cost_range(space, model))
+    budgets.append(
+      {
+        'cost_model': model.name,
+        'cost_unit': model.unit,
+        'limit': float(limit),
+        'low': low,
+        'high': high,
+      }
     )
-  return lines
+  return uniform, budgets

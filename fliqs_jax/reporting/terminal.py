@@ -1,6 +1,7 @@
 """Tables and lines that commands print on the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import io
 import sys
 from typing import Any
 
@@ -17,9 +18,25 @@ from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.search.space import OPERANDS
 
 
-def make_console() -> Console:
-  """Returns the console for tables, as wide as the terminal; in a file, wide enough."""
-  return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def make_console(file: io.StringIO | None = None) -> Console:
+  """Returns the console for tables, as wide as the terminal; in a file, wide enough.
+
+  Args:
+    file: that it prints to; None for the standard output.
+  """
+  width = None if sys.stdout.isatty() else 120
+  return Console(file=file, width=width, highlight=False)
+
+
+def to_text(tables: Iterable[Table], lines: Sequence[str]) -> str:
+  """Returns tables and the lines below them as they are printed."""
+  console = make_console(io.StringIO())
+  for table in tables:
+    console.print(table)
+  for line in lines:
+    console.print(line, markup=False)
+  rows = console.file.getvalue().splitlines()
+  return '\n'.join(row.rstrip() for row in rows if row.strip())
 
 
 def layer_table(
@@ -28,12 +45,14 @@ def layer_table(
   """Returns the table with a row for each layer.
 
   Args:
-    layers: `macs`, `params`, `weights`, `activations` and `cost` of each, by path.
+    layers: `kind`, `macs`, `params`, `weights`, `activations` and `cost` of each, by
+      path.
     total: the network's cost, of which shares are shown.
     confidence: text for each layer path; empty for no such column.
   """
   table = Table(box=box.SIMPLE_HEAD)
   table.add_column('layer', overflow='fold')
+  table.add_column('operator', no_wrap=True)
   for name in ('MACs', 'parameters'):
     table.add_column(name, justify='right', no_wrap=True)
   for name in ('weights', 'activations'):
@@ -45,7 +64,8 @@ def layer_table(
   total = max(total, np.finfo(float).tiny)
   for path, layer in layers.items():
     row = [
-      path,
+      path or '.',
+      layer['kind'],
       f'{layer["macs"]:,}',
       f'{layer["params"]:,}',
       layer['weights'],
@@ -80,17 +100,25 @@ def architecture_table(
 
 def print_result(result: Mapping[str, Any], workdir: str) -> None:
   """Prints what a run found, from its result alone."""
-  console = make_console()
+  print(to_text(*result_parts(result, workdir)))
+
+
+def result_parts(
+  result: Mapping[str, Any], workdir: str
+) -> tuple[list[Table], list[str]]:
+  """Returns the tables of a result and the lines below them.
+
+  The tables are of its layers, and of its architecture if that is searched.
+  """
   layers = {
     path: {**result['layers'][path], **formats}
     for path, formats in result['formats'].items()
   }
-  console.print(layer_table(layers, result['cost'], _confidence(result)))
+  tables = [layer_table(layers, result['cost'], _confidence(result))]
   if result['architecture']:
-    console.print(architecture_table(result['architecture'], result['policy']))
-  for line in (*summary_lines(result), *_emulation_lines(result)):
-    console.print(line, markup=False)
-  console.print(f'Files: {workdir}', markup=False)
+    tables.append(architecture_table(result['architecture'], result['policy']))
+  lines = [*summary_lines(result), *_emulation_lines(result), f'Files: {workdir}']
+  return tables, lines
 
 
 def print_points(

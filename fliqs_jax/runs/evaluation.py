@@ -11,6 +11,7 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, Problems
 from fliqs_jax.layers.architecture import searched
+from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
@@ -32,13 +33,16 @@ def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainStat
   """
   compilation.keep_programs(setup.config.compilation_cache)
 
-  def init(key):
+  def init(key, variables):
     return create_train_state(
-      setup.model, setup.example, setup.optimizer, setup.controller, key
+      setup.model, setup.example, setup.optimizer, setup.controller, key, variables
     )
 
-  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
-  return init(jax.random.key(seed))
+  # A network of NNX has its weights already, which are no constants of a program.
+  own = setup.model.variables if isinstance(setup.model, NnxSearchable) else None
+  everywhere = sharding.replicated(mesh)
+  init = jax.jit(init, out_shardings=everywhere)
+  return init(jax.random.key(seed), jax.device_put(own, everywhere))
 
 
 def restored_state(

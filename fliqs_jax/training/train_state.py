@@ -69,6 +69,7 @@ def create_train_state(
   optimizer: optax.GradientTransformation,
   controller: Controller | None,
   key: jax.Array,
+  variables: Variables | None = None,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -78,11 +79,16 @@ def create_train_state(
     optimizer: of the weights.
     controller: None for fixed formats.
     key: consumed.
+    variables: of a network that has its own already, which are copied; None for those
+      of `model.init`.
   """
   init_key, run_key = jax.random.split(key)
-  args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
-  variables = plain(model.init(init_key, *args, **example.kwargs))
-  averaged = None
+  if variables is None:
+    args = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example.args)
+    variables = model.init(init_key, *args, **example.kwargs)
+  else:
+    variables = jax.tree.map(jnp.copy, variables)
+  variables, averaged = plain(variables), None
   if controller is not None and controller.is_measured is not None:
     zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
     averaged = jax.tree.map(zeros, variables['params'])

@@ -1,6 +1,6 @@
 """A user's own task: what feeds the network, and what its outputs are worth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import inspect
@@ -314,6 +314,48 @@ def _forward(model, task, batch, evaluated):
   found = scores, task.evaluation(outputs, evaluated)
   before = {name: variables[name] for name in collections}
   return found, before, plain(updated), outputs
+
+
+@contextlib.contextmanager
+def misfits_named(model: Any, inputs: Any) -> Iterator[None]:
+  """Names the module of a network that what it is called with does not fit.
+
+  Args:
+    model: the user's network.
+    inputs: arrays that it is called with, or their shapes.
+  """
+  try:
+    yield
+  except (TypeError, ValueError) as error:
+    # Mistakes in the user's own loss or code for tracing say more by themselves.
+    path = _failed_module(error)
+    if path is None or isinstance(error, ConfigError | jax.errors.JAXTypeError):
+      raise
+    remedy = 'expected a batch that fits, or inputs=..., a function to what does'
+    if '`rngs`' in str(error):
+      remedy = 'expected it to be made with rngs, as nnx.Dropout(0.5, rngs=rngs)'
+    raise ConfigError(
+      f'{type(model).__name__} called with {_shapes(inputs)}: {path or "."}: '
+      f'{" ".join(str(error).split())}: {remedy}'
+    ) from error
+
+
+def _failed_module(error):
+  """Returns the path of the innermost module that an error came from; None for none."""
+  found, traceback = [], error.__traceback__
+  while traceback:
+    frame = traceback.tb_frame
+    first = next(iter(frame.f_locals.values()), None)
+    # Operators within a layer are ours.
+    if not frame.f_globals.get('__name__', '').startswith('fliqs_jax.'):
+      found += [first] if isinstance(first, nn.Module | nnx.Module) else []
+    traceback = traceback.tb_next
+  if not found:
+    return None
+  if isinstance(found[-1], nn.Module):
+    return '/'.join(found[-1].path)
+  paths = {id(module): path for path, module in nnx.iter_modules(found[0])}
+  return '/'.join(map(str, paths.get(id(found[-1]), ())))
 
 
 @contextlib.contextmanager

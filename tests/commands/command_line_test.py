@@ -107,7 +107,7 @@ def test_overview_reproduces_a_published_cost():
   content = json.loads(result.stdout)
   assert set(content) == {
       'model', 'architecture', 'cost_model', 'cost_unit', 'format', 'total', 'params',
-      'training_params', 'macs', 'layers',
+      'training_params', 'macs', 'layers', 'uniform_costs', 'budgets', 'device',
   }  # fmt: skip
   assert (
     f'{content["total"]:.2f}' == '31.13'

@@ -1,19 +1,26 @@
 """The same networks in NNX and in linen: layers, outputs and searches, bit for bit."""
 
 import functools
+import re
 
 from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import qwix
 
 import fliqs_jax
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import BoundLayer
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats
+from fliqs_jax.runs import evaluation, loop
+from fliqs_jax.training import sharding
+from fliqs_jax.training.train_state import Arguments, create_train_state
 
 
 class LinenNet(nn.Module):
@@ -173,3 +180,103 @@ def test_the_result_is_an_nnx_module_and_the_given_one_stays(searches):
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
   again = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
   np.testing.assert_allclose(again(images), found, rtol=1e-5, atol=1e-6)
+
+
+def test_the_result_is_exported(searches, tmp_path):
+  ours = searches[0]
+  for target in ('safetensors', 'stablehlo'):
+    report = ours.export(target, tmp_path / target)
+    assert report['agreement'] == 1.0
+    assert report['eval']['loss'] == pytest.approx(ours.eval['loss'], rel=1e-4)
+  with pytest.raises(ConfigError):
+    ours.export('qwix', tmp_path / 'qwix')
+
+
+def bytes_of_the_step(result):
+  """Bytes that the compiled step of a search moves, as XLA counts them."""
+  setup = result._setup
+  mesh = sharding.make_mesh(setup.num_samples)
+  state = jax.eval_shape(lambda: evaluation.initial_state(setup, mesh, 0))
+  given = next(setup.data.train(0, sharding.batch_sharding(mesh)))
+  step = loop.make_step(setup, mesh).lower(state, given).compile()
+  return step.cost_analysis()['bytes accessed']
+
+
+def test_the_step_moves_the_same_bytes(searches):
+  ours, theirs = map(bytes_of_the_step, searches[:2])
+  assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_weights_are_no_constants_of_the_program_that_makes_the_state():
+  model = fliqs_jax.make_searchable(NnxNet(nnx.Rngs(0)))
+  create = functools.partial(
+    create_train_state, model, Arguments((), {}), optax.sgd(0.1), None
+  )
+  program = jax.make_jaxpr(create)(jax.random.key(0), model.variables)
+  assert not any(map(np.ndim, program.consts))
+
+
+# Wrong input
+
+
+class Lookup(nnx.Module):
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(5, 3, rngs=rngs)
+
+  def __call__(self, tokens):
+    return self.embed(tokens)
+
+
+class Forgetful(nnx.Module):
+  """Networks whose dropout is made without random keys."""
+
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Dropout(0.5)])
+
+  def __call__(self, x):
+    return self.layers[1](self.layers[0](x.mean((1, 2))))
+
+
+class LinenReshape(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(x.reshape(-1, 7))
+
+
+class LinenOuter(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return LinenReshape(name='inner')(x)
+
+
+def quantized_by_qwix(model):
+  provider = qwix.QtProvider([qwix.QuantizationRule(weight_qtype='int8')])
+  if isinstance(model, nn.Module):
+    return qwix.quantize_model(model, provider)
+  return qwix.quantize_model(model, provider, batch(0)['image'], skip_nnx_init=True)
+
+
+@pytest.mark.parametrize(
+  'make, inputs, expected',
+  [
+    (lambda: NnxNet, 'image', 'found the class NnxNet'),
+    (lambda: Lookup(nnx.Rngs(0)), 'label',
+     'no layer of Lookup can be searched\nembed: nnx.Embed looks its rows up'),
+    (lambda: NnxNet(nnx.Rngs(0)), lambda batch: batch['image'][..., :1],
+     r'NnxNet called with \(\(8, 4, 4, 1\),\): conv: .*: expected a batch that fits'),
+    (LinenOuter, 'image', r'LinenOuter called with .*: inner: .*: expected a batch'),
+    (lambda: Forgetful(nnx.Rngs(0)), 'image',
+     'layers/1: .*: expected it to be made with rngs, as nnx.Dropout'),
+    (lambda: quantized_by_qwix(NnxNet(nnx.Rngs(0))), 'image',
+     'NnxNet is quantized already, by qwix: expected the network without it'),
+    (lambda: quantized_by_qwix(LinenNet()), 'image',
+     'LinenNet is quantized already, by qwix: expected the network without it'),
+  ],
+)  # fmt: skip
+def test_wrong_input_is_named(make, inputs, expected, tmp_path):
+  with pytest.raises(ConfigError) as error:
+    fliqs_jax.search(
+      make(), [batch(0)], [batch(1)], inputs=inputs, workdir=tmp_path / 'run'
+    )
+  assert re.search(expected, str(error.value)), str(error.value)
+  assert not (tmp_path / 'run').exists()

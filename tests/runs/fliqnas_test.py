@@ -100,13 +100,13 @@ def test_found_network_is_trained_and_evaluated_again(found, run, tmp_path):
 
 def test_overview_and_result_show_the_architecture(found, joint_config, capsys):
   workdir, result = found
-  content = overview.describe(
+  overviewed = overview.describe(
     resolve(joint_config), result['formats'], 'found', result['architecture']
   )
-  assert content['total'] == pytest.approx(result['cost'], rel=1e-12)
-  assert content['architecture'] == result['architecture']
-  assert [layer['name'] for layer in content['layers']] == list(result['formats'])
-  overview.print_table(resolve(joint_config), content)
+  assert overviewed.total == pytest.approx(result['cost'], rel=1e-12)
+  assert overviewed.architecture == result['architecture']
+  assert [layer['name'] for layer in overviewed.layers] == list(result['formats'])
+  print(overviewed)
   terminal.print_result(result, str(workdir))
   shown = capsys.readouterr().out
   for name, size in result['architecture'].items():
