@@ -1,4 +1,4 @@
-"""Runs as a user starts them, in processes that are cheap to start and to kill."""
+"""Commands as a user starts them, in processes that are cheap to start and to kill."""
 
 import atexit
 import faulthandler
@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -18,9 +20,13 @@ import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Children of a process that has imported everything and asked for no device.
+# Children of a process that has imported what the commands need, but no command, and
+# asked for no device.
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['fliqs_jax.main', 'fliqs_jax.data.pipeline'])
+CONTEXT.set_forkserver_preload([
+  'fliqs_jax.command_line', 'fliqs_jax.data.pipeline', 'fliqs_jax.reporting.page',
+  'fliqs_jax.reporting.terminal', 'fliqs_jax.runs.distributed', 'fliqs_jax.runs.loop',
+])  # fmt: skip
 
 
 _FLAGS = {'coordinator', 'num_processes', 'process_id'}
@@ -70,11 +76,38 @@ def start(workdir, data_dir, cache, log, num_devices=1, prepare=None, **fields):
     else f'--config.{name.replace("__", ".")}={value}'
     for name, value in settings.items()
   ]
-  process = CONTEXT.Process(
-    target=_main, args=(arguments, str(log), num_devices, prepare), name=str(log)
-  )
+  return _start('main', arguments, str(log), str(log), num_devices, prepare)
+
+
+def _start(module, arguments, log, output, num_devices=1, prepare=None, cwd=ROOT):
+  options = module, arguments, log, output, num_devices, prepare, cwd
+  process = CONTEXT.Process(target=_run_module, args=options, name=log)
   process.start()
   return process
+
+
+class Finished(NamedTuple):
+  """Exit status and output of a command, by the names of `subprocess.run`."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+def command(module, *arguments, cwd=ROOT, prepare=None):
+  """Runs `python -m fliqs_jax.MODULE …` in a folder.
+
+  Args:
+    module: name of the command.
+    *arguments: of the command.
+    cwd: the folder.
+    prepare: a function that the process calls first.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    log, output = (os.path.join(folder, name) for name in ('stderr', 'stdout'))
+    process = _start(module, arguments, log, output, prepare=prepare, cwd=cwd)
+    status = finish(process)
+    return Finished(status, *(pathlib.Path(path).read_text() for path in (output, log)))
 
 
 def finish(process):
@@ -136,22 +169,24 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def _main(arguments, log, num_devices, prepare):
-  output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-  os.dup2(output, 1)
-  os.dup2(output, 2)
+def _run_module(module, arguments, log, output, num_devices, prepare, cwd):
+  """Does what `python -m` does, in this process."""
+  for path, stream in ((output, 1), (log, 2)):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, stream)
   faulthandler.enable()
-  os.chdir(ROOT)
-  sys.argv = ['main', *arguments]
-  jax.config.update('jax_platforms', 'cpu')
+  os.chdir(cwd)
+  sys.argv[1:] = arguments
   jax.config.update('jax_num_cpu_devices', num_devices)
-  from fliqs_jax import command_line, main, models
+  if any(argument.startswith('--config.compilation_cache=') for argument in arguments):
+    jax.config.update('jax_compilation_cache_dir', None)  # that of the tests
+  from fliqs_jax import models
 
   models.MODELS['smallest'] = Smallest
   if prepare:
     prepare()
   try:
-    command_line.run(main.main, required=('config', 'workdir'))
+    runpy.run_module(f'fliqs_jax.{module}', run_name='__main__', alter_sys=True)
   finally:
     atexit._run_exitfuncs()  # which such children skip, and JAX takes leave in
 

@@ -1,22 +1,22 @@
 """Commands as a user types them: exit status, one line for each mistake."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
 
 from conftest import ROOT
 import pytest
+import whole_runs
 
 CONFIG = '--config=configs/resnet18.py:digits'
 
 
-def command(module, *arguments, **environment):
+def command(module, *arguments):
+  """Runs a command in a Python of its own, whose imports must print nothing either."""
   return subprocess.run(
     [sys.executable, '-m', f'fliqs_jax.{module}', *arguments],
     cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
     capture_output=True,
     text=True,
   )
@@ -37,7 +37,7 @@ def command(module, *arguments, **environment):
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
   workdir = tmp_path / 'run'
-  result = command('main', *(a.format(workdir) for a in arguments))
+  result = whole_runs.command('main', *(a.format(workdir) for a in arguments))
   assert result.returncode == 2
   lines = result.stderr.strip().splitlines()
   assert len(lines) == 1 and lines[0].startswith('error: ') and expected in lines[0]
@@ -46,7 +46,7 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_refused_before_time_is_spent(tmp_path):
   for out in (tmp_path, tmp_path / 'none' / 'latency.json', '/proc/latency.json'):
-    result = command('measure', CONFIG, f'--out={out}')
+    result = whole_runs.command('measure', CONFIG, f'--out={out}')
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f'error: --out={out}: ')
@@ -63,7 +63,6 @@ def run_main(statements):
   return subprocess.run(
     [sys.executable, '-c', program],
     cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
     timeout=120,
@@ -120,6 +119,6 @@ def test_overview_reproduces_a_published_cost():
 
 
 def test_overview_of_an_unknown_format():
-  result = command('overview', CONFIG, '--format=int9')
+  result = whole_runs.command('overview', CONFIG, '--format=int9')
   assert result.returncode == 2
   assert "the nearest is 'int8'" in result.stderr

@@ -3,38 +3,31 @@
 import json
 import os
 import re
-import subprocess
-import sys
+import shlex
 
 from conftest import ROOT
+import one_block
 import pytest
+import whole_runs
 
-# What makes the examples short; the network and the formats stay those of the config.
+# What makes the examples short, as one block of the network does; the formats stay
+# those of the config.
 NARROW = '--config.model.width=0.0625'
 SHORT = f'{NARROW} --config.num_steps=4 --config.search.statistics_batches=1'
 COMMANDS = ('main', 'overview', 'measure', 'sweep', 'report', 'analysis', 'export')
 
 
 @pytest.fixture(scope='module')
-def shell(tmp_path_factory, data_dir):
+def shell(tmp_path_factory):
   """A folder with `configs` in it, and a function that runs a command line there."""
   folder = tmp_path_factory.mktemp('help')
   (folder / 'configs').symlink_to(ROOT / 'configs')
-  environment = {
-    **os.environ,
-    'PATH': os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']]),
-    'PYTHONPATH': str(ROOT),
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compiling is what takes time
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-    'TFDS_DATA_DIR': str(data_dir),
-  }
 
-  def run(line, status=0):
-    result = subprocess.run(
-      line, shell=True, cwd=folder, env=environment, capture_output=True, text=True
-    )
+  def run(line, status=0, prepare=one_block.shrink):
+    program, flag, module, *arguments = shlex.split(line.replace('\\\n', ' '))
+    assert (program, flag) == ('python', '-m')
+    command = module.removeprefix('fliqs_jax.')
+    result = whole_runs.command(command, *arguments, cwd=folder, prepare=prepare)
     assert result.returncode == status, f'{line}\n{result.stderr}'
     return result.stderr if status else result.stdout
 
@@ -45,22 +38,22 @@ def shell(tmp_path_factory, data_dir):
 def example(shell):
   """A function that runs the one example in a command's help."""
 
-  def run(command, *more):
+  def run(command, *more, **kwargs):
     text = shell[1](f'python -m fliqs_jax.{command} --help')
     about, flags = text.split('\nflags:\n')
     assert len(about.splitlines()) <= 12
     assert f'fliqs_jax/{command}.py:' in flags and 'missing' not in text
     ((line, _),) = re.findall(r'^    (python -m (.*\\\n)*.*)$', about, re.MULTILINE)
     assert line.startswith(f'python -m fliqs_jax.{command} ')
-    return about, shell[1](' '.join((line, *more)))
+    return about, shell[1](' '.join((line, *more)), **kwargs)
 
   return run
 
 
 @pytest.fixture(scope='module')
-def searched(example):
+def searched(example, data_dir):
   """What the example of `main` printed, whose run others read."""
-  return example('main', SHORT)[1]
+  return example('main', SHORT, f'--config.input.data_dir={data_dir}')[1]
 
 
 def test_main(shell, searched):
@@ -69,7 +62,7 @@ def test_main(shell, searched):
   assert result['steps'] == 4 and result['cost'] <= result['target']
   assert f'Report: {os.path.relpath(folder, shell[0])}/report.html' in searched
   page = (folder / 'report.html').read_text()
-  for text in ('stage4_block2/conv2', 'Where the cost is', 'How the policy got there'):
+  for text in ('stage1_block1/conv2', 'Where the cost is', 'How the policy got there'):
     assert text in page
   for text in ('conv_init', 'classifier', 'of the target', 'One-shot accuracy'):
     assert text in searched
@@ -97,7 +90,7 @@ def test_export(shell, searched, example):
 
 def test_overview(example):
   # The common ResNet-18: parameters as torchvision counts them.
-  assert '11,689,512 parameters' in example('overview')[1]
+  assert '11,689,512 parameters' in example('overview', prepare=None)[1]
 
 
 def test_measure(shell, example):
@@ -122,8 +115,8 @@ def test_sweep(shell):
   assert "'int9'" in problem
 
 
-def test_analysis(shell, example):
-  example('analysis', NARROW)
+def test_analysis(shell, example, data_dir):
+  example('analysis', NARROW, f'--config.input.data_dir={data_dir}')
   folder = shell[0] / 'runs/analysis'
   numbers = json.loads((folder / 'switching.json').read_text())
   assert numbers['formats'] == ['int2', 'int3', 'int4', 'int8']

@@ -257,7 +257,7 @@ def test_masked_supernet_equals_the_small_network(name, presences):
 def test_layers_are_those_of_the_small_network(name):
   build, rng = NETWORKS[name], np.random.default_rng(2)
   space = space_of(build)
-  for _ in range(100):
+  for _ in range(20):
     choices = random_choices(space, rng)
     # Arguments of the operations included, by which latencies are looked up.
     assert space.layers_of(choices) == discover(small_model(build, space, choices))

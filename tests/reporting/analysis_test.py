@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 from conftest import ROOT, load_config
 import jax
@@ -13,6 +10,7 @@ from made_up_runs import OPTIONS, write_run
 import ml_dtypes
 import numpy as np
 import pytest
+import whole_runs
 
 from fliqs_jax.numerics import quantization_error
 from fliqs_jax.numerics.formats import get_format
@@ -137,13 +135,9 @@ def test_the_command(tmp_path):
   run = write_run(tmp_path / 'run', ['a', 'b'])
 
   folder = tmp_path / 'figures'
-  result = subprocess.run(
-    [
-      sys.executable, '-m', 'fliqs_jax.analysis', '--figure=formats',
-      '--config=configs/resnet18.py:digits', f'--folder={folder}', f'--workdir={run}',
-    ],
-    cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True,
-    text=True,
+  result = whole_runs.command(
+    'analysis', '--figure=formats', '--config=configs/resnet18.py:digits',
+    f'--folder={folder}', f'--workdir={run}',
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   assert (folder / 'formats.png').read_bytes().startswith(b'\x89PNG')

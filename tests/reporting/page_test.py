@@ -1,19 +1,16 @@
 """The report: what it says of a run, and that a browser shows all of it."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 
 from absl import flags
 import browser as browser_lib
-from conftest import ROOT
 from etils import epath
 from made_up_runs import OPTIONS, write_run
 from ml_collections import config_flags
 import pytest
+import whole_runs
 
 from fliqs_jax import command_line
 from fliqs_jax.errors import ConfigError
@@ -292,17 +289,10 @@ def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path):
-  def command(*arguments):
-    return subprocess.run(
-      [sys.executable, '-m', 'fliqs_jax.report', *arguments],
-      cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True,
-      text=True,
-    )  # fmt: skip
-
   folder, out = write_run(tmp_path / 'run', ['a', 'b']), tmp_path / 'page.html'
-  result = command(f'--workdir={folder}', f'--out={out}')
+  result = whole_runs.command('report', f'--workdir={folder}', f'--out={out}')
   assert result.returncode == 0 and f'Report: {out}' in result.stdout
   assert out.exists() and (tmp_path / 'page_figures').is_dir()
-  wrong = command(f'--workdir={tmp_path}')
+  wrong = whole_runs.command('report', f'--workdir={tmp_path}')
   assert wrong.returncode == 2 and 'Traceback' not in wrong.stderr
   assert f"'{tmp_path}' holds no run" in wrong.stderr.splitlines()[-1]

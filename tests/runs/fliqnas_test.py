@@ -21,10 +21,10 @@ from fliqs_jax.search import space as search_space
 
 @pytest.fixture(scope='module')
 def joint_config(tiny_config):
-  """A tiny residual network, of whose three stages the last has two blocks."""
+  """A tiny residual network of two blocks, of which the second may be absent."""
   config = tiny_config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.update(stage_sizes=(1, 2), width=0.125, multipliers=(0.5, 1.0))
+    config.model.update(stage_sizes=(2,), width=0.125, multipliers=(0.5, 1.0))
   config.search.decide = 'both'
   return config
 
@@ -49,7 +49,7 @@ def found(joint_config, tmp_path_factory):
 def test_search_finds_architecture_and_formats(found, joint_config):
   workdir, result = found
   architecture = result['architecture']
-  assert set(architecture) == {'stage1/width', 'stage2/width', 'stage2_block2/present'}
+  assert set(architecture) == {'stage1/width', 'stage1_block2/present'}
   for name, size in architecture.items():
     assert str(size) in result['policy'][name]
   assert result['cost'] <= result['target']
@@ -90,7 +90,7 @@ def test_found_network_is_trained_and_evaluated_again(found, run, tmp_path):
   assert evaluated['eval']['accuracy'] == trained['eval']['accuracy']
   # A network that was trained by itself is no other network.
   other = json.loads((workdir / results.RESULT_FILE).read_text())
-  other['architecture']['stage2_block2/present'] ^= 1  # whose formats are lacking then
+  other['architecture']['stage1_block2/present'] ^= 1  # whose formats are lacking then
   (tmp_path / 'other.json').write_text(json.dumps(other))
   with pytest.raises(ConfigError) as error:
     run('other', **source, architecture=str(tmp_path / 'other.json'))
@@ -122,21 +122,21 @@ def test_one_of_both_is_searched_alone(joint_config):
     setup = setup_lib.build(resolve(config), 1, None, None, dict(architecture))
     return setup, [decision.name for decision in setup.space.decisions]
 
-  sizes = ['stage1/width', 'stage2/width', 'stage2_block2/present']
+  sizes = ['stage1/width', 'stage1_block2/present']
   setup, names = decisions('architecture', 'int4', 1.0)
   assert names == sizes
-  assert {f['weights'] for f in setup.space.formats_of(np.zeros(3, int)).values()} == {
+  assert {f['weights'] for f in setup.space.formats_of(np.zeros(2, int)).values()} == {
     'int4'
   }
   setup, names = decisions('formats', 'int3,int4', 1.5)
   assert names == [layer.path for layer in setup.space.layers]
   assert setup.space.layers == setup.standard_layers
-  found = {'stage1/width': 4, 'stage2/width': 8, 'stage2_block2/present': 0}
-  smaller, names = decisions('formats', 'int3,int4', 0.25, found.items())
-  assert not any(name.startswith('stage2_block2') for name in names)
+  found = {'stage1/width': 4, 'stage1_block2/present': 0}
+  smaller, names = decisions('formats', 'int3,int4', 0.2, found.items())
+  assert not any(name.startswith('stage1_block2') for name in names)
   assert smaller.architecture == found
   # The target still is a multiple of the standard network's cost.
-  assert smaller.target == pytest.approx(setup.target / 6, rel=1e-12)
+  assert smaller.target == pytest.approx(setup.target * 0.2 / 1.5, rel=1e-12)
   with pytest.raises(ConfigError, match='expected one format in search.formats'):
     decisions('architecture', 'int3,int4', 1.0)
 

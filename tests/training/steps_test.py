@@ -197,7 +197,7 @@ def test_step_takes_the_mean_gradient_of_its_samples():
   search, init = make_search()
   mesh = sharding.make_mesh(num_samples, jax.devices()[:1])
   state = init(mesh)
-  batch = make_batch(num_samples)
+  batch = jax.tree.map(jnp.asarray, make_batch(num_samples))
   step_key = jax.random.fold_in(state.key, 0)
   task = classification.classification()
 
@@ -215,10 +215,8 @@ def test_step_takes_the_mean_gradient_of_its_samples():
     [jax.random.split(jax.random.fold_in(step_key, s))[0] for s in range(num_samples)]
   )
   choices = search.controller.sample(state.controller, policy_keys)
-  results = [
-    jax.value_and_grad(sample_loss, has_aux=True)(state.params, choices[s], s)
-    for s in range(num_samples)
-  ]
+  gradient = jax.jit(jax.value_and_grad(sample_loss, has_aux=True))
+  results = [gradient(state.params, choices[s], s) for s in range(num_samples)]
   mean = lambda *trees: jax.tree.map(lambda *leaves: sum(leaves) / num_samples, *trees)
   gradients = mean(*(gradient for _, gradient in results))
   expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, state.params, gradients)
