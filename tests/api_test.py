@@ -399,7 +399,7 @@ def test_a_home_folder_and_programs_are_found_by_a_tilde(
 def search(train=None, evaluation=None, model=None, **arguments):
   given = [list(sequences([16])) if b is None else b for b in (train, evaluation)]
   arguments = {'num_steps': 4, 'num_samples': 2, **TASK, **FIELDS, **arguments}
-  return fliqs_jax.search(model or Sequence(), *given, **arguments)
+  return fliqs_jax.search(model or Smallest(), *given, **arguments)
 
 
 def labelled(label):
@@ -545,7 +545,8 @@ class Loop(nn.Module):
     (CLASSES | {'model': Slash()}, "a module named 'a/b': expected a name without"),
     (CLASSES | {'model': Growing()}, "changes the shape or the dtype of .* 'counts'"),
     ({'variables': {'params': 5}}, r"params/ has shape|params/ \(\) is unknown"),
-    ({'variables': {'params': {'head': {'kernel': np.zeros((8, 4))}}}},
+    ({'model': Sequence(),
+      'variables': {'params': {'head': {'kernel': np.zeros((8, 4))}}}},
      r'params/head/kernel has shape \(8, 4\): expected shape \(8, 5\)'),
   ],
 )  # fmt: skip

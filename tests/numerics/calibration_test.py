@@ -177,10 +177,11 @@ def test_tensors_whose_squares_float32_cannot_hold(factor, calibration):
 @pytest.mark.parametrize('name', references.LOW_PRECISION)
 def test_absmax_calibration_passes_every_gradient(name):
   # "Nothing is clipped", the largest value itself least of all.
-  for seed in range(200):
-    x = np.random.default_rng(seed).normal(size=9).astype(np.float32)
-    quantizer = calibrate(get_format(name), *_statistics(x), 'absmax')
-    assert np.asarray(quantizer.inside(x)).all(), f'seed {seed}: {x}'
+  x = np.random.default_rng(0).normal(size=(200, 9)).astype(np.float32)
+  mean_square = np.mean(x**2, axis=1, keepdims=True)
+  absmax = np.abs(x).max(axis=1, keepdims=True)
+  quantizer = calibrate(get_format(name), mean_square, absmax, 'absmax')
+  assert np.asarray(quantizer.inside(x)).all()
 
 
 @pytest.mark.parametrize('name', references.LOW_PRECISION)

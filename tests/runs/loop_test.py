@@ -197,6 +197,7 @@ def test_held_out_reward_separate_decisions_and_pins(run, capsys):
       'input.reward_split': 'train[90%:]',
       'search.weights_and_activations': 'separate',
       'search.pins': (('conv_init', 'int8'),),
+      'search.target_scale': 2.0,
       'search.groups': ('(stage1_block1)/.*',),
       'controller.baseline': 'moving',
     },

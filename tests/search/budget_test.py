@@ -151,7 +151,7 @@ def _check_against_brute_force(space, model, log_policy, rng):
 @pytest.mark.parametrize('round_macs', [False, True])
 def test_the_likeliest_within_a_target_is_exact(cost_name, operands, round_macs):
   # Round sizes make many assignments cost the same, the target included.
-  for seed in range(12):
+  for seed in range(4):
     space = _space(seed, operands, round_macs=round_macs)
     _check_against_brute_force(
       space,
@@ -188,7 +188,7 @@ def test_layers_tied_in_groups():
 
 def test_a_cost_that_is_no_sum_stays_within_the_target():
   bops = get_cost_model('bops')
-  for seed in range(40):
+  for seed in range(15):
     space = _space(seed, 'separate', num_layers=3)
     log_policy, rng = _log_policy(space, seed), np.random.default_rng(seed)
     everything = _all_choices(space)
@@ -216,7 +216,7 @@ CAPPED = [  # the cost with a target, the one with a cap
 @pytest.mark.parametrize('names', CAPPED)
 def test_the_likeliest_within_a_target_and_a_cap_is_exact(names):
   model, capped = map(get_cost_model, names)
-  for seed in range(8):
+  for seed in range(3):
     space, rng = _space(seed, num_layers=4), np.random.default_rng(seed)
     everything, log_policy = _all_choices(space), _log_policy(space, seed)
     costs, capped_costs = model(space, everything), capped(space, everything)
@@ -240,7 +240,7 @@ def test_the_likeliest_within_a_target_and_a_cap_is_exact(names):
 @pytest.mark.parametrize('names', [('bops', 'model_size'), ('roofline', 'bops')])
 def test_costs_that_are_no_sums_stay_within_a_target_and_a_cap(names):
   model, capped = map(get_cost_model, names)
-  for seed in range(20):
+  for seed in range(8):
     space, rng = _space(seed, 'separate', num_layers=3), np.random.default_rng(seed)
     everything, log_policy = _all_choices(space), _log_policy(space, seed)
     costs, capped_costs = model(space, everything), capped(space, everything)
