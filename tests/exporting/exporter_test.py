@@ -42,16 +42,17 @@ FORMATS = {
 @pytest.fixture(scope='module')
 def finished(tiny_config, tmp_path_factory):
   """The folder of a finished run of three layers in integers."""
-  models.MODELS['smallest'] = Smallest
-  folder = tmp_path_factory.mktemp('finished')
-  given = folder / 'formats.json'
-  given.write_text(json.dumps(FORMATS))
-  config = tiny_config.copy_and_resolve_references()
-  config.model.update(name='smallest', width=1.0)
-  config.update(mode='train', formats=str(given))
-  loop.run(config, epath.Path(folder / 'run'))
-  given.unlink()  # the result alone remembers the formats
-  return folder / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, 'smallest', Smallest)
+    folder = tmp_path_factory.mktemp('finished')
+    given = folder / 'formats.json'
+    given.write_text(json.dumps(FORMATS))
+    config = tiny_config.copy_and_resolve_references()
+    config.model.update(name='smallest', width=1.0)
+    config.update(mode='train', formats=str(given))
+    loop.run(config, epath.Path(folder / 'run'))
+    given.unlink()  # the result alone remembers the formats
+    yield folder / 'run'
 
 
 @pytest.fixture(scope='module')
