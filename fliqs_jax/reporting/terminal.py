@@ -25,7 +25,8 @@ def make_console(file: io.StringIO | None = None) -> Console:
     file: that it prints to; None for the standard output.
   """
   width = None if sys.stdout.isatty() else 120
-  return Console(file=file, width=width, highlight=False)
+  # Rich shows tables by itself in a kernel, which takes a text for what is printed.
+  return Console(file=file, width=width, highlight=False, force_jupyter=False)
 
 
 def to_text(tables: Iterable[Table], lines: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from conftest import load_config
 from rich.table import Table
 
-from fliqs_jax.reporting import notebook, overview
+from fliqs_jax.reporting import notebook, overview, terminal
 from fliqs_jax.runs.config import resolve
 
 
@@ -33,3 +33,9 @@ def test_html_has_the_cells_of_the_table_and_escapes_them():
     '</table>\n'
     '<div>less &lt; more</div>'
   )
+
+
+def test_a_text_is_returned_in_a_notebook_too(monkeypatch):
+  monkeypatch.setattr('rich.console._is_jupyter', lambda: True)
+  table = terminal.architecture_table({'depth': 2}, {})
+  assert 'depth' in terminal.to_text([table], [])
