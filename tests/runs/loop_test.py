@@ -217,12 +217,12 @@ def test_held_out_reward_separate_decisions_and_pins(run, capsys):
   terminal.print_result(result, 'DIR')
   rows = [line.split() for line in capsys.readouterr().out.splitlines()]
   (stem,) = (row for row in rows if row[:1] == ['conv_init'])
-  assert stem[3:6] == ['int8', 'int8', 'pinned']
+  assert stem[4:7] == ['int8', 'int8', 'pinned']
   (conv1,) = (row for row in rows if row[:1] == ['stage1_block1/conv1'])
   formats = result['formats']['stage1_block1/conv1']
-  assert conv1[3:5] == [formats['weights'], formats['activations']]
+  assert conv1[4:6] == [formats['weights'], formats['activations']]
   probability = result['policy']['stage1_block1:weights'][formats['weights']]
-  assert conv1[5] == f'{probability:.2f}'
+  assert conv1[6] == f'{probability:.2f}'
 
 
 def test_without_a_hard_budget_the_policy_decides(run):
