@@ -268,13 +268,7 @@ def _make_measure(task, space, mesh, held_out):
   def one_sample(shared, choices):
     state, examples, key = shared
     formats = nest(space.layers, space.bind(choices))
-    params = jax.tree.map(
-      # Nothing is averaged before the first step.
-      lambda average, p: jnp.where(state.step > 0, average.astype(p.dtype), p),
-      state.averaged_params,
-      state.params,
-    )
-    outputs, _, _ = _forward(state, task, params, formats, examples, key)
+    outputs, _, _ = _forward(state, task, state.params, formats, examples, key)
     return {}, jnp.mean(task.quality(outputs, examples))
 
   def measure(state, batch, choices, key):
@@ -284,7 +278,14 @@ def _make_measure(task, space, mesh, held_out):
       half = max(jax.tree.leaves(batch)[0].shape[1] // 2, 1)
       examples = jax.tree.map(lambda a: a[:, :half], batch)
     examples = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), examples)
-    _, qualities = _mean_over_samples(one_sample, mesh, (state, examples, key), choices)
+    averaged = jax.tree.map(
+      # Nothing is averaged before the first step.
+      lambda average, p: jnp.where(state.step > 0, average.astype(p.dtype), p),
+      state.averaged_params,
+      state.params,
+    )
+    shared = state.replace(params=averaged), examples, key
+    _, qualities = _mean_over_samples(one_sample, mesh, shared, choices)
     return lax.with_sharding_constraint(qualities, replicated(mesh))
 
   return measure
