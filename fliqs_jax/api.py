@@ -283,7 +283,7 @@ def train(
 
 
 class _Scores(NamedTuple):
-  """What a user's task is made of; see `user_task.make_task`."""
+  """Functions of a user's task, as `user_task.make_task` takes them."""
 
   loss: Score | None
   quality: Score | None
