@@ -52,7 +52,6 @@ def prepare(choose, args):
     policy,
     mesh,
     num_samples=args.samples,
-    target=1.0,
   )
   example = Arguments((jnp.zeros(inputs.shape),), {'train': False})
   state = create_train_state(

@@ -71,7 +71,7 @@ def make_step(
       baseline='leave_one_out' if num_samples > 1 else 'moving',
     )
     step = steps.make_search_step(
-      task, space, cost_model, controller, mesh, num_samples=num_samples, target=target
+      task, space, cost_model, controller, mesh, num_samples=num_samples
     )
   else:
     space = uniform_space(layers, 'int8')

@@ -3,6 +3,7 @@
     result = fliqs_jax.search(model, train_batches, eval_batches, num_steps=1000)
 
 search           a search over your own network, data and loss
+search_front     searches for several targets, with one supernet for all
 train            the same network trained in fixed formats
 Result           what they return: formats, weights, cost, history
 evaluate         the quality of what a run left, under its formats or others
@@ -39,6 +40,7 @@ _MODULES = {
   'make_searchable': 'api',
   'overview': 'api',
   'search': 'api',
+  'search_front': 'api',
   'train': 'api',
 }
 __all__ = list(_MODULES)

@@ -6,7 +6,7 @@
 The loop is that of `python -m fliqs_jax.main`, and so are the files that it leaves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+from etils import epath
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -31,9 +32,10 @@ from fliqs_jax.linen import interception
 from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.reporting import notebook, terminal
 from fliqs_jax.reporting import overview as overview_lib
-from fliqs_jax.runs import evaluation, files, loop, preparation
+from fliqs_jax.runs import evaluation, files, front, loop, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
+from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES, complete, default_config, resolve
 from fliqs_jax.runs.network import Network
@@ -229,14 +231,93 @@ def search(
     ConfigError: where something is wrong, with a line for each problem.
     FloatingPointError: where a loss is not finite.
   """
+  config = _search_config(config, fields)
+  if config.search.targets:
+    raise ConfigError(
+      f'targets={config.search.targets!r}: expected fliqs_jax.search_front, which '
+      'returns a result for each'
+    )
+  scores = _Scores(loss, quality, metrics, inputs)
+  return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
+
+
+def search_front(
+  model: Model,
+  train_batches: batches.Source,
+  eval_batches: batches.Source,
+  *,
+  targets: Sequence[str | float],
+  loss: Score | None = None,
+  quality: Score | None = None,
+  metrics: Callable[[Any, Batch], Metrics] | None = None,
+  inputs: str | Callable[[Batch], Any] = 'image',
+  variables: Mapping[str, Any] | None = None,
+  workdir: os.PathLike | str | None = None,
+  config: ml_collections.ConfigDict | None = None,
+  **fields: Any,
+) -> dict[str, Result]:
+  """Searches the formats for several targets, with one supernet for all.
+
+  The steps before the commitment are shared, a third of all by default; from there on
+  the weights finish under the formats of each target.
+
+  Args:
+    model: as in `search`, as all that is not named here.
+    train_batches: as in `search`, but no iterator, since each target starts over.
+    eval_batches: the same.
+    targets: each a format, for the cost of the uniform model in it, `SCALE*FORMAT`, or
+      a number in the cost model's unit.
+    loss: as in `search`.
+    quality: as in `search`.
+    metrics: as in `search`.
+    inputs: as in `search`.
+    variables: as in `search`.
+    workdir: folder in which each target has one of its own.
+    config: as in `search`.
+    **fields: as in `search`.
+
+  Returns:
+    A result for each target, by the target's text.
+
+  Raises:
+    ConfigError: where something is wrong, with a line for each problem.
+    FloatingPointError: where a loss is not finite.
+  """
+  config = _search_config(config, {**fields, 'targets': _as_tuple(targets)})
+  if not config.search.targets:
+    raise ConfigError(f'targets={targets!r}: expected one or more')
+  for name, source in (('train_batches', train_batches), ('eval_batches', eval_batches)):
+    if isinstance(source, Iterator):
+      raise ConfigError(
+        f'{name} is an iterator, which ends: expected a list, or a function that '
+        'returns an iterator, since each target starts over'
+      )
+  scores = _Scores(loss, quality, metrics, inputs)
+  own = _own_run(config, model, train_batches, eval_batches, scores, workdir)
+  setups = {
+    name: _prepare(run, own, own.folder / name, variables)
+    for name, run in front.plan(config).items()
+  }
+  contents = front.train(setups, own.folder)
+  return {
+    target: _to_result(own, setups[name], own.folder / name, contents[name])
+    for target, name in zip(targets_lib.split(config.search.targets), setups, strict=True)
+  }
+
+
+def _as_tuple(targets):
+  return (targets,) if isinstance(targets, str | float | int) else tuple(targets)
+
+
+def _search_config(config, fields):
+  """Returns the config of a search with fields by their last names."""
   config = _with_fields(config, fields, _field_names('search'))
   if config.reward.split != 'train':
     raise ConfigError(
       f'reward.split={config.reward.split!r}: expected train, since a search in Python '
       'measures the quality on the training batches'
     )
-  scores = _Scores(loss, quality, metrics, inputs)
-  return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
+  return config
 
 
 def train(
@@ -293,6 +374,23 @@ class _Scores(NamedTuple):
 
 def _run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Searches or trains as the config says, and returns the result."""
+  own = _own_run(config, model, train_batches, eval_batches, scores, workdir)
+  setup = _prepare(resolve(config), own, own.folder, variables)
+  return _to_result(own, setup, own.folder, loop.train(setup, own.folder))
+
+
+class _OwnRun(NamedTuple):
+  """What a run over a user's network and batches has besides its config."""
+
+  network: Network
+  coverage: Coverage
+  data: Callable[[Setup], Data]
+  folder: epath.Path
+  temporary: tempfile.TemporaryDirectory | None
+
+
+def _own_run(config, model, train_batches, eval_batches, scores, workdir):
+  """Looks at the network and the batches, and writes into the config what they say."""
   if jax.process_count() > 1:
     raise ConfigError(
       f'fliqs_jax.{config.mode} runs in one process: use python -m fliqs_jax.main for '
@@ -304,23 +402,26 @@ def _run(config, model, train_batches, eval_batches, scores, variables, workdir)
   network, coverage = _network(config, model, scores, first, evaluated)
   print(coverage, file=sys.stderr)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
-  folder = files.to_path(workdir or temporary.name)
-  setup = _prepare(resolve(config), network, folder, variables)
-  setup = setup._replace(
-    data=_data(setup, train_batches, eval_batches, first, evaluated)
+  return _OwnRun(
+    network=network,
+    coverage=coverage,
+    data=lambda setup: _data(setup, train_batches, eval_batches, first, evaluated),
+    folder=files.to_path(workdir or temporary.name),
+    temporary=temporary,
   )
-  content = loop.train(setup, folder)
-  final = _final_variables(setup, folder, content['formats'])
-  is_nnx = isinstance(network.model, NnxSearchable)
+
+
+def _to_result(own, setup, folder, content):
+  model, final = own.network.model, _final_variables(setup, folder, content['formats'])
   return Result(
-    model=network.model.merge(final) if is_nnx else network.model,
+    model=model.merge(final) if isinstance(model, NnxSearchable) else model,
     variables=final,
     content=content,
     history=workdir_lib.read_history(folder),
-    coverage=coverage,
+    coverage=own.coverage,
     workdir=str(folder),
     _setup=setup,
-    _temporary=temporary,
+    _temporary=own.temporary,
   )
 
 
@@ -335,9 +436,9 @@ def _describe_model(model):
   return {'name': type(model).__name__, 'width': 1.0}
 
 
-def _prepare(config, network, folder, variables):
-  """Returns what a run needs besides data, after all checks."""
-  problems = Problems()
+def _prepare(config, own, folder, variables):
+  """Returns what a run needs, after all checks."""
+  problems, network = Problems(), own.network
   formats = problems.attempt(preparation.fixed_formats, config)
   problems.raise_any()
   devices = jax.device_count()
@@ -346,7 +447,7 @@ def _prepare(config, network, folder, variables):
   problems.attempt(workdir_lib.check, config, folder, False)
   problems.attempt(workdir_lib.check_layers, network.layers, folder)
   problems.raise_any()
-  return setup._replace(start=start)
+  return setup._replace(start=start, data=own.data(setup))
 
 
 def _data(setup, train_batches, eval_batches, first, evaluated):

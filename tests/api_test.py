@@ -82,6 +82,28 @@ TASK = {'loss': loss, 'inputs': lambda batch: batch['tokens'][:, :-1]}
 FIELDS = {'formats': ['int2', 'int4', 'int8'], 'target_format': 'int4'}
 
 
+def test_a_front_has_a_result_for_each_target(tmp_path):
+  train, evaluated = list(sequences([8] * 4)), list(sequences([8]))
+  fields = {**TASK, 'formats': FIELDS['formats'], 'num_steps': 8}
+  found = fliqs_jax.search_front(
+    Smallest(), train, evaluated, targets=['int2', '2*int4'], workdir=tmp_path, **fields
+  )
+  assert list(found) == ['int2', '2*int4']
+  assert found['int2'].formats['Dense_0']['weights'] == 'int2'
+  assert found['2*int4'].formats['Dense_0']['weights'] in ('int2', 'int4')
+  for result in found.values():
+    assert result.cost <= result.target
+    assert result.eval['num_examples'] == 8
+  assert {path.name for path in tmp_path.iterdir()} == {
+    'shared',
+    *(f'searched-{target}-width1' for target in ('int2', '2xint4')),
+  }
+  with pytest.raises(ConfigError, match='train_batches is an iterator'):
+    fliqs_jax.search_front(Smallest(), iter(train), evaluated, targets='int2', **fields)
+  with pytest.raises(ConfigError, match='expected fliqs_jax.search_front'):
+    fliqs_jax.search(Smallest(), train, evaluated, targets=('int2',), **fields)
+
+
 def test_search_is_the_function_and_has_a_folder_beside_it():
   importlib.import_module('fliqs_jax.search.space')
   assert fliqs_jax.search is api.search

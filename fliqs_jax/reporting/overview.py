@@ -15,7 +15,7 @@ from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import notebook, terminal
-from fliqs_jax.runs import builders, network
+from fliqs_jax.runs import builders, network, targets
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.search import assignments, devices
 from fliqs_jax.search.budget import cost_range
@@ -243,7 +243,7 @@ def _reachable_costs(
     name: cost_model.uniform(layers, name)
     for name in parse_names(config.search.formats)
   }
-  limits = [(cost_model, builders.search_target(config, cost_model, layers))]
+  limits = [(cost_model, targets.limit(config.search, cost_model, layers))]
   limits += [
     (cap.cost_model, cap.limit)
     for cap in builders.search_caps(config, cost_model, layers)

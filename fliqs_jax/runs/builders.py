@@ -46,24 +46,6 @@ def build_cost_model(
   return cost_models.get_cost_model(name, **settings)
 
 
-def search_target(
-  config: ml_collections.ConfigDict,
-  cost_model: cost_models.CostModel,
-  layers: tuple[Layer, ...],
-) -> float:
-  """Returns the target in the cost model's unit.
-
-  Args:
-    config: the config.
-    cost_model: that of the target.
-    layers: of the standard network, a multiple of whose cost may be the target.
-  """
-  search = config.search
-  if search.target is not None:
-    return search.target
-  return search.target_scale * cost_model.uniform(layers, search.target_format)
-
-
 def search_caps(
   config: ml_collections.ConfigDict,
   cost_model: cost_models.CostModel,
@@ -214,6 +196,7 @@ def build_problem(
   space: search_space.SearchSpace,
   target: Budget,
   caps: tuple[Budget, ...],
+  shared_limits: tuple[float, ...] = (),
 ) -> Problem:
   """Returns the record of what a config's strategy searches."""
   return Problem(
@@ -225,6 +208,7 @@ def build_problem(
     commit_step=config.search.commit_step,
     seed=config.seed,
     entropy_schedule=config.controller.entropy_schedule,
+    shared_limits=shared_limits,
   )
 
 
@@ -243,7 +227,7 @@ def build_controller(
   reward = rewards.REWARDS[config.reward.name].function
   return controller_lib.policy_gradient_controller(
     problem.space.valid,
-    functools.partial(reward, target=problem.target.limit, beta=config.reward.beta),
+    functools.partial(reward, target=1.0, beta=config.reward.beta),
     controller_lib.entropy_weight(
       settings.entropy_schedule,
       settings.entropy_weight,
@@ -254,6 +238,7 @@ def build_controller(
     config.search.policy_delay,
     settings.baseline,
     settings.baseline_momentum,
+    problem.target.limit,
   )
 
 

@@ -4,7 +4,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import validation
+from fliqs_jax.runs import targets, validation
 from fliqs_jax.search import devices
 from fliqs_jax.search.strategies import (
   FIXED_FORMATS,
@@ -97,6 +97,10 @@ def default_config() -> ml_collections.ConfigDict:
         'target': config_dict.placeholder(float),  # absolute; wins where given
         'target_format': 'int4',  # or this multiple of a uniform model's cost
         'target_scale': 1.0,
+        # Several targets of one supernet, each FORMAT, SCALE*FORMAT or a number; the
+        # index of the one that a run finishes for, None for all of them.
+        'targets': (),
+        'target_index': integer(),
         'cap_cost_model': '',  # a second cost that the commitment keeps; empty for none
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost
@@ -152,6 +156,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if problems := validation.check_types(config, default_config()):
     raise ConfigError(*problems)
   search, controller = config.search, config.controller
+  if search.targets:
+    _resolve_target(search)
   if search.formats == 'device':
     search.formats = ','.join(devices.fast_formats(search.device))
   if config.optimizer.warmup_steps is None:
@@ -164,6 +170,24 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if controller.baseline is None:
     controller.baseline = 'leave_one_out' if search.num_samples > 1 else 'moving'
   return config
+
+
+def _resolve_target(search):
+  """Fills in the target that the index of a front stands for, by default the first."""
+  search.targets = targets.split(search.targets)
+  parsed = []
+  for text in search.targets:
+    try:
+      parsed.append(targets.parse(text))
+    except ConfigError as error:
+      raise ConfigError(f'search.targets: target {text!r}: {error}') from None
+  index = search.target_index or 0
+  if not 0 <= index < len(parsed):
+    raise ConfigError(
+      f'search.target_index={index}: expected one from 0 to {len(parsed) - 1}, of '
+      f'search.targets={search.targets!r}'
+    )
+  search.update(parsed[index])
 
 
 def _resolve_delays(config):

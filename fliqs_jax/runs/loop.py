@@ -1,6 +1,7 @@
 """The one loop, for search and for fixed formats, and what comes before and after."""
 
 from collections.abc import Callable
+import contextlib
 import itertools
 import logging
 from typing import Any
@@ -58,8 +59,17 @@ def run(
   return train(preparation.prepare(config, folder, allow_config_change), folder)
 
 
-def train(setup: Setup, folder: epath.Path) -> dict[str, Any]:
-  """Trains what was prepared, resuming as `run` does, and returns the result."""
+def train(
+  setup: Setup, folder: epath.Path, shared: epath.Path | None = None
+) -> dict[str, Any]:
+  """Trains what was prepared, resuming as `run` does, and returns the result.
+
+  Args:
+    setup: of the run.
+    folder: the workdir.
+    shared: the folder of `train_to_commitment`, from whose checkpoint the run starts;
+      None to take these steps too.
+  """
   config = result_lib.config_to_json(setup.config)
   path = folder / result_lib.RESULT_FILE
   if path.exists():
@@ -67,42 +77,76 @@ def train(setup: Setup, folder: epath.Path) -> dict[str, Any]:
     if result.get('config') == config:
       _logger.info('The run in %s is finished.', folder)
       return result
-  with workdir.lock(folder):
-    if jax.process_index() == 0:
-      workdir.write(folder, workdir.CONFIG_FILE, config)
-      workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
-      workdir.keep_inputs(setup.config, folder)
-    result = _train(setup, folder)
+  with _opened(setup, folder):
+    result = _train(setup, folder, shared)
     if jax.process_index() == 0:
       workdir.write(folder, result_lib.RESULT_FILE, result)
   return result
 
 
-def _train(setup, folder):
-  """Trains from the newest checkpoint, or from the start, to the result."""
-  mesh, seed = sharding.make_mesh(setup.num_samples), setup.config.seed
-  state = evaluation.initial_state(setup, mesh, seed)
+def train_to_commitment(setup: Setup, folder: epath.Path) -> None:
+  """Takes the steps of a search before its commitment, resuming as `run` does.
+
+  Args:
+    setup: of a search.
+    folder: for the checkpoint of the last one of these steps.
+  """
+  mesh = sharding.make_mesh(setup.num_samples)
+  with _opened(setup, folder), Checkpoints(folder) as checkpoints:
+    state, batches = _start(setup, mesh, checkpoints)
+    if int(state.step) < setup.commit_step:
+      with workdir.History(folder, int(state.step)) as history:
+        evaluate = evaluation.make_evaluate(setup, mesh)
+        state = _loop(
+          setup, mesh, state, batches, evaluate, history, checkpoints, setup.commit_step
+        )
+      checkpoints.save(state, batches)
+
+
+@contextlib.contextmanager
+def _opened(setup, folder):
+  """Keeps other runs out of a folder, which says what runs in it."""
+  with workdir.lock(folder):
+    if jax.process_index() == 0:
+      config = result_lib.config_to_json(setup.config)
+      workdir.write(folder, workdir.CONFIG_FILE, config)
+      workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
+      workdir.keep_inputs(setup.config, folder)
+    yield
+
+
+def _start(setup, mesh, checkpoints, shared=None):
+  """Returns the state of the newest checkpoint, or the first one, and the batches."""
+  state = evaluation.initial_state(setup, mesh, setup.config.seed)
   if setup.start:
     state = pretrained.start_from(state, setup.start)
-  batches = setup.data.train(seed, sharding.batch_sharding(mesh))
+  batches = setup.data.train(setup.config.seed, sharding.batch_sharding(mesh))
+  if checkpoints.latest_step() is not None:
+    state = checkpoints.restore(state, batches)
+    _logger.info('Resuming at step %d.', int(state.step))
+  elif shared is not None:
+    with Checkpoints(shared) as others:
+      if others.latest_step() is not None:  # none where no step comes before
+        state = others.restore(state, batches)
+  return state, batches
+
+
+def _train(setup, folder, shared):
+  """Trains from the newest checkpoint, or from the start, to the result."""
+  mesh, last = sharding.make_mesh(setup.num_samples), setup.config.num_steps
+  evaluate = evaluation.make_evaluate(setup, mesh)
   with Checkpoints(folder) as checkpoints:
-    if checkpoints.latest_step() is not None:
-      state = checkpoints.restore(state, batches)
-      _logger.info('Resuming at step %d.', int(state.step))
-    evaluate = evaluation.make_evaluate(setup, mesh)
+    state, batches = _start(setup, mesh, checkpoints, shared)
     with workdir.History(folder, int(state.step)) as history:
-      if int(state.step) < setup.config.num_steps:
-        step = make_step(setup, mesh)
-        state = _loop(
-          setup, mesh, state, batches, step, evaluate, history, checkpoints
-        )
+      if int(state.step) < last:
+        state = _loop(setup, mesh, state, batches, evaluate, history, checkpoints, last)
         choices, _ = _final_choices(setup, state)
         _logger.info('Re-estimating batch norm and evaluating.')
         state = _reestimate(setup, mesh, state, choices)
         checkpoints.save(state, batches)
       choices, policy = _final_choices(setup, state)
       evaluated = evaluate(state, choices)
-      history.write_evaluation(setup.config.num_steps, evaluated)
+      history.write_evaluation(last, evaluated)
   return result_lib.make_result(setup, choices, policy, evaluated)
 
 
@@ -117,7 +161,6 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       setup.controller,
       mesh,
       num_samples=setup.num_samples,
-      target=setup.target,
       activation_delay=config.search.activation_delay,
       weight_delay=config.search.weight_delay,
       averaged_steps=_averaged_steps(config.search),
@@ -144,25 +187,25 @@ def _loop(
   mesh: jax.sharding.Mesh,
   state: TrainState,
   batches: BatchIterator,
-  step_fn: Step,
   evaluate: evaluation.Evaluate,
   history: workdir.History,
   checkpoints: Checkpoints,
+  end: int,
 ) -> TrainState:
-  """Takes the steps from `state.step` to the last one; returns the state after it.
+  """Takes the steps from `state.step` on and before `end`; returns the state then.
 
   Raises:
     Preempted: where SIGTERM or SIGINT came before the last step, once a checkpoint
       is saved.
   """
   start, config = int(state.step), setup.config
-  placed = sharding.batch_sharding(mesh)
+  step_fn, placed = make_step(setup, mesh), sharding.batch_sharding(mesh)
   with (
-    Progress(start, config.num_steps) as progress,
+    Progress(start, end) as progress,
     Preemption() as preemption,
   ):
     pending = []
-    for step in range(start, config.num_steps):
+    for step in range(start, end):
       if step == setup.commit_step:
         state = _commit(setup, state, mesh)
       batch = jax.make_array_from_process_local_data(placed, _next(batches, step))
@@ -176,14 +219,14 @@ def _loop(
       # little memory and a run that must stop does so soon.
       jax.block_until_ready(pending[-_STEPS_AHEAD:][0])
       done = step + 1
-      stop = preemption.reached(done) and done < config.num_steps
-      save = stop or (done % config.checkpoint_every == 0 and done < config.num_steps)
+      stop = preemption.reached(done) and done < end
+      save = stop or (done % config.checkpoint_every == 0 and done < end)
       # A line before every checkpoint, so that a resumed run writes the same lines.
       meanwhile = config.eval_every and done % config.eval_every == 0
-      if save or meanwhile or done % config.log_every == 0 or done == config.num_steps:
+      if save or meanwhile or done % config.log_every == 0 or done == end:
         row = _average(setup, pending, done, checkpoints)
         row['learning_rate'] = float(setup.learning_rate(step))
-        if meanwhile and done < config.num_steps:
+        if meanwhile and done < end:
           row |= _evaluated_meanwhile(setup, state, evaluate)
         policy = result_lib.policy_by_name(setup.space, _policy(setup, state))
         history.write(done, row, policy)
@@ -222,7 +265,7 @@ def _next(batches, step):
 def _average(setup, pending, step, checkpoints):
   """Returns the mean scalars; an error says where the run can go on from."""
   try:
-    return health.average(
+    row = health.average(
       pending, step, setup.config.max_skipped_steps, setup.space.formats_of
     )
   except FloatingPointError as error:
@@ -232,6 +275,9 @@ def _average(setup, pending, step, checkpoints):
       'the data, lower optimizer.learning_rate, lengthen search.activation_delay, or '
       'let max_skipped_steps be more'
     ) from None
+  if 'cost' in row:
+    row['cost_ratio'] = row['cost'] / setup.target
+  return row
 
 
 def _policy(setup, state):

@@ -15,7 +15,7 @@ from fliqs_jax.data.batches import BatchIterator
 from fliqs_jax.errors import Problems
 from fliqs_jax.layers.architecture import standard
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.runs import builders
+from fliqs_jax.runs import builders, targets
 from fliqs_jax.runs import network as network_lib
 from fliqs_jax.runs.network import Architecture, Network
 from fliqs_jax.runs.validation import DTYPES, validate
@@ -110,7 +110,7 @@ def build(
   problems.raise_any()
   network, standard_layers, architecture, space = found
   cost_model = builders.build_cost_model(config)
-  target = builders.search_target(config, cost_model, standard_layers)
+  target = targets.limit(config.search, cost_model, standard_layers)
   searches = assignment is None
   caps = builders.search_caps(config, cost_model, standard_layers) if searches else ()
   # A table of latencies may lack a layer or a format.
@@ -120,7 +120,13 @@ def build(
     builders.check_reachable(config, space, Budget(cost_model, target), caps)
   problem = None
   if searches:
-    problem = builders.build_problem(config, space, Budget(cost_model, target), caps)
+    shared_limits = tuple(
+      targets.limit(targets.parse(text), cost_model, standard_layers)
+      for text in config.search.targets
+    )
+    problem = builders.build_problem(
+      config, space, Budget(cost_model, target), caps, shared_limits
+    )
   learning_rate = builders.build_learning_rate(config)
   return Setup(
     config=config,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import logging
-import math
 from typing import Any
 
 from etils import epath
@@ -10,8 +9,9 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
-from fliqs_jax.numerics.formats import get_format, parse_names
+from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.runs import files, loop, preparation, quality
+from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
@@ -81,8 +81,12 @@ def _prepare(config, folder, targets, widths):
       f'mode={config.mode!r}, formats={config.formats!r}: expected search and none; a '
       'sweep searches for each target and trains in each format'
     )
-  targets = _parse(parse_target, 'target', targets, problems)
-  widths = _parse(_positive, 'width', widths, problems)
+  if config.search.targets:
+    problems.append(
+      f'search.targets={config.search.targets!r}: expected --targets of the sweep alone'
+    )
+  targets = _parse(targets_lib.parse, 'target', targets, problems)
+  widths = _parse(targets_lib.positive, 'width', widths, problems)
   try:
     runs = plan(config, targets, widths or [config.model.width])
   except ConfigError as error:
@@ -125,33 +129,6 @@ def _parse(parse: Callable, what: str, texts: Sequence[str], problems: list[str]
   return parsed
 
 
-def _positive(text):
-  try:
-    number = float(text)
-  except ValueError:
-    number = math.nan
-  if not 0 < number < math.inf:
-    raise ConfigError('expected a number above 0')
-  return number
-
-
-def parse_target(text: str) -> dict[str, Any]:
-  """Returns the fields of `config.search` that say what a target is.
-
-  Args:
-    text: FORMAT, SCALE*FORMAT, or a number in the cost model's unit.
-
-  Raises:
-    ConfigError: where it is none of these.
-  """
-  scale, times, name = map(str.strip, text.rpartition('*'))
-  if not times and not name[:1].isalpha():
-    return {'target': _positive(text)}
-  get_format(name)
-  target_scale = _positive(scale) if times else 1.0
-  return {'target': None, 'target_format': name, 'target_scale': target_scale}
-
-
 def plan(
   config: ml_collections.ConfigDict,
   targets: Sequence[dict[str, Any]],
@@ -164,7 +141,7 @@ def plan(
 
   Args:
     config: of the searches, unresolved.
-    targets: from `parse_target`.
+    targets: from `targets.parse`.
     widths: multipliers.
   """
   uniform = dict.fromkeys(
@@ -183,20 +160,21 @@ def plan(
       run = config.copy_and_resolve_references()
       run.update({**change, 'model': {'width': width}})
       run = resolve(run)
-      kind, target = _describe(run)
-      runs[f'{kind}-{target.replace("*", "x")}-width{width:.15g}'] = run
+      runs[workdir_name(run)] = run
   return runs
+
+
+def workdir_name(config: ml_collections.ConfigDict) -> str:
+  """Returns the name of the workdir of a run of a sweep or a front."""
+  kind, target = _describe(config)
+  return f'{kind}-{target.replace("*", "x")}-width{config.model.width:.15g}'
 
 
 def _describe(config):
   """Returns the kind of a run, and its target or its one format."""
-  search = config.search
   if config.mode == 'train':
     return 'uniform', config.formats
-  if search.target is not None:
-    return 'searched', f'{search.target:.15g}'
-  scale = '' if search.target_scale == 1 else f'{search.target_scale:.15g}*'
-  return 'searched', scale + search.target_format
+  return 'searched', targets_lib.describe(config.search)
 
 
 def _check_folder(folder, config):

@@ -82,7 +82,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   problems += _check_augmentation(config) + _check_latency_table(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
-    problems += _check_reward(config) + _check_decide(config)
+    problems += _check_reward(config) + _check_decide(config) + _check_targets(config)
   return problems
 
 
@@ -93,6 +93,7 @@ _ELEMENTS = {
   'input.stddev': (int, float),
   'search.groups': str,
   'search.pins': tuple,
+  'search.targets': (str, int, float),
 }
 
 
@@ -313,6 +314,21 @@ def _check_decide(config):
       f'architecture={config.architecture!r}: expected search.decide=formats, since '
       f'search.decide={decide} searches the architecture'
     )
+  return problems
+
+
+def _check_targets(config):
+  search, problems = config.search, []
+  if not search.targets:
+    return problems
+  serving = [name for name, s in STRATEGIES.items() if s.serves_targets]
+  if search.strategy in STRATEGIES and search.strategy not in serving:
+    problems.append(
+      f'search.strategy={search.strategy}: expected {" or ".join(serving)} for '
+      'search.targets, since its weights or samples depend on the one target'
+    )
+  if len(set(search.targets)) < len(search.targets):
+    problems.append(f'search.targets={search.targets!r}: expected each target once')
   return problems
 
 

@@ -139,6 +139,9 @@ class PolicyGradientState(NamedTuple):
   baseline: jax.Array  # shape=(), float32, moving average of the rewards
   num_rewards: jax.Array  # shape=(), int32, steps that the baseline has averaged
   commitment: jax.Array  # shape=(N,), int32, the final choices, -1 while there are none
+  # shape=(), float32, in the cost model's unit; data, so that a program is the same for
+  # all targets.
+  target: jax.Array
 
 
 def entropy_weight(
@@ -164,6 +167,7 @@ def policy_gradient_controller(
   policy_delay: int = 0,
   baseline: str = 'leave_one_out',
   baseline_momentum: float = 0.95,
+  target: float = 1.0,
 ) -> Controller:
   """Returns the REINFORCE controller with an entropy penalty.
 
@@ -175,17 +179,20 @@ def policy_gradient_controller(
 
   Args:
     valid: bool[N, K], which options exist.
-    reward: (qualities, costs) -> rewards `r`, float32[S]; see `rewards`.
+    reward: (qualities, costs) -> rewards `r`, float32[S], of costs in multiples of the
+      target; see `rewards`.
     entropy_weight: `β_H(t)`, from `entropy_weight`.
     learning_rate: of Adam on the logits.
     policy_delay: the first step whose rewards update the policy.
     baseline: one of `BASELINES`; `leave_one_out` takes two samples a step or more.
     baseline_momentum: μ of the moving baseline, which starts at the first rewards.
+    target: in the unit of the costs.
   """
   optimizer = optax.adam(learning_rate)
 
   def update(state, outcome, step):
-    choices, rewards = outcome.choices, reward(outcome.qualities, outcome.costs)
+    choices = outcome.choices
+    rewards = reward(outcome.qualities, outcome.costs / state.target)
     chex.assert_shape(choices, (None, valid.shape[0]))
     chex.assert_shape(rewards, choices.shape[:1])
     moving, advantages = _advantages(state, rewards, baseline, baseline_momentum)
@@ -202,7 +209,7 @@ def policy_gradient_controller(
     return state._replace(baseline=moving, num_rewards=state.num_rewards + 1), metrics
 
   return Controller(
-    init=functools.partial(_init, valid, optimizer),
+    init=functools.partial(_init, valid, optimizer, target),
     sample=functools.partial(_sample, valid=valid),
     update=update,
     policy=lambda state: masked_softmax(state.logits, valid),
@@ -212,7 +219,7 @@ def policy_gradient_controller(
   )
 
 
-def _init(valid, optimizer):
+def _init(valid, optimizer, target):
   logits = jnp.zeros(valid.shape, jnp.float32)  # the uniform policy
   return PolicyGradientState(
     logits=logits,
@@ -220,6 +227,7 @@ def _init(valid, optimizer):
     baseline=jnp.zeros((), jnp.float32),
     num_rewards=jnp.zeros((), jnp.int32),
     commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
+    target=jnp.float32(target),
   )
 
 

@@ -162,7 +162,6 @@ def make_search_step(
   mesh: Mesh,
   *,
   num_samples: int,
-  target: float,
   activation_delay: int = 0,
   weight_delay: int = 0,
   averaged_steps: int = 1,
@@ -179,7 +178,6 @@ def make_search_step(
     controller: the policy.
     mesh: from `sharding.make_mesh`.
     num_samples: S, which the mesh's sample axis divides.
-    target: in the cost model's unit, for the metric `cost_ratio`.
     activation_delay: the first step with quantized activations.
     weight_delay: the first step with quantized weights.
     averaged_steps: the time constant of the moving averages of the weights, under which
@@ -224,7 +222,7 @@ def make_search_step(
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
     if controller.is_measured is not None:
       new_state = _average_params(new_state, averaged_steps)
-    own_metrics = _search_metrics(metrics, outcome, gradients, target)
+    own_metrics = _search_metrics(metrics, outcome, gradients)
     return new_state, {**own_metrics, **controller_metrics}
 
   return _jit_step(search_step, mesh)
@@ -291,13 +289,11 @@ def _make_measure(task, space, mesh, held_out):
   return measure
 
 
-def _search_metrics(metrics, outcome, gradients, target):
+def _search_metrics(metrics, outcome, gradients):
   """Returns the metrics of a search step but for the controller's."""
-  cost = jnp.mean(outcome.costs)
   return {
     **jax.tree.map(jnp.mean, metrics),
-    'cost': cost,
-    'cost_ratio': cost / target,
+    'cost': jnp.mean(outcome.costs),
     'gradient_norm': optax.tree.norm(gradients),
     'sample_loss': metrics['loss'],
     'choices': outcome.choices,

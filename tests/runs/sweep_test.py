@@ -10,6 +10,7 @@ from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.reporting import pareto_figure
 from fliqs_jax.runs import loop
 from fliqs_jax.runs import sweep as sweeps
+from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, config_to_json
 
@@ -39,7 +40,7 @@ def test_front_is_what_no_point_beats(pairs):
   ],
 )
 def test_targets(text, fields):
-  assert sweeps.parse_target(text) == fields
+  assert targets_lib.parse(text) == fields
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,11 @@ def test_targets(text, fields):
 )
 def test_malformed_targets(text):
   with pytest.raises(ValueError):
-    sweeps.parse_target(text)
+    targets_lib.parse(text)
 
 
 def test_plan(tiny_config):
-  targets = [sweeps.parse_target(t) for t in ('int3', '0.5*e4m3', '0.01')]
+  targets = [targets_lib.parse(t) for t in ('int3', '0.5*e4m3', '0.01')]
   runs = sweeps.plan(tiny_config, targets, [0.0625, 0.125])
   names = [
     f'{kind}-width{width}'

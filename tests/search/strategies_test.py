@@ -106,6 +106,40 @@ def test_regret_is_a_fraction_of_that_of_the_uniform_model():
   assert found.mean() < 0.2 * uniform.mean()
 
 
+def test_policies_of_several_targets_learn_from_the_same_measurements():
+  problem = make_problem()
+  cost_model, limit = problem.target
+  limits = 0.8 * limit, limit, 1.6 * limit
+  own = [
+    problem._replace(shared_limits=limits, target=Budget(cost_model, one))
+    for one in limits
+  ]
+  controllers = [STRATEGIES['actor_critic'].build(p) for p in own]
+  state, update = controllers[0].init(), jax.jit(controllers[0].update)
+  sample = jax.jit(controllers[0].sample)
+  worth = -SIZES[:, None] * ERRORS
+  value = lambda choices: worth[np.arange(12), choices].sum(axis=-1)
+  costs = []
+  for step in range(10, 10 + STEPS):
+    choices = sample(state, jax.random.split(jax.random.key(step), 4))
+    costs += [*cost_model(problem.space, np.asarray(choices))]
+    qualities = jnp.float32(value(np.asarray(choices)))
+    outcome = Outcome(choices, qualities, jnp.ones(4), jnp.bool_(True))
+    state, _ = update(state, outcome, jnp.int32(step))
+  # The samples follow the policies of the targets in turn.
+  late = [np.mean(costs[-60 + turn :: 3]) for turn in range(3)]
+  assert late[0] < late[1] < late[2]
+  per_option = np.array([
+    cost_model.per_layer(problem.space, np.full((1, 12), option, np.int32))[0]
+    for option in range(4)
+  ]).T  # fmt: skip
+  for p, controller in zip(own, controllers):
+    policy = np.asarray(controller.policy(state))
+    assert (policy * per_option).sum() == pytest.approx(p.target.limit, rel=0.02)
+    found, best = p.best_choices(controller.scores(state)), p.best_choices(worth)
+    assert value(found) == pytest.approx(value(best), abs=0.02)
+
+
 def test_measuring_each_option_alone_is_not_better():
   seeds = range(20)
   ours, theirs = (
@@ -137,7 +171,7 @@ def test_expected_costs_are_exact_where_costs_add_up():
   space, target = problem.space, problem.target
   rng = np.random.default_rng(0)
   choices = jnp.asarray(rng.integers(4, size=(4, 5)), jnp.int32)
-  costs = np.asarray(expected_costs(space, target, choices))
+  costs = np.asarray(expected_costs(space, target.cost_model, target.limit, choices))
   policy = rng.dirichlet(np.ones(4), size=5)
   everything = np.array(list(itertools.product(range(4), repeat=5)), np.int32)
   probabilities = policy[np.arange(5), everything].prod(axis=1)

@@ -118,7 +118,6 @@ def take_steps(num_samples, num_devices, count=3, **options):
     search.controller,
     mesh,
     num_samples=num_samples,
-    target=search.target,
     **options,
   )
   state, metrics = init(mesh), []
@@ -144,7 +143,7 @@ def test_qualities_are_measured_with_averaged_weights():
   task = classification.classification('minus_loss')
   step = steps.make_search_step(
     task, search.space, search.cost_model, recorder, mesh,
-    num_samples=num_samples, target=search.target, averaged_steps=2,
+    num_samples=num_samples, averaged_steps=2,
   )  # fmt: skip
   state, formats = init(mesh), bound(search, choices)
   apply = jax.jit(functools.partial(state.apply_fn, train=True, mutable=True))
@@ -230,14 +229,16 @@ def test_step_takes_the_mean_gradient_of_its_samples():
   jax.tree.map(close, new_state.params, expected)
   jax.tree.map(close, new_state.model_stats, expected_stats)
   close(metrics['reward'], np.mean(qualities - abs(costs / search.target - 1)))
-  close(metrics['cost_ratio'], np.mean(costs) / search.target)
+  close(metrics['cost'], np.mean(costs))
 
 
 def test_held_out_quality_leaves_the_weights_alone():
   own_state, own = take_steps(2, 1, count=1)
   held_state, held = take_steps(2, 1, count=1, held_out=True)
-  jax.tree.map(np.testing.assert_array_equal, own_state.params, held_state.params)
-  assert own[0]['loss'] == held[0]['loss']
+  # Two programs, which may sum in another order.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+  jax.tree.map(close, own_state.params, held_state.params)
+  close(own[0]['loss'], held[0]['loss'])
   assert own[0]['quality'] == own[0]['accuracy'] != held[0]['quality']
 
 

@@ -34,17 +34,19 @@ class Strategy(NamedTuple):
   weight_delay: float
   activation_delay: float
   searches_architectures: bool = False
+  # Whether what is measured serves several targets at once.
+  serves_targets: bool = False
 
 
-def _measuring(build):
+def _measuring(build, serves_targets=False):
   """A strategy that measures, and then has two thirds of the run to finish."""
-  return Strategy(build, 0.25, 0.35, 0.35, 0.35)
+  return Strategy(build, 0.25, 0.35, 0.35, 0.35, serves_targets=serves_targets)
 
 
 STRATEGIES: dict[str, Strategy] = {
-  'actor_critic': _measuring(actor_critic),
+  'actor_critic': _measuring(actor_critic, serves_targets=True),
   'policy_gradient': Strategy(None, 0.25, 0.9, 0.0, 0.1, searches_architectures=True),
-  'sensitivity': _measuring(sensitivity),
+  'sensitivity': _measuring(sensitivity, serves_targets=True),
   'random': _measuring(random),
   'exhaustive': _measuring(exhaustive),
   'uniform': Strategy(uniform, 0.0, 0.0, 0.35, 0.35),

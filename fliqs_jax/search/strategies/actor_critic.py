@@ -13,6 +13,9 @@ budget that falls from near the highest cost to the target, while the temperatur
 falls to 0.3 of the spread of `u`, both on the entropy schedule. It falls no further,
 since samples that hardly differ teach the critic little, and the weights that train
 unquantized do not suffer from them. No weight of cost against quality has to be chosen.
+
+Each of T targets has a policy of its own. The samples follow them in turn, so that one
+critic learns from all and a step costs no more than for one target.
 """
 
 import functools
@@ -31,6 +34,8 @@ from fliqs_jax.search.controller import (
   masked_softmax,
   policy_entropy,
 )
+from fliqs_jax.search.cost_models import CostModel
+from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.search.strategies.problem import Problem
 
 # The first budget, of the highest cost: most decisions have their widest format.
@@ -41,9 +46,13 @@ _BISECTIONS = 40
 
 
 class ActorCriticState(NamedTuple):
-  """The policy, and what was measured under it."""
+  """The policies of T targets, and what was measured under them."""
 
-  logits: jax.Array  # shape=(N, K), float32; entries of options that do not exist are 0
+  # shape=(T, N, K), float32; entries of options that do not exist are 0
+  logits: jax.Array
+  # Data, so that a program is the same for all targets.
+  limits: jax.Array  # shape=(T,), float32, the targets in the cost model's unit
+  first_budgets: jax.Array  # shape=(T,), float32, multiples of the targets
   measurements: critic.Measurements
   commitment: jax.Array  # shape=(N,), int32, the final choices, -1 while there are none
 
@@ -51,31 +60,40 @@ class ActorCriticState(NamedTuple):
 def actor_critic(problem: Problem) -> Controller:
   """Returns the controller that the module describes."""
   space, valid = problem.space, problem.space.valid
+  limits = np.array(problem.limits)
+  own = problem.limits.index(problem.target.limit)
   rounds = len(problem.measured_steps())
   errors = _option_errors(space)
-  budget_and_temperature = _annealing(problem)
   update_every = max(rounds // _UPDATES, 1)
 
-  def improve(measurements, choices, step):
+  def improve(state, measurements, choices, step):
     """Returns the logits after a natural gradient step."""
     worth = critic.utilities(measurements, errors)
     worth = worth - jnp.max(jnp.where(valid, worth, -jnp.inf), axis=1, keepdims=True)
     spread = jnp.sqrt(jnp.mean(jnp.square(worth), where=valid))
-    budget, temperature = budget_and_temperature(step)
     worth = worth / jnp.where(spread > 0, spread, 1.0)
-    costs = expected_costs(space, problem.target, choices)
-    return _constrained_logits(worth, costs, budget, temperature, valid)
+
+    def towards(target):
+      limit, first = target
+      budget, temperature = _annealed(problem, first, step)
+      costs = expected_costs(space, problem.target.cost_model, limit, choices)
+      return _constrained_logits(worth, costs, budget, temperature, valid)
+
+    return jax.lax.map(towards, (state.limits, state.first_budgets))
 
   def init():
     keys = jax.random.split(jax.random.key(0), problem.num_samples)
     none = critic.no_measurements(rounds, problem.num_samples, len(valid))
     middle = jnp.argmax(jax.random.uniform(keys[0], valid.shape) * valid, axis=1)
     choices = jnp.broadcast_to(middle.astype(jnp.int32), none.choices.shape[1:])
-    return ActorCriticState(
-      logits=improve(none, choices, problem.policy_delay),
+    state = ActorCriticState(
+      logits=jnp.zeros((len(limits), *valid.shape), jnp.float32),
+      limits=jnp.asarray(limits, jnp.float32),
+      first_budgets=jnp.asarray(_first_budgets(problem, limits), jnp.float32),
       measurements=none,
       commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
     )
+    return state._replace(logits=improve(state, none, choices, problem.policy_delay))
 
   def update(state, outcome, step):
     recorded = critic.record(state.measurements, outcome.choices, outcome.qualities)
@@ -85,27 +103,29 @@ def actor_critic(problem: Problem) -> Controller:
     improves = outcome.measured & (measurements.count % update_every == 0)
     logits = jax.lax.cond(
       improves,
-      lambda: improve(measurements, outcome.choices, step),
+      lambda: improve(state, measurements, outcome.choices, step),
       lambda: state.logits,
     )
-    budget, temperature = budget_and_temperature(step)
+    budgets, temperature = _annealed(problem, state.first_budgets, step)
     metrics = {
       'reward': jnp.mean(outcome.qualities),
       'entropy': jnp.mean(policy_entropy(state.logits, valid)),
       'temperature': temperature,
-      'budget': budget,
+      'budget': jnp.mean(budgets),
     }
     return state._replace(logits=logits, measurements=measurements), metrics
 
   def sample(state, keys):
-    sampled = stratified_samples(masked_softmax(state.logits, valid), keys)
+    turns = state.measurements.count * len(keys) + jnp.arange(len(keys))
+    policies = masked_softmax(state.logits, valid)[turns % len(limits)]
+    sampled = stratified_samples(policies, keys)
     return jnp.where(state.commitment >= 0, state.commitment, sampled)
 
   return Controller(
     init=init,
     sample=sample,
     update=update,
-    policy=lambda state: masked_softmax(state.logits, valid),
+    policy=lambda state: masked_softmax(state.logits[own], valid),
     commit=lambda state, choices: state._replace(commitment=choices),
     final_choices=lambda state: state.commitment,
     scores=lambda state: critic.utilities(state.measurements, errors),
@@ -113,22 +133,19 @@ def actor_critic(problem: Problem) -> Controller:
   )
 
 
-def _annealing(problem):
-  """Returns the function from a step to the budget and the temperature.
-
-  The budget is in multiples of the target, the temperature in those of the spread.
-  """
-  schedule = ENTROPY_SCHEDULES[problem.entropy_schedule]
+def _first_budgets(problem, limits):
+  """Returns the budgets before the first round, in multiples of the targets, [T]."""
   _, highest = cost_range(problem.space, problem.target.cost_model)
-  first = jnp.log(max(_FIRST_BUDGET * highest / problem.target.limit, 1.0))
+  return np.maximum(_FIRST_BUDGET * highest / limits, 1.0)
+
+
+def _annealed(problem, first_budget, step):
+  """Returns the budget in multiples of the target, the temperature in the spread's."""
+  schedule = ENTROPY_SCHEDULES[problem.entropy_schedule]
   steps = max(problem.commit_step - problem.policy_delay, 1)
-
-  def budget_and_temperature(step):
-    progress = (step - problem.policy_delay) / steps
-    risen = schedule(jnp.clip(progress, 0.0, 1.0))
-    return jnp.exp((1 - risen) * first), _LAST_TEMPERATURE**risen
-
-  return budget_and_temperature
+  progress = (step - problem.policy_delay) / steps
+  risen = schedule(jnp.clip(progress, 0.0, 1.0))
+  return jnp.exp((1 - risen) * jnp.log(first_budget)), _LAST_TEMPERATURE**risen
 
 
 def _option_errors(space):
@@ -149,10 +166,10 @@ def stratified_samples(policy: jax.Array, keys: jax.Array) -> jax.Array:
   sampling), in an order that is random for each decision.
 
   Args:
-    policy: float32[N, K].
+    policy: float32[N, K], or float32[S, N, K] where each sample has its own.
     keys: [S], of which the first sets all samples; consumed.
   """
-  num_samples, num_decisions = keys.shape[0], policy.shape[0]
+  num_samples, num_decisions = keys.shape[0], policy.shape[-2]
   order_key, offset_key = jax.random.split(keys[0])
   parts = jnp.broadcast_to(
     jnp.arange(num_samples)[:, None], keys.shape + (num_decisions,)
@@ -160,22 +177,25 @@ def stratified_samples(policy: jax.Array, keys: jax.Array) -> jax.Array:
   parts = jax.random.permutation(order_key, parts, axis=0, independent=True)
   offsets = jax.random.uniform(offset_key, (num_samples, num_decisions))
   quantiles = (parts + offsets) / num_samples
-  cumulative = jnp.cumsum(policy, axis=1)
-  chosen = jnp.sum(cumulative[None] <= quantiles[..., None], axis=-1)
+  cumulative = jnp.cumsum(policy, axis=-1)
+  chosen = jnp.sum(cumulative <= quantiles[..., None], axis=-1)
   # A cumulative sum may end a rounding below 1.
-  last = jnp.max(jnp.where(policy > 0, jnp.arange(policy.shape[1]), 0), axis=1)
+  last = jnp.max(jnp.where(policy > 0, jnp.arange(policy.shape[-1]), 0), axis=-1)
   return jnp.minimum(chosen, last).astype(jnp.int32)
 
 
-def expected_costs(space, target, choices: jax.Array) -> jax.Array:
-  """Returns the expected cost of each option, of the target, float32[N, K].
+def expected_costs(
+  space: SearchSpace, cost_model: CostModel, limit: jax.Array, choices: jax.Array
+) -> jax.Array:
+  """Returns the expected cost of each option, in multiples of a limit, float32[N, K].
 
   The other decisions are as they were sampled: the conditional expectation over S
   samples, which differs between options by exactly their own cost where costs add up.
 
   Args:
     space: the search space.
-    target: the budget whose cost is meant.
+    cost_model: its cost.
+    limit: float32[], in the cost model's unit.
     choices: int32[S, N].
   """
   num_options = space.valid.shape[1]
@@ -183,13 +203,13 @@ def expected_costs(space, target, choices: jax.Array) -> jax.Array:
   def of_decision(decision):
     def of_option(option):
       changed = choices.at[:, decision].set(option)
-      return jnp.mean(target.cost_model(space, changed)) / target.limit
+      return jnp.mean(cost_model(space, changed)) / limit
 
     return jax.lax.map(of_option, jnp.arange(num_options))
 
   costs = jax.lax.map(of_decision, jnp.arange(choices.shape[1]))
   own = jnp.take_along_axis(costs, choices.T, axis=1)  # [N, S], of the sampled options
-  mean = jnp.mean(target.cost_model(space, choices)) / target.limit
+  mean = jnp.mean(cost_model(space, choices)) / limit
   # So that Σ_i E_π[c_i] is the expected cost of the network.
   return costs - jnp.mean(own, axis=1, keepdims=True) + mean / choices.shape[1]
 

@@ -27,6 +27,14 @@ class Problem(NamedTuple):
   commit_step: int  # the step from which on the final choices are used
   seed: int
   entropy_schedule: str  # a key of `controller.ENTROPY_SCHEDULES`
+  # Limits of all targets whose searches share the steps before the commitment, that of
+  # `target` among them; empty for that one alone.
+  shared_limits: tuple[float, ...] = ()
+
+  @property
+  def limits(self) -> tuple[float, ...]:
+    """The limits of all T targets that are searched for at once."""
+    return self.shared_limits or (self.target.limit,)
 
   def measured_steps(self) -> np.ndarray:
     """Returns the steps that measure samples on shared examples, int[R].
