@@ -286,7 +286,8 @@ def search_front(
   config = _search_config(config, {**fields, 'targets': _as_tuple(targets)})
   if not config.search.targets:
     raise ConfigError(f'targets={targets!r}: expected one or more')
-  for name, source in (('train_batches', train_batches), ('eval_batches', eval_batches)):
+  sources = {'train_batches': train_batches, 'eval_batches': eval_batches}
+  for name, source in sources.items():
     if isinstance(source, Iterator):
       raise ConfigError(
         f'{name} is an iterator, which ends: expected a list, or a function that '
@@ -299,9 +300,10 @@ def search_front(
     for name, run in front.plan(config).items()
   }
   contents = front.train(setups, own.folder)
+  texts = targets_lib.split(config.search.targets)
   return {
-    target: _to_result(own, setups[name], own.folder / name, contents[name])
-    for target, name in zip(targets_lib.split(config.search.targets), setups, strict=True)
+    text: _to_result(own, setups[name], own.folder / name, contents[name])
+    for text, name in zip(texts, setups, strict=True)
   }
 
 

@@ -3,9 +3,9 @@
     python -m fliqs_jax.main --config=configs/resnet18.py:digits --workdir=runs/digits
 
 Any field of the config is overridden as --config.search.target_scale=0.5. The same
-workdir resumes by itself. With --config.search.targets="('int3', 'int4')" one run
-searches for several targets, each in a folder of its own in the workdir. Bad input ends with one line for each problem and status 2;
-SIGTERM or Ctrl-C with a checkpoint and status 75.
+workdir resumes by itself. --config.search.targets=int3,int4 searches for several
+targets, each in a folder of its own in the workdir. Bad input ends with one line for
+each problem and status 2; SIGTERM or Ctrl-C with a checkpoint and status 75.
 """
 
 import logging
