@@ -11,12 +11,18 @@ from fliqs_jax import models
 from fliqs_jax.linen import discovery
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.search import cost_models, rewards
+from fliqs_jax.search.budget import Budget
 from fliqs_jax.search.controller import entropy_weight, policy_gradient_controller
 from fliqs_jax.search.space import build_space, uniform_space
+from fliqs_jax.search.strategies.actor_critic import actor_critic
+from fliqs_jax.search.strategies.problem import Problem
 from fliqs_jax.training import steps, train_state
 from fliqs_jax.training.classification import classification
 
 VARIANTS = ('float', 'fixed_int8', 'search', 'search_blocks')
+# The default strategy's step, and one of those, up to 128 in a run, that measure its
+# samples too, of which it has two or more.
+DEFAULT_STRATEGY = ('search_default', 'search_measuring')
 BLOCK_FORMATS = ('nvfp4', 'mxfp8_e4m3', 'bf16')
 NUM_CLASSES = 1000
 
@@ -34,7 +40,7 @@ def make_step(
   """Returns `(step, init)` of one variant.
 
   Args:
-    variant: one of `VARIANTS`.
+    variant: one of `VARIANTS` or `DEFAULT_STRATEGY`.
     mesh: from `sharding.make_mesh`.
     image_size: pixels a side.
     dtype: of the computation.
@@ -64,12 +70,17 @@ def make_step(
     space = build_space(layers, formats, pins=pins)
     cost_model = cost_models.get_cost_model('bops')
     target = cost_model.uniform(layers, formats[0])
-    controller = policy_gradient_controller(
-      space.valid,
-      functools.partial(rewards.absolute, target=target, beta=1.0),
-      entropy_weight('cosine', 0.1, 0, 1000),
-      baseline='leave_one_out' if num_samples > 1 else 'moving',
-    )
+    if variant in DEFAULT_STRATEGY:
+      controller = _default_controller(
+        space, Budget(cost_model, target), num_samples, variant == 'search_measuring'
+      )
+    else:
+      controller = policy_gradient_controller(
+        space.valid,
+        functools.partial(rewards.absolute, target=target, beta=1.0),
+        entropy_weight('cosine', 0.1, 0, 1000),
+        baseline='leave_one_out' if num_samples > 1 else 'moving',
+      )
     step = steps.make_search_step(
       task, space, cost_model, controller, mesh, num_samples=num_samples
     )
@@ -86,6 +97,23 @@ def make_step(
   return step, init
 
 
+def _default_controller(space, target, num_samples, measures):
+  """Returns the default strategy's controller, which measures always or never."""
+  problem = Problem(
+    space=space,
+    target=target,
+    caps=(),
+    num_samples=num_samples,
+    policy_delay=0,
+    commit_step=1000,
+    seed=0,
+    entropy_schedule='cosine',
+  )
+  # By the step, so that the compiler does not know.
+  is_measured = (lambda step: step >= 0) if measures else (lambda step: step < 0)
+  return actor_critic(problem)._replace(is_measured=is_measured)
+
+
 def _has_blocks(name):
   return find_format(name).block is not None
 
@@ -99,10 +127,10 @@ def batch_shapes(batch_size: int, image_size: int, dtype, num_samples: int = 1):
   }
 
 
-def random_batch(batch_size: int, image_size: int, dtype):
-  """Returns a batch `[1, batch_size, ...]` of noise."""
+def random_batch(batch_size: int, image_size: int, dtype, num_samples: int = 1):
+  """Returns a batch `[S, batch_size / S, ...]` of noise."""
   rng = np.random.default_rng(0)
-  shapes = batch_shapes(batch_size, image_size, dtype)
+  shapes = batch_shapes(batch_size, image_size, dtype, num_samples)
   return {
     'image': jnp.asarray(rng.normal(size=shapes['image'].shape), dtype),
     'label': jnp.asarray(rng.integers(NUM_CLASSES, size=shapes['label'].shape)),

@@ -19,18 +19,26 @@ import resnet_steps
 
 from fliqs_jax.training import sharding
 
+SAMPLES = 2  # of the variants of the default strategy
+# A float step that takes its examples in as many parts is beside them.
+SAMPLED = ('float_sampled', *resnet_steps.DEFAULT_STRATEGY)
 QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
 
 
-def prepare(variant, mesh, args, batch):
+def prepare(variant, mesh, args):
   """Returns `state -> state`, one step of a variant, and its first state."""
   qtype = QWIX_TYPES.get(variant)
+  num_samples = SAMPLES if variant in SAMPLED else 1
   step, init = resnet_steps.make_step(
-    'float' if qtype else variant,
+    'float' if qtype or variant == 'float_sampled' else variant,
     mesh,
     args.image_size,
     jnp.dtype(args.dtype),
+    num_samples=num_samples,
     wrap=(lambda model: quantize_by_qwix(model, qtype)) if qtype else None,
+  )
+  batch = resnet_steps.random_batch(
+    args.batch_size, args.image_size, args.dtype, num_samples
   )
   state = jax.jit(init)(jax.random.key(0))
   return lambda state: step(state, batch)[0], state
@@ -52,9 +60,8 @@ def main():
   args = parser.parse_args()
 
   mesh = sharding.make_mesh(1)
-  batch = resnet_steps.random_batch(args.batch_size, args.image_size, args.dtype)
-  variants = (*resnet_steps.VARIANTS, *QWIX_TYPES)
-  runs = {variant: prepare(variant, mesh, args, batch) for variant in variants}
+  variants = (*resnet_steps.VARIANTS, *SAMPLED, *QWIX_TYPES)
+  runs = {variant: prepare(variant, mesh, args) for variant in variants}
   seconds = {variant: [] for variant in variants}
   for round_number in range(args.rounds + 2):  # two to compile and to warm up
     for variant, (step, state) in runs.items():
@@ -73,7 +80,7 @@ def main():
   print(f'ResNet-18, {shape}, {args.dtype}, {jax.default_backend()}, medians of '
         f'{args.rounds} steps taken in turns')  # fmt: skip
   for variant, median in medians.items():
-    print(f'{variant:12} {median:8.4f} s   {median / medians["float"]:.3f}×')
+    print(f'{variant:16} {median:8.4f} s   {median / medians["float"]:.3f}×')
 
 
 if __name__ == '__main__':
