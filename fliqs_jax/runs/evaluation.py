@@ -26,12 +26,27 @@ Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 
 
 def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-  """Returns the state before the first step, on all devices.
-
-  It is the first that any command or call compiles, whose programs are kept from here
-  on.
-  """
+  """Returns the state before the first step, on all devices."""
   compilation.keep_programs(setup.config.compilation_cache)
+  init, own = _init(setup)
+  everywhere = sharding.replicated(mesh)
+  init = jax.jit(init, out_shardings=everywhere)
+  return init(jax.random.key(seed), jax.device_put(own, everywhere))
+
+
+def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns the shapes, dtypes and shardings of a state, without computing one."""
+  compilation.keep_programs(setup.config.compilation_cache)
+  init, own = _init(setup)
+  everywhere = sharding.replicated(mesh)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    jax.eval_shape(init, jax.random.key(0), own),
+  )
+
+
+def _init(setup):
+  """Returns the function from a key and a network's own variables, and the latter."""
 
   def init(key, variables):
     return create_train_state(
@@ -40,9 +55,7 @@ def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainStat
 
   # A network of NNX has its weights already, which are no constants of a program.
   own = setup.model.variables if isinstance(setup.model, NnxSearchable) else None
-  everywhere = sharding.replicated(mesh)
-  init = jax.jit(init, out_shardings=everywhere)
-  return init(jax.random.key(seed), jax.device_put(own, everywhere))
+  return init, own
 
 
 def restored_state(
@@ -50,15 +63,28 @@ def restored_state(
 ) -> tuple[TrainState, jax.sharding.Mesh]:
   """Returns a state with the variables of a run's newest checkpoint, and its mesh.
 
+  Of the state there is no more than these.
+
   Raises:
     ConfigError: where there is no checkpoint.
   """
   mesh = sharding.make_mesh(1)
-  state = initial_state(setup, mesh, 0)
   with Checkpoints(folder, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ConfigError(f'{str(folder)!r} holds no checkpoint to evaluate')
-    return checkpoints.restore_variables(state), mesh
+    state = checkpoints.restore_variables(abstract_state(setup, mesh))
+  return _variables_alone(state), mesh
+
+
+def _variables_alone(state):
+  return state.replace(
+    step=None,
+    opt_state=None,
+    controller=None,
+    skipped=None,
+    key=None,
+    averaged_params=None,
+  )
 
 
 def make_evaluate(setup: Setup, mesh: jax.sharding.Mesh) -> Evaluate:
@@ -177,7 +203,8 @@ def _evaluated_state(setup, source):
     return restored_state(setup, source)
   model = network.build_model(setup.config, choose=searched)
   whole, mesh = restored_state(setup._replace(model=model), source)
-  return supernet.slice_state(whole, initial_state(setup, mesh, 0)), mesh
+  small = _variables_alone(abstract_state(setup, mesh))
+  return supernet.slice_state(whole, small), mesh
 
 
 def _evaluated_formats(config, source):

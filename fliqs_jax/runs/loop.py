@@ -117,17 +117,18 @@ def _opened(setup, folder):
 
 def _start(setup, mesh, checkpoints, shared=None):
   """Returns the state of the newest checkpoint, or the first one, and the batches."""
+  batches = setup.data.train(setup.config.seed, sharding.batch_sharding(mesh))
+  if checkpoints.latest_step() is not None:
+    state = checkpoints.restore(evaluation.abstract_state(setup, mesh), batches)
+    _logger.info('Resuming at step %d.', int(state.step))
+    return state, batches
+  if shared is not None:
+    with Checkpoints(shared) as others:
+      if others.latest_step() is not None:  # none where no step comes before
+        return others.restore(evaluation.abstract_state(setup, mesh), batches), batches
   state = evaluation.initial_state(setup, mesh, setup.config.seed)
   if setup.start:
     state = pretrained.start_from(state, setup.start)
-  batches = setup.data.train(setup.config.seed, sharding.batch_sharding(mesh))
-  if checkpoints.latest_step() is not None:
-    state = checkpoints.restore(state, batches)
-    _logger.info('Resuming at step %d.', int(state.step))
-  elif shared is not None:
-    with Checkpoints(shared) as others:
-      if others.latest_step() is not None:  # none where no step comes before
-        state = others.restore(state, batches)
   return state, batches
 
 
