@@ -145,14 +145,14 @@ def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]
     changed.controller.entropy_weight = weight
     workdir = _entropy_workdir(folder, weight)
     result = loop.run(changed, workdir)
-    history = read_run(workdir).history
+    history, reached = read_run(workdir).history, from_evaluation(result['eval'])
     rows.append(
       {
         'weight': weight,
         'steps': [row['step'] for row in history],
         'entropy': [row['entropy'] for row in history],
-        'accuracy': result['eval']['accuracy'],
-        'standard_error': from_evaluation(result['eval']).error,
+        reached.key: reached.value,
+        'standard_error': reached.error,
         'cost_ratio': result['cost'] / result['target'],
       }
     )

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from fliqs_jax.reporting.figure_style import LINES, PALETTE, new_figure, shorten, styled
+from fliqs_jax.runs import quality
 
 
 @styled
@@ -69,18 +70,21 @@ def clipping(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
 
 @styled
 def entropy(rows: Sequence[Mapping]) -> Figure:
-  """Draws the entropy over the steps and the accuracy at the end, by entropy weight.
+  """Draws the entropy over the steps and the quality at the end, by entropy weight.
 
   Args:
-    rows: `weight`, `steps`, `entropy`, `accuracy` and `standard_error` of each run.
+    rows: `weight`, `steps`, `entropy`, what the run is judged by (`accuracy` for
+      instance) and its `standard_error`, None where it is unknown, of each run.
   """
+  key = quality.find_name(rows[0])
+  name = quality.to_words(key)
   figure = new_figure(10.4, 3.8)
   left, right = figure.subplots(1, 2)
   for place, row in enumerate(rows):
     colour = PALETTE[LINES[place % len(LINES)]]
     left.plot(row['steps'], row['entropy'], color=colour, label=f'{row["weight"]:g}')
     right.errorbar(
-      place, row['accuracy'], row['standard_error'], fmt='o', color=colour, capsize=3
+      place, row[key], row['standard_error'], fmt='o', color=colour, capsize=3
     )
   left.set_xlabel('step')
   left.set_ylabel('entropy of the policy (nats)')
@@ -88,9 +92,12 @@ def entropy(rows: Sequence[Mapping]) -> Figure:
   left.legend(title='entropy weight')
   right.set_xticks(range(len(rows)), [f'{row["weight"]:g}' for row in rows])
   right.set_xlabel('entropy weight')
-  right.set_ylabel('one-shot accuracy')
-  right.set_title('Accuracy, with its standard error over examples')
-  right.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=1))
+  right.set_ylabel(f'one-shot {quality.to_title(name)}')
+  title = name.capitalize()
+  if key == 'accuracy':
+    title += ', with its standard error over examples'
+    right.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=1))
+  right.set_title(title)
   right.margins(0.15, 0.2)
   return figure
 

@@ -25,6 +25,7 @@ from fliqs_jax.reporting import (
 )
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.runs import files
+from fliqs_jax.runs import quality as quality_lib
 
 REPORT_FILE = 'report.html'
 _TEMPLATE = 'report.html.jinja'
@@ -192,7 +193,8 @@ def _comparison(runs):
     {'run': run, 'point': point} for run, point in zip(finished, points, strict=True)
   ]
   others = [run for run in runs if run not in finished]
-  return {'rows': rows, 'others': others, 'drawing': drawing, 'quality': quality}
+  title = quality_lib.to_title(quality)
+  return {'rows': rows, 'others': others, 'drawing': drawing, 'quality': title}
 
 
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:

@@ -104,8 +104,7 @@ def pareto(
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
   axes.margins(0.08 if wide else 0.16, 0.2)
   axes.set_xlabel(f'cost ({unit})')
-  lower = quality_lib.lower_is_better(quality)
-  axes.set_ylabel(f'{quality} (lower is better)' if lower else quality)
+  axes.set_ylabel(quality_lib.to_title(quality))
   _legend(figure, points)
   _label(axes, points, 24 if wide else 12)
   return figure

@@ -86,6 +86,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
   reached, remark = run.quality, f'{result["eval"]["num_examples"]:,} examples'
   if reached.error is not None:
     remark = f'± {100 * reached.error:.2f} points, the standard error of {remark}'
+  elif quality.lower_is_better(reached.name):
+    remark = f'lower is better, {remark}'
   name = f'One-shot {reached.name}' if run.kind == 'searched' else reached.name
   found = [
     (name[0].upper() + name[1:], str(reached), remark),

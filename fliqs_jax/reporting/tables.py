@@ -120,8 +120,11 @@ def milestones(run: Run) -> list[Milestone]:
 
 def panels(run: Run) -> dict[str, dict[str, Any]]:
   """Returns the scalars that every line of a history has, for `curves`."""
-  hidden = {'accuracy', 'bits_per_byte', 'quality'}
-  hidden -= {quality.find_name(row) for row in run.history}
+  qualities = {'accuracy', 'bits_per_byte', 'quality'}
+  judged = {quality.find_name(row) for row in run.history}
+  if len(judged) > 1:  # an accuracy that is a fraction in some lines alone is none
+    judged -= {'accuracy'}
+  hidden = qualities - judged
   return {
     title: {
       'values': [row[name] for row in run.history],

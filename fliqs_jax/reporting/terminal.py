@@ -130,9 +130,9 @@ def print_points(
   for name in ('formats', 'target', 'width'):
     table.add_column(name)
   unit = f' ({points[0]["cost_unit"]})' if points else ''
-  key = quality.find_name(points[0]) if points else 'accuracy'
+  key = quality.find_name(points[0]) if points else 'quality'
   name = quality.to_words(key)
-  for title in ('cost' + unit, name, 'Pareto front'):
+  for title in ('cost' + unit, quality.to_title(name), 'Pareto front'):
     table.add_column(title, justify='right')
   for point in points:
     row = [
@@ -169,10 +169,11 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     lines.append(f'Uniform models: {uniform} {unit}')
   values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
   kind = 'One-shot ' if result['policy'] else ''
+  judged = quality.find_name(evaluation)  # by it an accuracy is known as a fraction
   shown = ', '.join(
     f'accuracy: {value:.2%}'
-    if name == 'accuracy'
-    else f'{name.replace("_", " ")}: {value:.6g}'
+    if name == judged == 'accuracy'
+    else f'{quality.to_words(name)}: {value:.6g}'
     for name, value in values.items()
   )
   shown = (kind + shown)[:1].upper() + (kind + shown)[1:]

@@ -7,11 +7,14 @@ import time
 from rich import progress
 from rich.console import Console
 
+from fliqs_jax.runs import quality
+
 # Numbers of a history line that are shown, with their labels.
 _SHOWN = {
   'loss': ('loss', '{:.3f}'),
   'accuracy': ('accuracy', '{:.1%}'),
   'bits_per_byte': ('bits per byte', '{:.3f}'),
+  'quality': ('quality', '{:.4g}'),
   'cost_ratio': ('cost/target', '{:.3f}'),
   'entropy': ('entropy', '{:.3f}'),
 }
@@ -52,10 +55,11 @@ class Progress:
 
   def update(self, step: int, row: Mapping[str, float]) -> None:
     """Shows the numbers of a history line."""
+    hidden = {'accuracy', 'bits_per_byte', 'quality'} - {quality.find_name(row)}
     numbers = '  '.join(
       f'{label} {form.format(row[key])}'
       for key, (label, form) in _SHOWN.items()
-      if key in row
+      if key in row and key not in hidden
     )
     if self._console.is_terminal:
       self._bar.update(self._task, completed=step, numbers=numbers)

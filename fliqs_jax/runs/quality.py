@@ -5,12 +5,8 @@ import math
 from typing import Any, NamedTuple
 
 # Keys that an evaluation, a line of a history, or a point may have it under, the
-# clearest first, and how they read.
-_NAMES = {
-  'accuracy': 'accuracy',
-  'bits_per_byte': 'bits per byte',
-  'quality': 'quality',
-}
+# clearest first.
+_KEYS = ('accuracy', 'bits_per_byte', 'quality', 'minus_the_loss')
 _LOWER_IS_BETTER = ('bits per byte',)
 
 
@@ -23,6 +19,11 @@ class Quality(NamedTuple):
 
   def __str__(self) -> str:
     return to_text(self.name, self.value)
+
+  @property
+  def key(self) -> str:
+    """The key that a point has it under."""
+    return self.name.replace(' ', '_')
 
   @property
   def merit(self) -> float:
@@ -39,6 +40,8 @@ class Quality(NamedTuple):
       f'{abs(100 * difference):.2f} points' if percent else f'{abs(difference):.4g}'
     )
     words = f'{size} {"more" if difference > 0 else "less"}'
+    if lower_is_better(self.name):
+      words += f', which is {"worse" if difference > 0 else "better"}'
     if percent and abs(difference) < math.hypot(self.error, other.error):
       words += ', which is within the standard error of the difference'
     return words
@@ -53,25 +56,31 @@ def from_evaluation(evaluation: Mapping[str, float]) -> Quality:
   Args:
     evaluation: the `eval` of a result: `loss`, `num_examples` and more.
   """
-  # A metric of the user's that is called so may be in percent, or a count.
-  if 0 <= evaluation.get('accuracy', math.nan) <= 1:
-    accuracy = evaluation['accuracy']
-    variance = accuracy * (1 - accuracy) / max(evaluation['num_examples'], 1)
-    return Quality('accuracy', accuracy, math.sqrt(variance))
-  for key in ('bits_per_byte', 'quality'):
-    if key in evaluation:
-      return Quality(_NAMES[key], evaluation[key], None)
-  return Quality('minus the loss', -evaluation['loss'], None)
+  key = find_name(evaluation)
+  if key is None:
+    return Quality('minus the loss', -evaluation['loss'], None)
+  value, error = evaluation[key], None
+  if key == 'accuracy':
+    variance = value * (1 - value) / max(evaluation['num_examples'], 1)
+    error = math.sqrt(variance)
+  return Quality(to_words(key), value, error)
 
 
 def find_name(row: Mapping[str, Any]) -> str | None:
   """Returns the key under which a line of a history or a point has it, if it does."""
-  return next((key for key in _NAMES if key in row), None)
+  found = (key for key in _KEYS if key in row)
+  # A metric of the user's that is called accuracy may be in percent, or a count.
+  return next((k for k in found if k != 'accuracy' or 0 <= row[k] <= 1), None)
 
 
 def to_words(key: str) -> str:
   """Returns how a key from `find_name` reads."""
-  return _NAMES[key]
+  return key.replace('_', ' ')
+
+
+def to_title(name: str) -> str:
+  """Returns what a column or an axis of a quality of this name is called."""
+  return f'{name} (lower is better)' if lower_is_better(name) else name
 
 
 def lower_is_better(name: str) -> bool:

@@ -212,18 +212,17 @@ def read_points(folder: epath.Path) -> list[Point]:
     result = read_result(path)
     config = ml_collections.ConfigDict(result['config'])
     kind, target = _describe(config)
-    key = quality.find_name(result['eval'])
+    reached = quality.from_evaluation(result['eval'])
     point = {
       'kind': kind,
       'target': target,
       'width': config.model.width,
       'cost': result['cost'],
       'cost_unit': result['cost_unit'],
-      key: result['eval'][key],
+      reached.key: reached.value,
       'workdir': path.parent.name,
     }
-    merit = quality.merit(quality.to_words(key), result['eval'][key])
-    points.append((point, merit))
+    points.append((point, reached.merit))
   points.sort(key=lambda pair: (pair[0]['cost'], -pair[1]))
   front = pareto_front([(point['cost'], merit) for point, merit in points])
   return [point | {'on_front': on} for (point, _), on in zip(points, front)]

@@ -7,6 +7,7 @@ from conftest import ROOT, load_config
 import jax
 import jax.numpy as jnp
 from made_up_runs import OPTIONS, write_run
+from matplotlib import ticker
 import ml_dtypes
 import numpy as np
 import pytest
@@ -122,6 +123,25 @@ def test_bits_by_depth(tmp_path):
   another = read_run(str(write_run(tmp_path / 'another', ['x'])))
   with pytest.raises(ValueError, match='another network'):
     analysis.formats_by_depth([one, another])
+
+
+@pytest.mark.parametrize(
+  'reached, label',
+  [
+    ({'accuracy': 0.5, 'standard_error': 0.1}, 'one-shot accuracy'),
+    (
+      {'bits_per_byte': 2.5, 'standard_error': None},
+      'one-shot bits per byte (lower is better)',
+    ),
+    ({'minus_the_loss': -1.0, 'standard_error': None}, 'one-shot minus the loss'),
+  ],
+)
+def test_entropy_weights_are_compared_by_what_the_task_is_judged_by(reached, label):
+  row = {'weight': 0.1, 'steps': [1, 2], 'entropy': [1.0, 0.5], **reached}
+  left, right = analysis_figures.entropy([row, row]).axes
+  assert right.get_ylabel() == label
+  percent = isinstance(right.yaxis.get_major_formatter(), ticker.PercentFormatter)
+  assert percent == ('accuracy' in label)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

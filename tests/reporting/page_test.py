@@ -20,6 +20,7 @@ from fliqs_jax.reporting import (
   layer_figures,
   summary,
   tables,
+  terminal,
   training_figures,
 )
 from fliqs_jax.reporting.page import REPORT_FILE, write_report
@@ -163,6 +164,31 @@ def test_bits_of_a_weight_are_weighted_by_parameters(tmp_path):
   # (300 · 2 + 100 · 4) / 400 bits, of 32 and of 16.
   assert bits == '2.50'
   assert remark == '125 bytes, 7.8% of float32 and 15.6% of bf16'
+
+
+def test_a_metric_of_the_users_called_accuracy_is_shown_as_it_is(tmp_path):
+  evaluation = {'accuracy': 90.0, 'quality': -1.5, 'loss': 1.5, 'num_examples': 300}
+  folder = write_run(tmp_path / 'run', ['a'], eval=evaluation)
+  path = folder / HISTORY_FILE
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row, accuracy in zip(rows, (0.5, 40.0, 90.0)):
+    row.update(accuracy=accuracy, quality=-2.0)
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  run = read_run(folder)
+  assert 'Training quality' in tables.panels(run)
+  assert 'Training accuracy' not in tables.panels(run)
+  *_, line = terminal.summary_lines({**run.result, 'caps': ()})
+  assert line.startswith('One-shot accuracy: 90, quality: -1.5 of 300 examples')
+
+
+def test_of_bits_per_byte_the_page_says_which_way_is_better(tmp_path):
+  evaluation = {'bits_per_byte': 2.5, 'loss': 1.7, 'num_examples': 300}
+  run = read_run(write_run(tmp_path / 'run', ['a', 'b'], eval=evaluation))
+  other = write_uniform_run(tmp_path / 'int4', 'int4', 32.0, eval=evaluation | {
+      'bits_per_byte': 2.75})  # fmt: skip
+  assert summary.tiles(run)[0][1:] == ('2.5', 'lower is better, 300 examples')
+  headline = summary.headline(run, {'int4': other})
+  assert headline.endswith('gets 2.75: 0.25 more, which is worse.')
 
 
 def test_models_of_one_cost_share_a_bar(tmp_path):

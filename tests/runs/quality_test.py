@@ -30,7 +30,19 @@ def test_fewer_bits_per_byte_are_better():
   evaluations = ({**LOSS, 'bits_per_byte': bits} for bits in (3.0, 2.75))
   more, fewer = map(quality.from_evaluation, evaluations)
   assert fewer.merit > more.merit
-  assert more.against(fewer) == '0.25 less'
+  assert more.against(fewer) == '0.25 less, which is better'
+  assert fewer.against(more) == '0.25 more, which is worse'
+
+
+def test_a_point_has_it_under_a_key_that_is_found_again():
+  for evaluation in ({'accuracy': 0.5}, {'bits_per_byte': 2.0}, {'accuracy': 90.0}, {}):
+    found = quality.from_evaluation({**LOSS, **evaluation})
+    key = quality.find_name({'cost': 1.0, found.key: found.value})
+    assert quality.to_words(key) == found.name
+
+
+def test_an_accuracy_in_percent_is_no_fraction():
+  assert quality.find_name({'accuracy': 90.0, 'quality': -1.0}) == 'quality'
 
 
 def test_the_standard_error_is_that_of_a_proportion():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import pytest
 
 from fliqs_jax.errors import ConfigError, Preempted
-from fliqs_jax.reporting import pareto_figure
+from fliqs_jax.reporting import pareto_figure, terminal
 from fliqs_jax.runs import loop
 from fliqs_jax.runs import sweep as sweeps
 from fliqs_jax.runs import targets as targets_lib
@@ -74,6 +74,10 @@ def test_plan(tiny_config):
 def fake_runs(monkeypatch):
   """Replaces training; returns the names run, and those that are to fail."""
   ran, failing = [], set()
+  evaluations = {
+    'train': {'accuracy': 0.5, 'loss': 1.0, 'num_examples': 9},
+    'search': {'accuracy': 0.75, 'loss': 1.0, 'num_examples': 9},
+  }
 
   def run(config, workdir):
     path = workdir / RESULT_FILE
@@ -91,13 +95,13 @@ def fake_runs(monkeypatch):
       'steps': config.num_steps,
       'cost': float(len(ran)),
       'formats': {'conv_init': 'int8'},
-      'eval': {'accuracy': 0.5 if config.mode == 'train' else 0.75},
+      'eval': evaluations[config.mode],
       'config': config_to_json(config),
     }
     path.write_text(json.dumps(result))
 
   monkeypatch.setattr(loop, 'run', run)
-  return ran, failing
+  return ran, failing, evaluations
 
 
 def test_sweep_that_is_asked_to_stop_stops(tiny_config, tmp_path, monkeypatch):
@@ -114,7 +118,7 @@ def test_sweep_that_is_asked_to_stop_stops(tiny_config, tmp_path, monkeypatch):
 
 
 def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
-  ran, failing = fake_runs
+  ran, failing, _ = fake_runs
   config = tiny_config.copy_and_resolve_references()
   config.search.formats = 'int2,int4'
   folder = tmp_path / 'sweep'
@@ -149,6 +153,30 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
   with pytest.raises(ConfigError, match='another'):
     sweep(config, str(folder), ['0.6*int4'], ['0.25'])
   assert len(json.loads((folder / 'pareto.json').read_text())) == len(points)
+
+
+@pytest.mark.parametrize(
+  'key, worse, better, title',
+  [
+    ('bits_per_byte', 3.0, 2.5, 'bits per byte (lower is better)'),
+    ('quality', 2.5, 3.0, 'quality'),
+    ('loss', 3.0, 2.5, 'minus the loss'),
+  ],
+)
+def test_a_sweep_is_judged_by_what_its_task_is(
+  tiny_config, tmp_path, fake_runs, capsys, key, worse, better, title
+):
+  *_, evaluations = fake_runs
+  evaluations['train'] = {'loss': 1.0, 'num_examples': 9, key: worse}
+  evaluations['search'] = {'loss': 1.0, 'num_examples': 9, key: better}
+  config = tiny_config.copy_and_resolve_references()
+  config.search.formats = 'int2,int4'
+  points, _ = sweep(config, str(tmp_path / 'sweep'), ['0.5*int4'], [])
+  fronts = {point['workdir']: point['on_front'] for point in points}
+  # Costs are counted up: int2's comes first, int4's is beaten.
+  assert list(fronts.values()) == [True, False, True]
+  terminal.print_points(points, [], 'folder')
+  assert title in capsys.readouterr().out
 
 
 def test_all_that_is_wrong_is_said_before_the_first_run(
