@@ -323,7 +323,7 @@ def test_formats_are_trained_however_they_are_given(tmp_path):
   with pytest.raises(ConfigError, match='holds a run with another config: formats'):
     train(formats=fixed, workdir=folder)
   shown = repr(fixed)
-  for text in ('Dense_0', '8 × 8', f'Cost: {fixed.cost:.6g} GBOPs', str(folder)):
+  for text in ('Dense_0', '8 × 8', f'Cost: {1e6 * fixed.cost:.6g} kBOPs', str(folder)):
     assert text in shown and text in fixed._repr_html_()
   assert fixed.export('safetensors', tmp_path / 'export')['agreement'] == 1.0
   page = write_report([str(tmp_path / 'saved')]).read_text()

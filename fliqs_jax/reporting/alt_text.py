@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 
-from fliqs_jax.reporting.summary import number
+from fliqs_jax.reporting import units
+from fliqs_jax.reporting.summary import cost_text, number
 from fliqs_jax.reporting.tables import option_order
 from fliqs_jax.runs import quality
 
 
 def scale(models: Sequence[Mapping], target: float | None, unit: str) -> str:
   """Returns the cost bars in words."""
-  bars = ', '.join(f'{m["label"]} {number(m["cost"])} ({m["note"]})' for m in models)
-  aim = f' The target is {number(target)}.' if target else ''
-  return f'Bars of cost in {unit}, with what they reach where known: {bars}.{aim}'
+  shown = units.choose([*(m['cost'] for m in models), target or 0], unit)
+  bars = ', '.join(
+    f'{m["label"]} {number(shown.scale(m["cost"]))} ({m["note"]})' for m in models
+  )
+  aim = f' The target is {number(shown.scale(target))}.' if target else ''
+  return f'Bars of cost in {shown.name}, with what they reach where known: {bars}.{aim}'
 
 
 def formats(layers: Sequence[Mapping]) -> str:
@@ -57,9 +61,10 @@ def curves(panels: Mapping[str, Mapping], steps: Sequence[int]) -> str:
 
 def pareto(points: Sequence[Mapping], unit: str, name: str) -> str:
   """Returns the picture of several runs in words."""
+  shown = units.choose([p['cost'] for p in points], unit)
   named = ', '.join(
-    f'{p["label"]} ({number(p["cost"])} {unit}, {quality.to_text(name, p["quality"])}'
-    f'{", on the front" if p["on_front"] else ""})'
+    f'{p["label"]} ({cost_text(p["cost"], shown)}, '
+    f'{quality.to_text(name, p["quality"])}{", on the front" if p["on_front"] else ""})'
     for p in points
   )
   return f'{name.capitalize()} against cost: {named}.'

@@ -46,13 +46,15 @@ def write_figures(
   Raises:
     ConfigError: where a workdir is unusable or the folder cannot be made.
   """
-  config, folder = resolve(config), files.to_path(folder)
+  resolved, folder = resolve(config), files.to_path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f'--folder={folder}: {error.strerror or error}') from None
   for name in names:
-    numbers, figure = _make(name, config, folder, run_folders)
+    # The searches of `entropy` fill in for their strategy what is left open.
+    needed = config if name == 'entropy' else resolved
+    numbers, figure = _make(name, needed, folder, run_folders)
     write_json(folder / f'{name}.json', numbers)
     path = folder / f'{name}.png'
     path.write_bytes(to_png(figure))
@@ -61,8 +63,8 @@ def write_figures(
 
 def _make(name, config, folder, given) -> tuple[Any, Figure]:
   """Returns the numbers of a figure and the figure."""
-  names = parse_names(config.search.formats)
   if name in ('switching', 'clipping'):
+    names = parse_names(config.search.formats)
     weights = network_weights(config, given[0] if given else None)
     if name == 'switching':
       numbers = switching(weights, names)
@@ -138,10 +140,17 @@ def clipping(weights: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str
 
 
 def entropy(config: ml_collections.ConfigDict, folder: epath.Path) -> list[dict]:
-  """Searches with several entropy weights, and returns how each went, for JSON."""
+  """Searches with several entropy weights, and returns how each went, for JSON.
+
+  Args:
+    config: unresolved. The strategy is the policy gradient, whose weight it is: under
+      any other all searches would be the same.
+    folder: in which each search has a workdir.
+  """
   rows = []
   for weight in ENTROPY_WEIGHTS:
     changed = config.copy_and_resolve_references()
+    changed.search.strategy = 'policy_gradient'
     changed.controller.entropy_weight = weight
     workdir = _entropy_workdir(folder, weight)
     result = loop.run(changed, workdir)

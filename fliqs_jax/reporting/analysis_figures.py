@@ -6,7 +6,13 @@ from matplotlib import colors, ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from fliqs_jax.reporting.figure_style import LINES, PALETTE, new_figure, shorten, styled
+from fliqs_jax.reporting.figure_style import (
+  LINES,
+  PALETTE,
+  new_figure,
+  shorten_all,
+  styled,
+)
 from fliqs_jax.runs import quality
 
 
@@ -112,13 +118,13 @@ def formats_by_depth(rows: Sequence[Mapping]) -> Figure:
   figure = new_figure(max(5, 1.5 + 0.26 * len(rows)), 4)
   axes = figure.subplots()
   kinds = list(dict.fromkeys(row['kind'] for row in rows))
-  axes.plot([row['bits'] for row in rows], color=PALETTE['axis'], linewidth=1)
   for kind, colour, marker in zip(kinds, LINES, 'osD^vX'):
     these = [(i, row['bits']) for i, row in enumerate(rows) if row['kind'] == kind]
     axes.plot(*zip(*these), marker, color=PALETTE[colour], label=kind)
-  names = [shorten(row['path'], 28) for row in rows]
+  names = shorten_all([row['path'] for row in rows], 28)
   axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5)
   axes.set_ylabel('bits of the weights, mean over runs')
   axes.set_ylim(0)
+  axes.yaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
   figure.legend(loc='outside upper left', ncols=len(kinds))
   return figure

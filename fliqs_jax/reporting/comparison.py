@@ -26,10 +26,18 @@ def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
       'group': run.network,
       'cost': cost,
       'quality': run.quality.value,
+      'error': run.quality.error,
       'on_front': on_front,
     }
     for run, (cost, _), on_front in zip(runs, values, pareto_front(values))
   ]
+
+
+def title(runs: Sequence[Run]) -> str:
+  """Returns what a figure of comparable runs is called: networks and dataset."""
+  networks = list(dict.fromkeys(run.network for run in runs))
+  more = f' and {len(networks) - 2} more' if networks[2:] else ''
+  return f'{"; ".join(networks[:2])}{more} on {runs[0].result["dataset"]}'
 
 
 def uniform_runs(run: Run, runs: Sequence[Run]) -> dict[str, Run]:

@@ -7,6 +7,7 @@ inches wide, its type as large in a narrow one as in a wide one.
 """
 
 from collections.abc import Sequence
+import os
 
 import matplotlib
 from matplotlib import patches
@@ -74,14 +75,57 @@ def family(name: str) -> str:
   return {'int': 'integer', 'float': 'float', 'unscaled': 'unquantized'}[family]
 
 
-def shorten(name: str, length: int) -> str:
-  """Returns a name without its middle and odd characters; its ends tell it apart."""
+def shorten(name: str, length: int, start: int | None = None) -> str:
+  """Returns a name without its middle and odd characters; its ends tell it apart.
+
+  Args:
+    name: of any length.
+    length: the most characters to return.
+    start: how many of them are the name's first ones; None for a third.
+  """
   odd = '\N{REPLACEMENT CHARACTER}'
   printable = ''.join(c if c.isprintable() else odd for c in name)
   if len(printable) <= length:
     return printable
-  start = (length - 1) // 3  # most of what differs is at the end of a path
+  if start is None:
+    start = (length - 1) // 3  # most of what differs is at the end of a path
   return printable[:start] + '…' + printable[start + 1 - length :]
+
+
+def shorten_all(names: Sequence[str], length: int) -> list[str]:
+  """Returns names without their middles, all cut at one place, which keeps them apart.
+
+  Where no place does, the start that long names share is left out too; and where that
+  is not enough, those that are alike get their place in the list.
+  """
+  shared = os.path.commonprefix([name for name in names if len(name) > length])
+  usual = (length - 1) // 3
+  starts = sorted(range(1, length - 1), key=lambda start: abs(start - usual))
+  tries = [
+    [_cut(name, length, start, prefix) for name in names]
+    for prefix in dict.fromkeys(('', shared))
+    for start in starts
+  ]
+  best = max(tries, key=lambda short: len(set(short)))
+  first, short = {}, []  # the first name of each short form
+  for name, text in zip(names, best):
+    alike = first.setdefault(text, name) != name
+    short.append(_numbered(text, names.index(name) + 1, length) if alike else text)
+  return short
+
+
+def _cut(name, length, start, prefix):
+  if prefix and len(name) > length:
+    return '…' + shorten(name.removeprefix(prefix), length - 1, start)
+  return shorten(name, length, start)
+
+
+def _numbered(text, number, length):
+  """Returns a shortened name with a number in its middle."""
+  start, _, end = text.partition('…')
+  middle = f'…{number}…' if end else f'…{number}'
+  end = end[len(middle) - 1 :]
+  return start[: length - len(middle) - len(end)] + middle + end
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -8,6 +8,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
+from fliqs_jax.reporting import units
 from fliqs_jax.reporting.figure_style import (
   PALETTE,
   POINTS,
@@ -16,7 +17,7 @@ from fliqs_jax.reporting.figure_style import (
   add_legend,
   family,
   new_figure,
-  shorten,
+  shorten_all,
   styled,
 )
 from fliqs_jax.search.quantities import counted_bits
@@ -29,37 +30,37 @@ def cost_scale(
   """Draws costs as bars, beside the target.
 
   Args:
-    models: `label`, `cost`, `note` (shown behind the bar) and `found` (bool) of each.
+    models: `label`, `cost`, `note` (shown at the right) and `found` (bool) of each.
     target: in the same unit as the costs; NaN for none.
-    unit: of the costs.
+    unit: of the costs; a multiple of it is drawn.
     width: in inches.
   """
   figure = new_figure(width, 0.75 + 0.34 * len(models))
   axes = figure.subplots()
-  largest = max(max(model['cost'] for model in models), np.nan_to_num(target))
+  shown = units.choose([*(model['cost'] for model in models), target], unit)
+  costs, target = [shown.scale(model['cost']) for model in models], shown.scale(target)
   places = np.arange(len(models))[::-1]
-  for place, model in zip(places, models):
+  for place, model, cost in zip(places, models, costs):
     colour = PALETTE['accent' if model['found'] else 'axis']
-    axes.barh(place, model['cost'], height=0.62, color=colour)
-    axes.annotate(
-      model['note'],
-      (model['cost'], place),
-      (5, 0),
-      textcoords='offset points',
-      va='center',
-      fontweight='bold' if model['found'] else 'normal',
-      bbox={'facecolor': PALETTE['surface'], 'edgecolor': 'none', 'pad': 1},
-    )
+    axes.barh(place, cost, height=0.62, color=colour)
   if math.isfinite(target):
     axes.axvline(target, color=PALETTE['ink'], linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_title('the dashed line is the target', color=PALETTE['muted'], fontsize=8)
-  axes.set_yticks(places, [shorten(model['label'], 22) for model in models])
-  axes.tick_params(axis='y', length=0, labelcolor=PALETTE['ink'])
+  labels = shorten_all([model['label'] for model in models], 22)
+  axes.set_yticks(places, labels)
   axes.grid(axis='y', visible=False)
-  axes.set_xlim(0, largest * (1.25 if width > 6 else 1.9))
+  axes.set_xlim(0, max(*costs, np.nan_to_num(target)) * 1.04)
   axes.xaxis.set_major_locator(ticker.MaxNLocator(6 if width > 6 else 3))
   axes.xaxis.set_major_formatter('{x:g}')
-  axes.set_xlabel(f'cost ({unit})')
+  axes.set_xlabel(f'cost ({shown.name})')
+  # In a column of their own, where the target's line does not cross them.
+  notes = axes.secondary_yaxis('right')
+  notes.set_yticks(places, [model['note'] for model in models])
+  notes.spines['right'].set_visible(False)
+  for side in (axes, notes):
+    side.tick_params(axis='y', length=0, labelcolor=PALETTE['ink'])
+    for label, model in zip(side.get_yticklabels(), models):
+      label.set_fontweight('bold' if model['found'] else 'normal')
   return figure
 
 
@@ -131,26 +132,27 @@ def layer_costs(
   Args:
     layers: `path`, `weights` (format name), `cost` and `reference_cost` of each.
     reference: what to call the uniform model.
-    unit: of the costs.
+    unit: of the costs; a multiple of it is drawn.
     width: in inches.
   """
   largest = max(max(layer['cost'], layer['reference_cost']) for layer in layers)
+  shown = units.choose([largest], unit)
   figure, rows = _layer_rows(layers, width, height=1.1)
   for axes, row in rows:
     places = np.arange(len(row))
     axes.bar(
       places - 0.2,
-      [layer['reference_cost'] for layer in row],
+      [shown.scale(layer['reference_cost']) for layer in row],
       0.36,
       color=PALETTE['axis'],
     )
     for place, layer in enumerate(row):
       colour = PALETTE[family(layer['weights'])]
-      axes.bar(place + 0.2, layer['cost'], 0.36, color=colour)
-    axes.set_ylim(0, (largest or 1) * 1.05)
+      axes.bar(place + 0.2, shown.scale(layer['cost']), 0.36, color=colour)
+    axes.set_ylim(0, (shown.scale(largest) or 1) * 1.05)
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter('{x:g}')
-    axes.set_ylabel(unit)
+    axes.set_ylabel(shown.name)
   families = sorted({family(layer['weights']) for layer in layers})
   add_legend(figure, families, [('axis', f'before: {reference}')], found='found: ')
   return figure
@@ -162,7 +164,7 @@ def _layer_rows(layers, width, height):
   num_rows = math.ceil(len(layers) * slot / (width - 1))
   per_row = math.ceil(len(layers) / num_rows)
   longest = 28 if width > 6 else 20
-  names = [shorten(layer['path'], longest) for layer in layers]
+  names = shorten_all([layer['path'] for layer in layers], longest)
   name_height = max(map(len, names)) * 0.6 * SMALL / POINTS
   figure = new_figure(width, 0.4 + num_rows * (height + name_height + 0.25))
   figure.get_layout_engine().set(h_pad=0.09)  # between names and the row below them

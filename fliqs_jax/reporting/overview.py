@@ -14,7 +14,7 @@ from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.numerics.formats import parse_names
-from fliqs_jax.reporting import notebook, terminal
+from fliqs_jax.reporting import notebook, terminal, units
 from fliqs_jax.runs import builders, network, targets
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.search import assignments, devices
@@ -88,7 +88,7 @@ class Overview:
         f'In training alone: {name}, {count:,} parameters'
         for name, count in self.training_params.items()
       ),
-      f'Cost in {self.format}: {self.total:.6g} {self.cost_unit} ({self.cost_model})',
+      f'Cost in {self.format}: {self._unit().text(self.total)} ({self.cost_model})',
       *self._budget_lines(),
     ]
     if self.device:
@@ -98,22 +98,29 @@ class Overview:
   def _budget_lines(self):
     if not self.budgets:
       return []
-    uniform = ', '.join(
-      f'{name} {cost:.6g}' for name, cost in self.uniform_costs.items()
-    )
     target, *caps = self.budgets
-    reached = '{low:.6g} to {high:.6g} {cost_unit}'
-    limit = '{limit:.6g} {cost_unit}'
-    return [
-      f'Uniform models: {uniform} {self.cost_unit}',
-      f'The search reaches {reached}; its target is {limit}'.format(**target),
-      *(
-        f'Its cap is {limit} ({{cost_model}}), of which it reaches {reached}'.format(
-          **cap
-        )
-        for cap in caps
-      ),
+    unit = self._unit()
+    lines = [
+      terminal.uniform_line(self.uniform_costs, unit),
+      f'The search reaches {_reached(target, unit)}; its target is '
+      f'{unit.text(target["limit"])}',
     ]
+    for cap in caps:
+      unit = units.choose([cap['limit']], cap['cost_unit'])
+      lines.append(
+        f'Its cap is {unit.text(cap["limit"])} ({cap["cost_model"]}), of which it '
+        f'reaches {_reached(cap, unit)}'
+      )
+    return lines
+
+  def _unit(self):
+    """Returns the unit of the network's cost and of the target."""
+    limits = [budget['limit'] for budget in self.budgets[:1]]
+    return units.choose([self.total, *limits], self.cost_unit)
+
+
+def _reached(budget, unit):
+  return f'{unit.scale(budget["low"]):.6g} to {unit.text(budget["high"])}'
 
 
 def describe(

@@ -22,6 +22,7 @@ from fliqs_jax.reporting import (
   summary,
   tables,
   training_figures,
+  units,
 )
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.runs import files
@@ -94,6 +95,7 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
   section = {
     'run': run,
     'headline': summary.headline(run, uniform),
+    'circumstances': summary.circumstances(run),
     'tiles': summary.tiles(run),
     'milestones': tables.milestones(run),
     'models': [],
@@ -117,6 +119,7 @@ def _found(run, uniform, draw):
   reference = comparison.reference_format(result)
   models = summary.models(run, uniform)
   layers = tables.layers(result, reference)
+  costs = [layer[of] or 0 for layer in layers for of in ('cost', 'reference_cost')]
   unit, target = result['cost_unit'], result.get('target')
   found = {}
   if len(models) > 1:
@@ -142,6 +145,7 @@ def _found(run, uniform, draw):
   return {
     'models': models,
     'layers': layers,
+    'layer_unit': units.choose(costs, unit),
     'separate': any(layer['weights'] != layer['activations'] for layer in layers),
     'reference': reference,
     'found': found,
@@ -180,21 +184,27 @@ def _comparison(runs):
   finished = comparison.comparable(runs)
   quality = finished[0].quality.name if finished else ''
   points = comparison.points(finished)
+  unit = finished[0].result['cost_unit'] if finished else ''
   drawing = None
   if len(points) > 1:
-    unit = finished[0].result['cost_unit']
+    title = comparison.title(finished)
     drawing = _draw(
       '',
       'pareto',
       alt_text.pareto(points, unit, quality),
-      functools.partial(pareto_figure.pareto, points, unit, quality),
+      functools.partial(pareto_figure.pareto, points, unit, quality, title),
     )
   rows = [
     {'run': run, 'point': point} for run, point in zip(finished, points, strict=True)
   ]
   others = [run for run in runs if run not in finished]
-  title = quality_lib.to_title(quality)
-  return {'rows': rows, 'others': others, 'drawing': drawing, 'quality': title}
+  return {
+    'rows': rows,
+    'others': others,
+    'drawing': drawing,
+    'quality': quality_lib.to_title(quality),
+    'unit': units.choose([point['cost'] for point in points], unit),
+  }
 
 
 def _draw(prefix: str, name: str, alt: str, figure: Callable[..., Figure]) -> Drawing:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import itertools
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -12,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from fliqs_jax.reporting import units
 from fliqs_jax.reporting.figure_style import (
   LINES,
   PALETTE,
@@ -19,6 +21,7 @@ from fliqs_jax.reporting.figure_style import (
   WIDE,
   new_figure,
   shorten,
+  shorten_all,
   styled,
 )
 from fliqs_jax.reporting.rendering import to_png
@@ -27,6 +30,7 @@ from fliqs_jax.runs import quality as quality_lib
 SWEEP_FILE = 'pareto.png'
 
 _MARKERS = {'searched': 'o', 'uniform': 's', 'fixed': 'D'}  # by kind of a point
+_LABELS = {'searched': 'target', 'uniform': 'uniform'}  # of a sweep's points
 _MARKER_RADIUS = 5  # points
 _LOG_SPAN = 4  # largest cost over smallest, from which on their axis is logarithmic
 
@@ -59,21 +63,34 @@ def write_sweep(folder: epath.Path, points: Sequence[Mapping[str, Any]]) -> None
   drawn = [
     {
       **point,
-      'label': point['target'],
+      # A search at the cost of a uniform model has another name than that model.
+      'label': f'{_LABELS[point["kind"]]} {point["target"]}',
       'group': f'width {point["width"]:g}',
       'quality': point[key],
+      'error': point['standard_error'],
     }
     for point in points
   ]
-  figure = pareto(drawn, points[0]['cost_unit'], quality_lib.to_words(key))
+  unit, name = points[0]['cost_unit'], quality_lib.to_words(key)
+  figure = pareto(drawn, unit, name, _title(points))
   temporary = folder / f'.{SWEEP_FILE}'
   temporary.write_bytes(to_png(figure))
   temporary.replace(folder / SWEEP_FILE)
 
 
+def _title(points):
+  first = points[0]
+  steps, seed = f'{first["steps"]:,} steps', f'seed {first["seed"]}'
+  return f'{first["model"]} on {first["dataset"]}, {steps}, {seed}'
+
+
 @styled
 def pareto(
-  points: Sequence[Mapping[str, Any]], unit: str, quality: str, width: float = WIDE
+  points: Sequence[Mapping[str, Any]],
+  unit: str,
+  quality: str,
+  title: str = '',
+  width: float = WIDE,
 ) -> Figure:
   """Draws quality against cost, and the Pareto front.
 
@@ -81,18 +98,23 @@ def pareto(
 
   Args:
     points: `kind` (searched, uniform or fixed), `label`, `group` (whose points have one
-      colour), `cost`, `quality` and `on_front` of each.
-    unit: of the costs.
+      colour), `cost`, `quality`, `error` (its standard error, None where it is unknown)
+      and `on_front` of each.
+    unit: of the costs; a multiple of it is drawn.
     quality: what to call it; an `accuracy` is a fraction.
+    title: what the points have in common.
     width: in inches.
   """
   wide = width > 6
   figure = new_figure(width, 4.8 if wide else 3.6)
   axes = figure.subplots()
+  shown = units.choose([point['cost'] for point in points], unit)
+  points = [{**point, 'cost': shown.scale(point['cost'])} for point in points]
   _draw(axes, points, _colours(points))
-  costs = [point['cost'] for point in points]
+  costs, scale = [point['cost'] for point in points], ''
   if 0 < min(costs) * _LOG_SPAN <= max(costs):
     axes.set_xscale('log')
+    scale = ', logarithmic'
     # A narrow figure has room for three ticks a decade over little more than one.
     dense = wide or max(costs) < 30 * min(costs)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if dense else (1,)))
@@ -103,7 +125,8 @@ def pareto(
   if quality == 'accuracy':
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
   axes.margins(0.08 if wide else 0.16, 0.2)
-  axes.set_xlabel(f'cost ({unit})')
+  axes.set_xlabel(f'cost ({shown.name}{scale})')
+  axes.set_title(textwrap.fill(title, 110 if wide else 44))
   axes.set_ylabel(quality_lib.to_title(quality))
   _legend(figure, points)
   _label(axes, points, 24 if wide else 12)
@@ -123,6 +146,9 @@ def _draw(axes, points, colours):
   axes.plot(*zip(*front), color=PALETTE['muted'], linewidth=1, drawstyle='steps-post')
   for point in points:
     colour, searched = colours[point['group']], point['kind'] == 'searched'
+    if point['error'] is not None:
+      at = point['cost'], point['quality'], point['error']
+      axes.errorbar(*at, fmt='none', ecolor=colour, elinewidth=0.8, alpha=0.6)
     axes.scatter(
       point['cost'],
       point['quality'],
@@ -168,9 +194,10 @@ def _label(axes: Axes, points: Sequence[Mapping[str, Any]], length: int) -> None
   radius = _MARKER_RADIUS * figure.dpi / 72
   markers = [Bbox([center - radius, center + radius]) for center in centers]
   colours, taken = _colours(points), []
-  for point in points:
+  texts = shorten_all([point['label'] for point in points], length)
+  for point, text in zip(points, texts):
     label = axes.annotate(
-      shorten(point['label'], length),
+      text,
       (point['cost'], point['quality']),
       textcoords='offset points',
       xytext=(0, 0),

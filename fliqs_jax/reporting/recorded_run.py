@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.reporting import units
 from fliqs_jax.runs import files
 from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.quality import Quality, from_evaluation
 from fliqs_jax.runs.result import RESULT_FILE, read_result
+from fliqs_jax.runs.sessions import Session, read_sessions
 from fliqs_jax.runs.workdir import (
   CONFIG_FILE,
   HISTORY_FILE,
@@ -64,6 +66,7 @@ class Run(NamedTuple):
   config: dict[str, Any]
   history: list[dict[str, Any]]
   result: dict[str, Any] | None  # None where the run is not finished
+  sessions: list[Session]  # none where a version without them made the run
 
   @property
   def kind(self) -> str:
@@ -83,6 +86,12 @@ class Run(NamedTuple):
   def made_in_python(self) -> bool:
     """True for a run of `fliqs_jax.search`, whose network no config can name."""
     return self.config['dataset'] == OWN_BATCHES
+
+  @property
+  def unit(self) -> units.Unit:
+    """The unit in which the cost and the target of a finished run read well."""
+    costs = self.result['cost'], self.result.get('target') or 0
+    return units.choose(costs, self.result['cost_unit'])
 
   @property
   def quality(self) -> Quality:
@@ -114,7 +123,8 @@ def read_run(workdir: str) -> Run:
     result = read_result(path)
     _check_fields(result, _RESULT_FIELDS, path)
     _check_tables(result, path)
-  return Run(folder, folder.absolute().name, config, history, result)
+  label, sessions = folder.absolute().name, read_sessions(folder)
+  return Run(folder, label, config, history, result, sessions)
 
 
 def decisions_by_layer(

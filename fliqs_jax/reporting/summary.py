@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
+from fliqs_jax.reporting import units
 from fliqs_jax.reporting.recorded_run import Run
 from fliqs_jax.runs import quality
 from fliqs_jax.search.quantities import counted_bits
@@ -18,6 +19,11 @@ def number(value: float | None) -> str:
   if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
     return f'{int(value):,}'
   return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+
+
+def cost_text(cost: float, unit: units.Unit) -> str:
+  """Returns a cost, given in the cost model's unit, as a person reads it."""
+  return f'{number(unit.scale(cost))} {unit.name}'
 
 
 def headline(run: Run, uniform: Mapping[str, Run]) -> str:
@@ -36,7 +42,7 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
     reached = f'{run.quality} of {examples} right'
   elif quality.lower_is_better(run.quality.name):
     reached = f'{run.quality} {run.quality.name} on {examples}'
-  cost = f'{number(result["cost"])} {result["cost_unit"]}'
+  cost = cost_text(result['cost'], run.unit)
   if run.kind != 'searched':
     name = run.uniform_format
     what = f'The uniform {name} model' if name else 'The model with these fixed formats'
@@ -49,8 +55,8 @@ def headline(run: Run, uniform: Mapping[str, Run]) -> str:
     return f'{text}. No uniform model was trained beside it.'
   other = uniform[nearest].result
   return (
-    f'{text}. The uniform {nearest} model, at {number(other["cost"])} '
-    f'{other["cost_unit"]}, gets {uniform[nearest].quality}: '
+    f'{text}. The uniform {nearest} model, at {cost_text(other["cost"], run.unit)}, '
+    f'gets {uniform[nearest].quality}: '
     f'{run.quality.against(uniform[nearest].quality)}.'
   )
 
@@ -77,6 +83,35 @@ def _unfinished(run):
   return text + '.'
 
 
+def circumstances(run: Run) -> str:
+  """Returns when a run was trained, how long and on what; empty where nobody knows."""
+  if not run.sessions:
+    return ''
+  first, last = run.sessions[0], run.sessions[-1]
+  seconds = sum(session.seconds for session in run.sessions)
+  devices = dict.fromkeys(
+    f'{session.num_devices} {session.device} device{"s" * (session.num_devices > 1)}'
+    for session in run.sessions
+  )
+  text = f'{_date(first.date)}, {_duration(seconds)} on {" and ".join(devices)}'
+  if len(run.sessions) > 1:
+    text += f', in {len(run.sessions)} sessions, the last of {_date(last.date)}'
+  return text + f'; {run.config["num_steps"]:,} steps, seed {run.config["seed"]}.'
+
+
+def _date(date):
+  """2026-11-27T04:22:05Z as 2026-11-27 04:22 UTC."""
+  return f'{date[:10]} {date[11:16]} UTC'
+
+
+def _duration(seconds):
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+
+
 def tiles(run: Run) -> list[tuple[str, str, str]]:
   """Returns the numbers at the top: what, how much, and a remark."""
   result = run.result
@@ -89,15 +124,16 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
   elif quality.lower_is_better(reached.name):
     remark = f'lower is better, {remark}'
   name = f'One-shot {reached.name}' if run.kind == 'searched' else reached.name
+  cost = number(run.unit.scale(result['cost']))
   found = [
     (name[0].upper() + name[1:], str(reached), remark),
-    ('Cost', number(result['cost']), f'{result["cost_unit"]} ({result["cost_model"]})'),
+    ('Cost', cost, f'{run.unit.name} ({result["cost_model"]})'),
   ]
   target = result.get('target')
   if target:
     ratio = result['cost'] / target
-    remark = f'{number(target)} {result["cost_unit"]}'
-    found.append(('Share of the target', f'{ratio:.1%}', f'of {remark}'))
+    remark = f'of {cost_text(target, run.unit)}'
+    found.append(('Share of the target', f'{ratio:.1%}', remark))
   sizes = [
     (counted_bits(result['formats'][path]['weights']), layer['params'])
     for path, layer in result.get('layers', {}).items()
@@ -105,7 +141,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
   params = sum(count for _, count in sizes)
   if params:
     mean = sum(bits * count for bits, count in sizes) / params
-    remark = f'{number(mean * params / 8)} bytes, {mean / 32:.1%} of float32 and '
+    size = mean * params / 8
+    size = cost_text(size, units.choose([size], 'bytes'))
+    remark = f'{size}, {mean / 32:.1%} of float32 and '
     found.append(
       ('Bits of a weight', f'{mean:.2f}', f'{remark}{mean / 16:.1%} of bf16')
     )
@@ -122,7 +160,7 @@ def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
     {
       'label': 'found' if run.kind == 'searched' else 'this run',
       'cost': result['cost'],
-      'note': str(run.quality),
+      'note': run.quality.named,
       'found': True,
     }
   ]
@@ -132,7 +170,7 @@ def models(run: Run, uniform: Mapping[str, Run]) -> list[dict[str, Any]]:
       unknown.setdefault(cost, []).append(name)
   for name, other in uniform.items():
     if other != run:
-      note = str(other.quality)
+      note = other.quality.named
       rows.append(_model(f'uniform {name}', other.result['cost'], note))
   for cost, names in unknown.items():
     label = f'uniform {", ".join(names[:2])}' + (', …' if names[2:] else '')

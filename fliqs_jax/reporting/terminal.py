@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fliqs_jax.reporting import units
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import quality
 from fliqs_jax.search import devices
@@ -129,17 +130,21 @@ def print_points(
   table = Table(box=box.SIMPLE_HEAD)
   for name in ('formats', 'target', 'width'):
     table.add_column(name)
-  unit = f' ({points[0]["cost_unit"]})' if points else ''
+  unit = None
+  if points:
+    costs = [point['cost'] for point in points]
+    unit = units.choose(costs, points[0]['cost_unit'])
   key = quality.find_name(points[0]) if points else 'quality'
   name = quality.to_words(key)
-  for title in ('cost' + unit, quality.to_title(name), 'Pareto front'):
+  cost_title = f'cost ({unit.name})' if unit else 'cost'
+  for title in (cost_title, quality.to_title(name), 'Pareto front'):
     table.add_column(title, justify='right')
   for point in points:
     row = [
       point['kind'],
       point['target'],
       f'{point["width"]:g}',
-      f'{point["cost"]:.6g}',
+      f'{unit.scale(point["cost"]):.6g}',
       quality.to_text(name, point[key]),
       'yes' if point['on_front'] else '',
     ]
@@ -153,20 +158,19 @@ def print_points(
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
   """Returns the lines on cost and quality below the table."""
-  unit, cost, evaluation = result['cost_unit'], result['cost'], result['eval']
-  lines = [f'Cost: {cost:.6g} {unit} ({result["cost_model"]})']
-  if result['target'] is not None:
-    lines[0] += f', {cost / result["target"]:.4f} of the target {result["target"]:.6g}'
-  lines += [
-    f'Cap: {cap["cost"]:.6g} {cap["cost_unit"]} ({cap["cost_model"]}), '
-    f'{cap["cost"] / cap["limit"]:.4f} of the cap {cap["limit"]:.6g}'
-    for cap in result.get('caps', ())  # which results of earlier versions lack
-  ]
-  if result['uniform_costs']:
-    uniform = ', '.join(
-      f'{name} {value:.6g}' for name, value in result['uniform_costs'].items()
+  cost, target, evaluation = result['cost'], result['target'], result['eval']
+  unit = units.choose([cost, target or 0], result['cost_unit'])
+  lines = [f'Cost: {unit.text(cost)} ({result["cost_model"]})']
+  if target is not None:
+    lines[0] += f', {cost / target:.4f} of the target {unit.scale(target):.6g}'
+  for cap in result.get('caps', ()):  # which results of earlier versions lack
+    cap_unit = units.choose([cap['cost'], cap['limit']], cap['cost_unit'])
+    lines.append(
+      f'Cap: {cap_unit.text(cap["cost"])} ({cap["cost_model"]}), '
+      f'{cap["cost"] / cap["limit"]:.4f} of the cap {cap_unit.scale(cap["limit"]):.6g}'
     )
-    lines.append(f'Uniform models: {uniform} {unit}')
+  if result['uniform_costs']:
+    lines.append(uniform_line(result['uniform_costs'], unit))
   values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
   kind = 'One-shot ' if result['policy'] else ''
   judged = quality.find_name(evaluation)  # by it an accuracy is known as a fraction
@@ -181,6 +185,12 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     f'{shown} of {evaluation["num_examples"]} examples (loss {evaluation["loss"]:.4f})'
   )
   return lines
+
+
+def uniform_line(costs: Mapping[str, float], unit: units.Unit) -> str:
+  """Returns the line on costs of uniform models, by format."""
+  uniform = ', '.join(f'{name} {unit.scale(c):.6g}' for name, c in costs.items())
+  return f'Uniform models: {uniform} {unit.name}'
 
 
 def _emulation_lines(result):

@@ -17,6 +17,7 @@ from fliqs_jax.reporting.figure_style import (
   family,
   new_figure,
   shorten,
+  shorten_all,
   styled,
 )
 
@@ -56,7 +57,7 @@ def policy_heat_map(
   )
   axes.set_yticks(
     [top + len(d['options']) / 2 for top, d in zip(bands, decisions)],
-    [shorten(d['name'], 34 if width > 6 else 17) for d in decisions],
+    shorten_all([d['name'] for d in decisions], 34 if width > 6 else 17),
   )
   axes.tick_params(axis='y', length=0, labelsize=SMALL, labelcolor=PALETTE['ink'])
   axes.spines['left'].set_visible(False)

@@ -21,6 +21,14 @@ class Quality(NamedTuple):
     return to_text(self.name, self.value)
 
   @property
+  def named(self) -> str:
+    """The value with its name; an accuracy has its percent sign for one."""
+    if self.name == 'accuracy':
+      return str(self)
+    words = str(self), self.name
+    return ' '.join(words if lower_is_better(self.name) else words[::-1])
+
+  @property
   def key(self) -> str:
     """The key that a point has it under."""
     return self.name.replace(' ', '_')

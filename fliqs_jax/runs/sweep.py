@@ -205,7 +205,8 @@ def read_points(folder: epath.Path) -> list[Point]:
 
   Each has `kind` (`searched` or `uniform`), `target` (as given, or the uniform format),
   `width`, `cost`, `cost_unit`, `workdir` (its name in the folder), `on_front`,
-  and `accuracy` (a fraction), or what else the task is judged by.
+  `accuracy` (a fraction), or what else the task is judged by, and its `standard_error`
+  over examples (None where it is unknown), `model`, `dataset`, `steps` and `seed`.
   """
   points = []  # pairs (point, merit)
   for path in _finished(folder):
@@ -220,6 +221,11 @@ def read_points(folder: epath.Path) -> list[Point]:
       'cost': result['cost'],
       'cost_unit': result['cost_unit'],
       reached.key: reached.value,
+      'standard_error': reached.error,
+      'model': result['model'],
+      'dataset': result['dataset'],
+      'steps': config.num_steps,
+      'seed': config.seed,
       'workdir': path.parent.name,
     }
     points.append((point, reached.merit))

@@ -21,6 +21,7 @@ from fliqs_jax.layers.layer import Layer, to_json
 from fliqs_jax.numerics.formats import NAMES
 from fliqs_jax.runs import files
 from fliqs_jax.runs import result as result_lib
+from fliqs_jax.runs import sessions
 from fliqs_jax.runs.config import complete
 
 CONFIG_FILE = 'config.json'
@@ -264,7 +265,7 @@ EVALUATED = 'eval_'  # before the name of a scalar that an evaluation meanwhile 
 
 
 class History:
-  """`history.jsonl` and TensorBoard events, written by the first process.
+  """`history.jsonl`, the session and TensorBoard events, by the first process.
 
   One line for each logging step: its `step`, scalars averaged over the steps since the
   line before, and `policy`, `{decision: {format: probability}}`. Events are written
@@ -290,6 +291,7 @@ class History:
       lines = self._path.read_text().splitlines(keepends=True) if exists else []
       # Lines after the checkpoint that the run goes on from will be written again.
       self._replace([line for line in lines if _step_of(line) <= start])
+      self._session = sessions.Recorder(workdir, start)
       if metric_writers:
         self._events = metric_writers.SummaryWriter(str(workdir))
 
@@ -317,6 +319,7 @@ class History:
       else:
         with self._path.open('a') as file:
           file.write(line)
+      self._session.update(step)
     self._write_events(step, {
         **{_group(name): value for name, value in scalars.items()},
         **self._steps_per_second(step),
@@ -328,6 +331,8 @@ class History:
   def write_evaluation(self, step: int, evaluated: Mapping[str, float]) -> None:
     """Writes events of the evaluation at the end, which the result holds."""
     if self._writes:
+      with self._failures_named():
+        self._session.update(step)
       self._write_events(step, {f'eval/{name}': evaluated[name] for name in evaluated})
 
   def _write_events(self, step, scalars):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 from conftest import ROOT, load_config
+from etils import epath
 import jax
 import jax.numpy as jnp
 from made_up_runs import OPTIONS, write_run
@@ -120,6 +121,8 @@ def test_bits_by_depth(tmp_path):
   assert [row['bits'] for row in rows] == [9, 6, 6, 9]
   figure = analysis_figures.formats_by_depth(rows)
   assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
+  # Layers are points: what a line between them would say means nothing.
+  assert {line.get_linestyle() for line in figure.axes[0].lines} == {'None'}
   another = read_run(str(write_run(tmp_path / 'another', ['x'])))
   with pytest.raises(ValueError, match='another network'):
     analysis.formats_by_depth([one, another])
@@ -142,6 +145,28 @@ def test_entropy_weights_are_compared_by_what_the_task_is_judged_by(reached, lab
   assert right.get_ylabel() == label
   percent = isinstance(right.yaxis.get_major_formatter(), ticker.PercentFormatter)
   assert percent == ('accuracy' in label)
+
+
+def test_entropy_weights_are_those_of_the_policy_gradient(tmp_path, monkeypatch):
+  searched = []
+
+  def run(config, workdir):
+    searched.append(resolve(config))
+    write_run(workdir, ['a'])
+    for path in (workdir / 'history.jsonl',):
+      rows = [json.loads(line) | {'entropy': 1.0} for line in path.open()]
+      path.write_text('\n'.join(map(json.dumps, rows)))
+    return read_run(str(workdir)).result
+
+  monkeypatch.setattr(analysis.loop, 'run', run)
+  config = load_config('resnet18', 'digits')
+  rows = analysis.entropy(config, epath.Path(tmp_path))
+  assert [row['accuracy'] for row in rows] == [0.75] * len(analysis.ENTROPY_WEIGHTS)
+  # Only this strategy has such a weight, and its own default reward.
+  assert {c.search.strategy for c in searched} == {'policy_gradient'}
+  assert {c.reward.quality for c in searched} == {'accuracy'}
+  weights = tuple(c.controller.entropy_weight for c in searched)
+  assert weights == analysis.ENTROPY_WEIGHTS
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -8,7 +8,9 @@ from absl import flags
 import browser as browser_lib
 from etils import epath
 from made_up_runs import OPTIONS, write_run
+from matplotlib.collections import LineCollection
 from ml_collections import config_flags
+import numpy as np
 import pytest
 import whole_runs
 
@@ -18,6 +20,7 @@ from fliqs_jax.reporting import (
   comparison,
   figure_style,
   layer_figures,
+  pareto_figure,
   summary,
   tables,
   terminal,
@@ -27,6 +30,7 @@ from fliqs_jax.reporting.page import REPORT_FILE, write_report
 from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import RESULT_FILE, config_to_json
+from fliqs_jax.runs.sessions import SESSIONS_FILE
 from fliqs_jax.runs.workdir import CONFIG_FILE, HISTORY_FILE, read_history
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'
@@ -154,6 +158,79 @@ def test_names_are_told_apart_by_both_ends():
   assert figure_style.shorten('short', 5) == 'short'
 
 
+@pytest.mark.parametrize('length', [17, 20, 28])
+def test_names_stay_apart_wherever_they_differ(length):
+  blocks = [f'transformer/decoder/block{i}/attention/projection/{end}'
+            for i in range(12) for end in ('query', 'key')]  # fmt: skip
+  middles = [f'network/stage/part_{part}/of/a/long/path/kernel' for part in 'abc']
+  both = [f'{a}{"x" * 40}{b}{"x" * 40}{c}' for a in 'ab' for b in 'ab' for c in 'ab']
+  for names in (blocks, middles, both, ['a', 'a' * 50, 'a' * 51]):
+    short = figure_style.shorten_all([*names, names[0]], length)
+    assert len({*short}) == len(names) and max(map(len, short)) <= length
+    assert short[-1] == short[0]  # what is alike stays alike
+    if names in (blocks, middles):  # where a cut is enough, no numbers are given
+      assert not any(re.search('…[0-9]+…', text) for text in short)
+
+
+def test_the_targets_line_crosses_no_label():
+  models = [
+    {'label': f'uniform {i}', 'cost': cost, 'note': '97.5%', 'found': i == 1}
+    for i, cost in enumerate((0.0020, 0.0048, 0.0070))
+  ]
+  figure = layer_figures.cost_scale(models, 0.0049, 'GBOPs')
+  figure.draw_without_rendering()
+  (axes,) = figure.axes
+  (line,) = axes.lines
+  assert axes.get_xlabel() == 'cost (MBOPs)'
+  assert list(line.get_xdata()) == [4.9, 4.9]
+  at = line.get_window_extent()
+  (notes,) = axes.child_axes
+  labels = [*notes.get_yticklabels(), *axes.get_yticklabels(), *axes.texts]
+  assert '97.5%' in [label.get_text() for label in labels]
+  for label in labels:
+    box = label.get_window_extent()
+    assert not label.get_text() or box.x1 < at.x0 or box.x0 > at.x1
+
+
+def test_the_page_says_when_how_long_and_on_what(tmp_path):
+  folder = write_run(tmp_path / 'run', ['a'])
+  assert summary.circumstances(read_run(folder)) == ''
+  session = {'first_step': 0, 'steps': 20, 'device': 'TPU v5e', 'num_devices': 8}
+  lines = [
+    {'date': '2026-11-27T04:22:05Z', 'seconds': 3000.4, **session},
+    'cut off',
+    {'date': '2026-11-28T14:02:00Z', 'seconds': 1000.0, **session},
+  ]
+  path = folder / SESSIONS_FILE
+  path.write_text('\n'.join(map(json.dumps, lines)))
+  assert summary.circumstances(read_run(folder)) == (
+    '2026-11-27 04:22 UTC, 1 h 6 min on 8 TPU v5e devices, in 2 sessions, the last of '
+    '2026-11-28 14:02 UTC; 30 steps, seed 0.'
+  )
+  assert '1 h 6 min on 8 TPU v5e devices' in write_report([str(folder)]).read_text()
+
+
+def test_runs_are_compared_with_steps_seeds_and_errors(tmp_path):
+  runs = [
+    write_run(tmp_path / name, ['a', 'b'], config={'seed': seed}, cost=cost)
+    for name, seed, cost in (('one', 7, 0.02), ('two', 8, 0.04))
+  ]
+  text = write_report([str(run) for run in runs]).read_text()
+  cells = re.findall(r'<th scope="row">(one|two)</th>(.*?)</tr>', text)
+  # 75 % of 300 examples: sqrt(0.75 · 0.25 / 300) is 2.5 points.
+  rows = [re.findall('<td[^>]*>(.*?)</td>', row)[2:] for _, row in cells]
+  assert rows == [
+    ['30', '7', '20', '75.00% ± 2.50', 'yes'],
+    ['30', '8', '40', '75.00% ± 2.50', 'no'],
+  ]
+  points = comparison.points([read_run(run) for run in runs])
+  figure = pareto_figure.pareto(points, 'GBOPs', 'accuracy')
+  bars = [drawn for drawn in figure.axes[0].collections
+          if isinstance(drawn, LineCollection)]  # fmt: skip
+  heights = [np.ptp(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
+  np.testing.assert_allclose(heights, [0.05, 0.05])
+
+
 def test_bits_of_a_weight_are_weighted_by_parameters(tmp_path):
   folder = write_run(tmp_path / 'run', ['a', 'b'])  # in int2 and int4
   path = folder / RESULT_FILE
@@ -189,6 +266,8 @@ def test_of_bits_per_byte_the_page_says_which_way_is_better(tmp_path):
   assert summary.tiles(run)[0][1:] == ('2.5', 'lower is better, 300 examples')
   headline = summary.headline(run, {'int4': other})
   assert headline.endswith('gets 2.75: 0.25 more, which is worse.')
+  notes = [row['note'] for row in summary.models(run, {'int4': other})]
+  assert '2.5 bits per byte' in notes and '2.75 bits per byte' in notes
 
 
 def test_models_of_one_cost_share_a_bar(tmp_path):

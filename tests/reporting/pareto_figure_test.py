@@ -1,5 +1,6 @@
 """The figure of a Pareto front: what is drawn, and that labels cover no other one."""
 
+from etils import epath
 from matplotlib.text import Annotation
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ def make_points(widths):
       'label': target,
       'group': f'width {width:g}',
       'cost': cost * (width / widths[0]) ** 2 * (0.97 if kind == 'searched' else 1),
+      'error': None,
       'quality': 0.85 if target == 'int2' else 0.98,
       'on_front': target == 'int2' and kind == 'searched',
     }
@@ -46,7 +48,8 @@ def test_nine_and_27_points_have_their_labels(widths):
   assert len(points) == 9 * len(widths)
   figure = pareto_figure.pareto(points, 'GBOPs', 'accuracy')
   (axes,) = figure.axes
-  assert axes.get_xlabel() == 'cost (GBOPs)' and axes.get_ylabel() == 'accuracy'
+  assert axes.get_xlabel() == 'cost (GBOPs, logarithmic)'
+  assert axes.get_ylabel() == 'accuracy'
   (front,) = axes.lines
   expected = sorted((p['cost'], p['quality']) for p in points if p['on_front'])
   np.testing.assert_allclose(np.transpose(front.get_data()), expected)
@@ -57,16 +60,34 @@ def test_nine_and_27_points_have_their_labels(widths):
   assert labels_of(figure) == [p['label'] for p in points]
 
 
+def test_the_figure_of_a_sweep_says_what_it_is_of(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(pareto_figure, 'to_png', lambda f: drawn.append(f) or b'')
+  shared = {
+    'width': 1.0, 'cost_unit': 'GBOPs', 'model': 'resnet18', 'dataset': 'digits',
+    'steps': 2000, 'seed': 3, 'standard_error': 0.01, 'on_front': True,
+  }  # fmt: skip
+  points = [
+    {'kind': kind, 'target': 'int3', 'cost': cost, 'accuracy': 0.9, **shared}
+    for kind, cost in (('searched', 0.0049), ('uniform', 0.0491))
+  ]
+  pareto_figure.write_sweep(epath.Path(tmp_path), points)
+  (axes,) = drawn[0].axes
+  assert axes.get_title('left') == 'resnet18 on digits, 2,000 steps, seed 3'
+  assert axes.get_xlabel() == 'cost (MBOPs, logarithmic)'
+  assert labels_of(drawn[0]) == ['target int3', 'uniform int3']
+
+
 def test_labels_without_a_place_are_left_out():
   points = [p | {'cost': 3.0} for p in make_points((0.125, 0.25, 0.5))]
-  figure = pareto_figure.pareto(points, 's', 'quality', NARROW)
+  figure = pareto_figure.pareto(points, 's', 'quality', 'x', NARROW)
   assert 3 < len(labels_of(figure)) < len(points)
   assert figure.axes[0].get_ylabel() == 'quality'
 
 
 @pytest.mark.parametrize('width', [WIDE, NARROW])
 def test_an_axis_of_costs_has_several_ticks_that_stand_apart(width):
-  figure = pareto_figure.pareto(make_points([1.0]), 'GBOPs', 'accuracy', width)
+  figure = pareto_figure.pareto(make_points([1.0]), 'GBOPs', 'accuracy', 'x', width)
   figure.draw_without_rendering()
   (axes,) = figure.axes
   low, high = axes.get_xlim()

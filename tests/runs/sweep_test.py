@@ -131,7 +131,8 @@ def test_sweep_fails_goes_on_and_is_extended(tiny_config, tmp_path, fake_runs):
   ]
   assert json.loads((folder / 'pareto.json').read_text()) == points
   assert set(points[0]) == {
-      'kind', 'target', 'width', 'cost', 'cost_unit', 'accuracy', 'workdir', 'on_front'
+      'kind', 'target', 'width', 'cost', 'cost_unit', 'accuracy', 'standard_error',
+      'model', 'dataset', 'steps', 'seed', 'workdir', 'on_front',
   }  # fmt: skip
   assert (folder / 'pareto.png').read_bytes().startswith(b'\x89PNG')
 

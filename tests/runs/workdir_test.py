@@ -3,17 +3,20 @@
 import contextlib
 import json
 import pathlib
+import re
 import socket
 import sys
 
 import child_functions
 from clu import metric_writers
 from etils import epath
+import jax
 import pytest
 import whole_runs
 
 from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
+from fliqs_jax.runs import sessions
 from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.result import read_result
 
@@ -167,4 +170,26 @@ def test_without_tensorflow_there_is_a_history_and_no_events(tmp_path, monkeypat
     history.write(3, {'loss': 1.0}, {'conv': {'int4': 1.0}})
   (line,) = workdirs.read_history(epath.Path(tmp_path))
   assert line == {'step': 3, 'loss': 1.0, 'policy': {'conv': {'int4': 1.0}}}
-  assert [path.name for path in tmp_path.iterdir()] == [workdirs.HISTORY_FILE]
+  written = {path.name for path in tmp_path.iterdir()}
+  assert written == {workdirs.HISTORY_FILE, sessions.SESSIONS_FILE}
+
+
+def test_each_start_of_a_run_is_a_session(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(sessions.time, 'monotonic', lambda: now[0])
+  folder = epath.Path(tmp_path)
+  with workdirs.History(folder, 0) as history:
+    now[0] += 20
+    history.write(4, {'loss': 1.0}, {})
+    # A process that is killed now has written this much.
+    (first,) = sessions.read_sessions(folder)
+    assert (first.first_step, first.steps, first.seconds) == (0, 4, 20.0)
+  with workdirs.History(folder, 3) as history:
+    history.write(9, {'loss': 1.0}, {})
+    now[0] += 5
+    history.write_evaluation(9, {'loss': 1.0})
+  before, resumed = sessions.read_sessions(folder)
+  assert before == first
+  assert (resumed.first_step, resumed.steps, resumed.seconds) == (3, 6, 5.0)
+  assert (resumed.device, resumed.num_devices) == ('cpu', jax.device_count())
+  assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ', resumed.date)
