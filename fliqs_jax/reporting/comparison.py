@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fliqs_jax.reporting.recorded_run import Run
+from etils import epath
+
+from fliqs_jax.reporting.recorded_run import Run, read_run
+from fliqs_jax.runs import baseline
 from fliqs_jax.runs.pareto import pareto_front
+from fliqs_jax.runs.workdir import CONFIG_FILE
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
@@ -31,6 +35,24 @@ def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
     }
     for run, (cost, _), on_front in zip(runs, values, pareto_front(values))
   ]
+
+
+def with_baselines(runs: Sequence[Run]) -> list[Run]:
+  """Returns runs, and the uniform models that were trained in their folders."""
+  found = list(runs)
+  given = {run.workdir.absolute() for run in runs}
+  for run in runs:
+    path = baseline_folder(run)
+    if path and (path / CONFIG_FILE).exists() and path.absolute() not in given:
+      uniform = read_run(str(path))
+      found.append(uniform._replace(label=f'{run.label}/{uniform.label}'))
+  return found
+
+
+def baseline_folder(run: Run) -> epath.Path | None:
+  """Returns where the uniform model of a run's target is trained; None without one."""
+  name = baseline.widest_format(run.result) if run.result else None
+  return baseline.folder(run.workdir, name) if name else None
 
 
 def title(runs: Sequence[Run]) -> str:

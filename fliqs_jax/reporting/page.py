@@ -25,7 +25,7 @@ from fliqs_jax.reporting import (
   units,
 )
 from fliqs_jax.reporting.recorded_run import Run, read_run
-from fliqs_jax.runs import files
+from fliqs_jax.runs import baseline, files
 from fliqs_jax.runs import quality as quality_lib
 
 REPORT_FILE = 'report.html'
@@ -47,7 +47,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
 
   Args:
     workdirs: folders of runs, finished or not; the page is about the first, the others
-      are set beside it.
+      are set beside it, and so are uniform models trained in their folders.
     out: the page; by default `report.html` in the first folder. The PNG go into a
       folder beside it, `report_figures`.
 
@@ -55,7 +55,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> epath.Path:
     ConfigError: where a folder holds no run, a file is damaged, or the page cannot be
       written; nothing is written then.
   """
-  runs = [read_run(workdir) for workdir in workdirs]
+  runs = comparison.with_baselines([read_run(workdir) for workdir in workdirs])
   path = files.to_path(out) if out else runs[0].workdir / REPORT_FILE
   sections = [_section(run, runs) for run in runs]
   together = _comparison(runs) if len(runs) > 1 else None
@@ -99,6 +99,7 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     'tiles': summary.tiles(run),
     'milestones': tables.milestones(run),
     'models': [],
+    'missing': None,
     'layers': [],
     'architecture': tables.architecture(run),
     'decisions': tables.decisions(run),
@@ -142,8 +143,10 @@ def _found(run, uniform, draw):
         layer_figures.layer_costs, layers, f'uniform {reference}', unit
       ),
     )
+  missing = baseline.widest_format(result)
   return {
     'models': models,
+    'missing': None if missing in uniform else missing,
     'layers': layers,
     'layer_unit': units.choose(costs, unit),
     'separate': any(layer['weights'] != layer['activations'] for layer in layers),

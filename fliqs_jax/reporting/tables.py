@@ -154,5 +154,6 @@ def command(run: Run) -> str | None:
   """
   if run.made_in_python:
     return None
-  workdir = shlex.quote(f'--workdir=../{run.label}_again')
+  name = run.workdir.absolute().name
+  workdir = shlex.quote(f'--workdir=../{name}_again')
   return f'python -m fliqs_jax.main --config=. {workdir}'

@@ -6,6 +6,7 @@ import shlex
 
 from absl import flags
 import browser as browser_lib
+from conftest import load_config
 from etils import epath
 from made_up_runs import OPTIONS, write_run
 from matplotlib.collections import LineCollection
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import whole_runs
 
-from fliqs_jax import command_line
+from fliqs_jax import command_line, models
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import (
   comparison,
@@ -28,7 +29,8 @@ from fliqs_jax.reporting import (
 )
 from fliqs_jax.reporting.page import REPORT_FILE, write_report
 from fliqs_jax.reporting.recorded_run import read_run
-from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs import baseline, loop
+from fliqs_jax.runs.config import OWN_BATCHES, resolve
 from fliqs_jax.runs.result import RESULT_FILE, config_to_json
 from fliqs_jax.runs.sessions import SESSIONS_FILE
 from fliqs_jax.runs.workdir import CONFIG_FILE, HISTORY_FILE, read_history
@@ -229,6 +231,59 @@ def test_runs_are_compared_with_steps_seeds_and_errors(tmp_path):
           if isinstance(drawn, LineCollection)]  # fmt: skip
   heights = [np.ptp(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
   np.testing.assert_allclose(heights, [0.05, 0.05])
+
+
+def test_the_widest_uniform_model_within_the_target_is_the_baseline():
+  costs = {'int2': 4.0, 'e2m0': 4.0, 'int4': 16.0, 'e2m1': 16.0, 'int8': 64.0}
+  for target, name in ((4.0, 'int2'), (20.0, 'int4'), (99.0, 'int8'), (1.0, 'int2')):
+    assert baseline.widest_format({'uniform_costs': costs, 'target': target}) == name
+  assert baseline.widest_format({'uniform_costs': {}, 'target': None}) is None
+
+
+def test_a_baseline_is_trained_beside_and_shown(tmp_path, data_dir, monkeypatch):
+  monkeypatch.setitem(models.MODELS, 'smallest', whole_runs.Smallest)
+  folder = write_run(tmp_path / 'run', ['a', 'b'], target=40.0)  # int4 costs 32
+  path = folder / CONFIG_FILE
+  config = json.loads(path.read_text())
+  config['model'] |= {'name': 'smallest'}
+  config['input']['data_dir'] = str(data_dir)
+  config |= {'num_steps': 2, 'batch_size': 32, 'eval_batch_size': 360, 'seed': 9}
+  config['search'] |= {'statistics_batches': 1, 'policy_delay': 1, 'commit_step': 2}
+  path.write_text(json.dumps(config))
+  text = write_report([str(folder)]).read_text()
+  assert 'report --workdir=. --baseline' in text and 'uniform_int4' not in text
+  plan = baseline.plan(str(folder))
+  result = loop.run(*plan)
+  assert result['formats']['conv'] == {'weights': 'int4', 'activations': 'int4'}
+  assert (result['steps'], result['seed']) == (2, 9)
+  text = write_report([str(folder)]).read_text()
+  assert '--baseline' not in text and '<th scope="row">run/uniform_int4</th>' in text
+  # The same again is finished at once, as any run.
+  monkeypatch.setattr(loop, '_train', None)
+  assert loop.run(*baseline.plan(str(folder))) == result
+
+
+def test_phases_of_a_baseline_are_those_of_a_training(tmp_path):
+  given = {'search': {'activation_delay': 7}, 'formats': ''}
+  folder = write_run(tmp_path / 'run', ['a'], config=given)
+  config, _ = baseline.plan(str(folder))
+  plain = load_config('resnet18', 'digits')
+  plain.update(mode='train', formats='int4', num_steps=30, **{'search': {
+      'activation_delay': 7}})  # fmt: skip
+  assert config_to_json(resolve(config)) == config_to_json(resolve(plain))
+
+
+def test_what_has_no_baseline_says_so(tmp_path):
+  own = write_run(tmp_path / 'own', ['a', 'b'], config={'dataset': OWN_BATCHES})
+  with pytest.raises(ConfigError, match=r"fliqs_jax.train\(..., formats='int4', "):
+    baseline.plan(str(own))
+  text = write_report([str(own)]).read_text()
+  assert "formats='int4', workdir='../own_int4'" in text and '--baseline' not in text
+  fixed = write_run(tmp_path / 'fixed', ['a'], mode='train', target=None)
+  (own / RESULT_FILE).unlink()
+  for folder in (fixed, own):
+    with pytest.raises(ConfigError, match='holds no finished search'):
+      baseline.plan(str(folder))
 
 
 def test_bits_of_a_weight_are_weighted_by_parameters(tmp_path):
