@@ -52,11 +52,15 @@ def policy(decisions: Sequence[Mapping], steps: Sequence[int]) -> str:
 
 def curves(panels: Mapping[str, Mapping], steps: Sequence[int]) -> str:
   """Returns the curves in words."""
-  ends = ', '.join(
-    f'{title} {panel["format"].format(panel["values"][-1])}'
-    for title, panel in panels.items()
-  )
-  return f'Curves over {steps[-1]:,} steps, which end at: {ends}.'
+  def named(values):
+    shown = (f'{t} {panels[t]["format"].format(value)}' for t, value in values.items())
+    return ', '.join(shown)
+
+  ends = named({title: panel['values'][-1] for title, panel in panels.items()})
+  evaluated = {t: p['evaluated'][-1][1] for t, p in panels.items() if p['evaluated']}
+  dots = f' Dots of evaluations meanwhile end at: {named(evaluated)}.'
+  text = f'Curves over {steps[-1]:,} steps, which end at: {ends}.'
+  return text + (dots if evaluated else '')
 
 
 def pareto(points: Sequence[Mapping], unit: str, name: str) -> str:

@@ -105,10 +105,12 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     'decisions': tables.decisions(run),
     'reference': None,
     'separate': False,
+    'panels': tables.panels(run),
     'settings': tables.settings(run.config),
     'command': tables.command(run),
   }
   section |= _found(run, uniform, draw) if run.result else {'found': {}}
+  section['evaluated'] = any(p['evaluated'] for p in section['panels'].values())
   section['progress'] = _progress(run, section, draw)
   section['drawings'] = [*section['found'].values(), *section['progress'].values()]
   return section
@@ -172,7 +174,7 @@ def _progress(run, section, draw):
         section['milestones'],
       ),
     )
-  panels = tables.panels(run)
+  panels = section['panels']
   if panels:
     progress['curves'] = draw(
       'curves',

@@ -9,6 +9,7 @@ from fliqs_jax.numerics.formats import is_format
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
 from fliqs_jax.reporting.training_figures import Milestone
 from fliqs_jax.runs import quality
+from fliqs_jax.runs.workdir import EVALUATED
 from fliqs_jax.search.quantities import counted_bits
 
 # Scalars of a history that a report draws: title, how a number reads, reference line.
@@ -130,6 +131,11 @@ def panels(run: Run) -> dict[str, dict[str, Any]]:
       'values': [row[name] for row in run.history],
       'format': form,
       'reference': reference,
+      'evaluated': [
+        (row['step'], row[EVALUATED + name])
+        for row in run.history
+        if EVALUATED + name in row
+      ],
     }
     for name, (title, form, reference) in _PANELS.items()
     if name not in hidden and all(name in row for row in run.history)

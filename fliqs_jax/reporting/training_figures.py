@@ -132,8 +132,8 @@ def curves(
 
   Args:
     steps: of the T lines of a history.
-    panels: by title, `values` `[T]`, `format` (of a number), and `reference`, a value
-      to draw a line at, or None.
+    panels: by title, `values` `[T]`, `format` (of a number), `reference`, a value to
+      draw a line at, or None, and `evaluated`, pairs (step, value), drawn as dots.
     milestones: where the run changed.
     width: in inches.
   """
@@ -149,6 +149,8 @@ def curves(
       axes.axhline(
         panel['reference'], color=PALETTE['ink'], linewidth=1, linestyle=(0, (4, 3))
       )
+    if panel['evaluated']:
+      axes.plot(*zip(*panel['evaluated']), 'o', color=PALETTE['float'], markersize=4)
     last = panel['format'].format(panel['values'][-1])
     axes.set_title(f'{title}: {last} at step {steps[-1]:,}', pad=SMALL + 6)
     axes.margins(y=0.12)

@@ -432,6 +432,26 @@ def test_a_history_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_p
   assert [row['step'] for row in rows] == [10, 20, 30]
 
 
+def test_evaluations_meanwhile_are_dots_in_the_training_figure(tmp_path):
+  folder = write_run(tmp_path / 'run', ['a'])
+  path = folder / HISTORY_FILE
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows[1] |= {'eval_accuracy': 0.6, 'eval_loss': 0.25}
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  run = read_run(folder)
+  panels = tables.panels(run)
+  assert panels['Training accuracy']['evaluated'] == [(20, 0.6)]
+  assert panels['Reward']['evaluated'] == []
+  figure = training_figures.curves([10, 20, 30], panels)
+  drawn = {axes.get_title('left').partition(':')[0]: axes.lines for axes in figure.axes}
+  _, dots = drawn['Training loss']
+  assert (list(dots.get_xdata()), list(dots.get_ydata())) == ([20], [0.25])
+  assert len(drawn['Reward']) == 1
+  text = write_report([str(folder)]).read_text()
+  assert 'Dots are evaluations meanwhile' in text
+  assert 'evaluations meanwhile end at: Training loss 0.25, Training accu' in text
+
+
 def test_the_page_says_how_to_do_the_run_again(tmp_path, monkeypatch):
   write_run(tmp_path / 'run', ['a'])
   folder = (tmp_path / 'run').rename(tmp_path / 'moved')

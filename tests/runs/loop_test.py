@@ -264,7 +264,8 @@ def test_the_final_formats_keep_a_cap_on_a_second_cost(run, tmp_path, capsys):
       'cost': float(size(space, np.zeros(0, np.int32))),
   }  # fmt: skip
   # What is printed is the result's.
-  terminal.print_result(result | {'caps': [cap | {'limit': 7.5}]}, str(tmp_path))
+  changed = cap | {'cost': 5.0, 'limit': 7.5}
+  terminal.print_result(result | {'caps': [changed]}, str(tmp_path))
   assert 'of the cap 7.5' in capsys.readouterr().out
 
 
@@ -284,6 +285,29 @@ def test_evaluations_of_a_run_compile_once(tiny_config, tmp_path):
   results = [evaluate(state, choices) for choices in (lowest, lowest + 3, lowest)]
   assert results[0] == results[2] != results[1]
   assert len(traces) == 1
+
+
+def test_meanwhile_the_best_formats_so_far_are_evaluated(tiny_config, tmp_path):
+  config = tiny_config.copy_and_resolve_references()
+  config.search.strategy = 'actor_critic'
+  setup = preparation.prepare(resolve(config), epath.Path(tmp_path))
+  state = evaluation.initial_state(setup, sharding.make_mesh(setup.num_samples), 0)
+  assert (setup.controller.final_choices(state.controller) < 0).all()  # none yet
+  evaluated = []
+
+  def evaluate(state, choices):
+    evaluated.append(choices)
+    return {'accuracy': 0.5, 'num_examples': 9}
+
+  # Before the commitment those within the target, after it what was committed to.
+  assert loop._evaluated_meanwhile(setup, state, evaluate) == {'eval_accuracy': 0.5}
+  cost = setup.cost_model(setup.space, evaluated[0])
+  assert (evaluated[0] >= 0).all() and cost <= setup.target
+  lowest = np.zeros_like(evaluated[0])
+  controller = setup.controller.commit(state.controller, lowest)
+  committed = state.replace(controller=controller)
+  loop._evaluated_meanwhile(setup, committed, evaluate)
+  np.testing.assert_array_equal(evaluated[1], lowest)
 
 
 def test_non_finite_loss_names_its_step(run):
