@@ -2,11 +2,13 @@
 
 import os
 import re
+import subprocess
 import sys
 
 from conftest import ROOT
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
@@ -35,6 +37,69 @@ def test_notebook_is_committed_whole(path):
   assert pictures(notebook)
   links = '\n'.join(cell.source for cell in notebook.cells)
   assert all(f'({other.name})' in links for other in NOTEBOOKS if other != path)
+
+
+# What the first cell does in a new interpreter, where `shell` says what is there.
+INSTALL = """
+import sys
+commands = []
+
+
+def shell(command):
+  commands.append(command)
+
+
+sys.path.insert(0, '')
+{source}
+print(*commands, sep='\\n')
+"""
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_clone_that_was_not_installed_is_installed(path, tmp_path):
+  (_, cell, *_) = read(path).cells
+  source = re.sub(r'^( *)[!%](.*)$', r'\1shell("\2")', cell.source, flags=re.M)
+  # A clone's own folder is found as a namespace package, without any of its names.
+  package = tmp_path / 'fliqs_jax' / 'fliqs_jax'
+  package.mkdir(parents=True)
+  (package / '__init__.py').write_text('')
+
+  def commands():
+    result = subprocess.run(
+      [sys.executable, '-I', '-S', '-c', INSTALL.format(source=source)],
+      cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return result.stdout.splitlines()
+
+  _, pip = commands()
+  assert pip == 'pip install --quiet ./fliqs_jax'
+  (tmp_path / 'fliqs_jax.py').write_text('search = None')  # as if it were installed
+  package.parent.rename(tmp_path / 'clone')
+  assert ''.join(commands()) == ''
+
+
+@pytest.mark.parametrize(
+  'searched, uniform, answer',
+  [
+    # Of 100 examples each, the difference has a standard error of 3.1 to 6.4 points.
+    (0.95, 0.70, 'Yes: the search is +25.0 points'),
+    (0.70, 0.95, 'No: the search is -25.0 points'),
+    (0.90, 0.88, 'This run cannot say: the search is +2.0 points'),
+  ],
+)
+def test_the_first_search_says_what_its_own_run_shows(searched, uniform, answer):
+  cells = read(ROOT / 'colabs' / 'first_search.ipynb').cells
+  (source,) = (cell.source for cell in cells if 'def verdict' in cell.source)
+  found, beside = (
+    {'eval': {'accuracy': accuracy, 'num_examples': 100}, 'cost': cost}
+    for accuracy, cost in ((searched, 9.0), (uniform, 10.0))
+  )
+  names = {'result': found, 'uniform': beside}
+  exec(source, names)
+  text = names['verdict'](found, beside)
+  assert text.startswith(answer) and text.endswith('at 90.0% of its cost.')
+  error = np.hypot(*(np.sqrt(a * (1 - a) / 100) for a in (searched, uniform)))
+  assert f'a standard error of {100 * error:.1f},' in text
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
