@@ -92,6 +92,11 @@ def _parse(argv, required):
     for name in required:
       if flags.FLAGS[name].value is None:
         raise ConfigError(f'--{name} is missing: expected --{name}={name.upper()}')
+    for name in flags.FLAGS:
+      # As a script has it where a variable of it is not set; a path that is empty is the
+      # current folder.
+      if flags.FLAGS[name].present and flags.FLAGS[name].value in ('', [], ['']):
+        raise ConfigError(f'--{name} is empty: expected --{name}={name.upper()}')
     if 'config' in flags.FLAGS:
       # An error in the config file is kept back until a field is read.
       _ = flags.FLAGS.config.mode
@@ -118,8 +123,13 @@ def with_run_folders(argv: Sequence[str]) -> list[str]:
 def _missing_file(argv):
   for argument in argv:
     path = argument.removeprefix('--config=').partition(':')[0]
-    if argument.startswith('--config=') and not os.path.isfile(path):
-      return f'config file {path!r} does not exist'
+    if not argument.startswith('--config=') or os.path.isfile(path):
+      continue
+    if not path:
+      return '--config is empty: expected --config=configs/resnet18.py:digits'
+    if os.path.isdir(path):
+      return f'config {path!r} is a folder that holds no run: expected one, or a file'
+    return f'config file {path!r} does not exist'
 
 
 def _unknown_field(argv):
@@ -154,7 +164,9 @@ def _one_line(error):
   if not lines:
     return type(error).__name__
   line = lines[-1] if 'Traceback' in str(error) else lines[0]
-  return line.removeprefix('ValueError: ')
+  for kind in (f'{ConfigError.__module__}.ConfigError', 'ValueError'):
+    line = line.removeprefix(f'{kind}: ')
+  return line
 
 
 def _fail(problems, status=_USER_ERROR_STATUS, alone=False):

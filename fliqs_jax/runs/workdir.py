@@ -84,7 +84,16 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   if not isinstance(content, dict):
     raise ConfigError(f'{str(path)!r} is damaged: expected a JSON object')
   content = result_lib.without_layers(content)
-  return ml_collections.ConfigDict(content, convert_dict=True)
+  for name, kind in (('mode', str), ('dataset', str), ('model', dict)):
+    if not isinstance(content.get(name), kind):
+      raise ConfigError(f'{str(path)!r} is damaged: it has no usable {name!r}')
+  config = ml_collections.ConfigDict(content, convert_dict=True)
+  try:
+    complete(config)
+  except (TypeError, ValueError, AttributeError, KeyError) as error:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise ConfigError(f'{str(path)!r} is damaged: {reason}') from None
+  return config
 
 
 def check_layers(layers: Sequence[Layer], workdir: epath.Path) -> None:

@@ -26,6 +26,9 @@ def command(module, *arguments):
   'arguments, expected',
   [
     ([CONFIG], '--workdir is missing'),
+    ([CONFIG, '--workdir='], '--workdir is empty: expected --workdir=WORKDIR'),
+    (['--config=', '--workdir={}'], '--config is empty'),
+    (['--config=configs', '--workdir={}'], "'configs' is a folder that holds no run"),
     (['--config=configs/nope.py', '--workdir={}'], "'configs/nope.py' does not exist"),
     (['--config=configs/resnet18.py:digit', '--workdir={}'], "variant 'digit'"),
     ([CONFIG, '--workdir={}', '--config.serach.formats=int4'], "'search.formats'"),

@@ -359,7 +359,7 @@ def test_uniform_models_stand_beside_the_search(tmp_path):
   'file, content, expected',
   [
     ('config.json', None, 'holds no run'),
-    ('config.json', '{"mode": "search"}', "no usable 'num_steps'"),
+    ('config.json', '{"mode": "search"}', "no usable 'dataset'"),
     ('config.json', '{', 'cannot be read'),
     ('search_result.json', '{"formats"', 'not JSON, or cut off'),
     ('search_result.json', '{"formats": {"a": "int4"}}', "no usable 'model'"),

@@ -65,7 +65,8 @@ def test_layers_are_those_of_the_run_that_a_folder_holds(tmp_path):
 
 def test_configs_of_earlier_versions_list_the_layers_of_own_networks(tmp_path):
   model = {'name': 'Sequence', 'width': 1.0}
-  old = {'model': model | {'layers': '[]'}, 'dataset': 'own batches'}
+  old = {'mode': 'search', 'dataset': 'own batches'}
+  old['model'] = model | {'layers': '[]'}
   (tmp_path / workdirs.CONFIG_FILE).write_text(json.dumps(old))
   assert workdirs.read_config(epath.Path(tmp_path)).model.to_dict() == model
   result = {'formats': {'first': 'int4'}, 'config': old}
@@ -149,8 +150,26 @@ def test_a_line_that_is_cut_off_is_dropped(workdir):
 
 def test_a_remote_workdir_is_locked_without_a_lock_file(workdir):
   with workdirs.lock(workdir):
-    workdirs.write(workdir, 'config.json', {'a': 1})
-  assert workdirs.read_config(workdir).a == 1
+    content = {'mode': 'search', 'dataset': 'digits', 'model': {'name': 'a'}}
+    workdirs.write(workdir, 'config.json', content)
+  assert workdirs.read_config(workdir).to_dict() == content
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'mode': None}, {'dataset': 5}, {'model': 'resnet18'}, {'model': None},
+    {'seed': 'x'}, {'search': 7}, {'search': []}, {'search': {'num_samples': 'x'}},
+    {'input': {'image_shape': 5}},
+  ],
+)  # fmt: skip
+def test_a_damaged_config_is_one_line(tmp_path, change):
+  folder = epath.Path(tmp_path)
+  content = {'mode': 'search', 'dataset': 'digits', 'model': {'name': 'a'}, **change}
+  workdirs.write(folder, workdirs.CONFIG_FILE, content)
+  with pytest.raises(ConfigError, match='config.json. is damaged: ') as error:
+    workdirs.read_config(folder)
+  assert len(error.value.problems) == 1
 
 
 def test_a_workdir_that_is_gone(tmp_path):
