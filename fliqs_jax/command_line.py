@@ -93,9 +93,10 @@ def _parse(argv, required):
       if flags.FLAGS[name].value is None:
         raise ConfigError(f'--{name} is missing: expected --{name}={name.upper()}')
     for name in flags.FLAGS:
-      # As a script has it where a variable of it is not set; a path that is empty is the
-      # current folder.
-      if flags.FLAGS[name].present and flags.FLAGS[name].value in ('', [], ['']):
+      # As scripts give it whose variable is not set: an empty path is the current folder.
+      # Fields of the config may be empty.
+      given = flags.FLAGS[name].present and not name.startswith('config.')
+      if given and flags.FLAGS[name].value in ('', [], ['']):
         raise ConfigError(f'--{name} is empty: expected --{name}={name.upper()}')
     if 'config' in flags.FLAGS:
       # An error in the config file is kept back until a field is read.

@@ -47,6 +47,12 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, expected, tmp_path):
   assert not workdir.exists()
 
 
+def test_fields_of_a_config_may_be_empty():
+  empty = '--config.compilation_cache=', '--config.formats='
+  result = whole_runs.command('overview', CONFIG, *empty)
+  assert result.returncode == 0, result.stderr
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_time_is_spent(tmp_path):
   for out in (tmp_path, tmp_path / 'none' / 'latency.json', '/proc/latency.json'):
     result = whole_runs.command('measure', CONFIG, f'--out={out}')

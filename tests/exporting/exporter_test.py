@@ -100,6 +100,20 @@ def test_codes_and_scales_are_those_that_the_layers_compute_with():
   np.testing.assert_allclose(layer.activation_scale, 4 / 127, rtol=1e-6)
 
 
+def test_the_docs_build_the_network_of_a_run_again(finished, run):
+  text = (ROOT / 'docs' / 'deploy.md').read_text()
+  _, text = text.split('## In Python, from the folder of a run')
+  code = re.search('```python\n(.*?)```', text, re.S)[1]
+  names = {}
+  exec(code.replace('runs/digits', str(finished)), names)
+  logits, network = names['logits'], names['network']
+  assert logits.shape == (len(names['images']), 10)
+  labels = network.batches[0]['label']
+  assert np.mean(np.argmax(logits, -1) == labels) == pytest.approx(
+    run[2]['eval']['accuracy'], abs=0.05
+  )
+
+
 def test_scales_of_floats_are_those_of_their_own_values():
   layers = discover(
     fliqs_jax.make_searchable(nn.Dense(1)), jax.ShapeDtypeStruct((1, 2), jnp.float32)
