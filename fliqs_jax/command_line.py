@@ -93,8 +93,8 @@ def _parse(argv, required):
       if flags.FLAGS[name].value is None:
         raise ConfigError(f'--{name} is missing: expected --{name}={name.upper()}')
     for name in flags.FLAGS:
-      # As scripts give it whose variable is not set: an empty path is the current folder.
-      # Fields of the config may be empty.
+      # As scripts give it whose variable is not set: an empty path would be the current
+      # folder. Fields of the config may be empty.
       given = flags.FLAGS[name].present and not name.startswith('config.')
       if given and flags.FLAGS[name].value in ('', [], ['']):
         raise ConfigError(f'--{name} is empty: expected --{name}={name.upper()}')
