@@ -207,6 +207,10 @@ def search(
 ) -> Result:
   """Searches the formats of a network's layers while it trains.
 
+  With `strategy='sensitivity', num_steps=0` nothing is trained: formats are found for
+  the weights in `variables`, or an NNX module's own, by forward passes on the first
+  `statistics_batches` of `train_batches`.
+
   Args:
     model: an instance of a linen or an NNX module, which is not changed; see
       `make_searchable` for what is searched. One of NNX trains from its own weights.

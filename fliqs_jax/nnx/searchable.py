@@ -34,7 +34,8 @@ class Searchable:
   The model itself is never changed: its clone carries the operators. The variables are
   the model's own, and `quant_stats`; `apply` takes the formats in the collection
   `formats`, made by `layers.nest`, and without them is the module's. A call with a list
-  of mutable collections is one in training, any other is not.
+  of mutable collections is one in training, any other is not. With `quant_stats` in
+  place of the list, a call in evaluation measures these.
   """
 
   def __init__(self, model: nnx.Module, attributes: Mapping[str, Any]):
@@ -82,15 +83,19 @@ class Searchable:
   ) -> Any:
     """As `nn.Module.apply`."""
     model = self.merge(variables)
-    training = mutable is not False  # as in linen, an empty list is no False
-    if training:
+    if mutable is False:  # as in linen, an empty list is no False
+      pass
+    elif mutable == QUANT_STATS:
+      for operator in _operators(model):
+        operator.use_running_average = False
+    else:
       nnx.Module.train(model)
     if rngs:
       _reseed(model, rngs)
       if 'rngs' in inspect.signature(type(model).__call__).parameters:
         kwargs['rngs'] = nnx.Rngs(rngs.get('dropout', next(iter(rngs.values()))))
     outputs = model(*args, **kwargs)
-    if not training:
+    if mutable is False:
       return outputs
     sown = nnx.to_flat_state(nnx.pop(model, nnx.Intermediate))
     _, *states, _ = nnx.split(model, *_COLLECTIONS.values(), ...)
@@ -98,7 +103,8 @@ class Searchable:
     # Formats are among the others; they are bound for this call alone.
     updated[_OTHERS] = _like(updated[_OTHERS], self._states[_OTHERS])
     updated[_SOWN] = sown
-    return outputs, {name: _nested(updated[name]) for name in mutable}
+    names = [mutable] if isinstance(mutable, str) else mutable
+    return outputs, {name: _nested(updated[name]) for name in names}
 
   def merge(self, variables: Mapping[str, Any]) -> nnx.Module:
     """Returns the network with variables, an NNX module as for evaluation.

@@ -123,7 +123,10 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     remark = f'± {100 * reached.error:.2f} points, the standard error of {remark}'
   elif quality.lower_is_better(reached.name):
     remark = f'lower is better, {remark}'
-  name = f'One-shot {reached.name}' if run.kind == 'searched' else reached.name
+  name = reached.name
+  if run.kind == 'searched':
+    kind = 'Post-training' if 'post_training' in result else 'One-shot'
+    name = f'{kind} {reached.name}'
   cost = number(run.unit.scale(result['cost']))
   found = [
     (name[0].upper() + name[1:], str(reached), remark),

@@ -119,7 +119,12 @@ def result_parts(
   tables = [layer_table(layers, result['cost'], _confidence(result))]
   if result['architecture']:
     tables.append(architecture_table(result['architecture'], result['policy']))
-  lines = [*summary_lines(result), *_emulation_lines(result), f'Files: {workdir}']
+  lines = [
+    *summary_lines(result),
+    *_post_training_lines(result),
+    *_emulation_lines(result),
+    f'Files: {workdir}',
+  ]
   return tables, lines
 
 
@@ -172,7 +177,9 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
   if result['uniform_costs']:
     lines.append(uniform_line(result['uniform_costs'], unit))
   values = {k: v for k, v in evaluation.items() if k not in ('loss', 'num_examples')}
-  kind = 'One-shot ' if result['policy'] else ''
+  kind = ''
+  if result['policy']:
+    kind = 'Post-training ' if 'post_training' in result else 'One-shot '
   judged = quality.find_name(evaluation)  # by it an accuracy is known as a fraction
   shown = ', '.join(
     f'accuracy: {value:.2%}'
@@ -191,6 +198,20 @@ def uniform_line(costs: Mapping[str, float], unit: units.Unit) -> str:
   """Returns the line on costs of uniform models, by format."""
   uniform = ', '.join(f'{name} {unit.scale(c):.6g}' for name, c in costs.items())
   return f'Uniform models: {uniform} {unit.name}'
+
+
+def _post_training_lines(result):
+  """Returns lines on the network before a search without training, and on its loss."""
+  if 'post_training' not in result:
+    return []
+  found = result['post_training']
+  before = quality.from_evaluation(found['unquantized_eval'])
+  return [
+    f'Unquantized: {before.name} {before}',
+    f'Quality on {found["examples"]} examples of training: '
+    f'{found["unquantized"]:.4g} unquantized, {found["predicted"]:.4g} predicted as a '
+    f'sum over layers, {found["measured"]:.4g} measured',
+  ]
 
 
 def _emulation_lines(result):

@@ -4,6 +4,8 @@ config, validation, recipes   fields, what follows from them, what can be wrong
 network, builders, setup      what a config names; all that a run needs, in one record
 preparation                   checks before anything is written
 loop, evaluation              the steps, and what they are worth
+post_training, calibration    the search of given weights without a step
+batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
 workdir, files, result        the files of a run
 sweep, pareto, quality        several runs, and how they compare

@@ -244,12 +244,12 @@ def build_controller(
 
 def build_learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
   """Returns the cosine schedule with a warm-up."""
-  optimizer = config.optimizer
+  optimizer, num_steps = config.optimizer, max(config.num_steps, 1)
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=optimizer.learning_rate,
-    warmup_steps=min(optimizer.warmup_steps, config.num_steps - 1),
-    decay_steps=config.num_steps,
+    warmup_steps=min(optimizer.warmup_steps, num_steps - 1),
+    decay_steps=num_steps,
   )
 
 

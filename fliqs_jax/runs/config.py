@@ -26,7 +26,7 @@ def default_config() -> ml_collections.ConfigDict:
     {
       'mode': 'search',  # or train (fixed formats), eval (a checkpoint)
       'seed': 0,
-      'num_steps': 1000,
+      'num_steps': 1000,  # 0 searches the formats of given weights without training
       'batch_size': 64,  # examples a step, over all samples and devices
       'eval_batch_size': 256,
       'dataset': 'digits',  # a TFDS name
@@ -114,7 +114,9 @@ def default_config() -> ml_collections.ConfigDict:
         'policy_delay': integer(),
         'commit_step': integer(),
         'hard_budget': True,  # commit to the best formats within the target
-        'statistics_batches': 50,  # that re-estimate batch norm at the end
+        # Batches that re-estimate batch norm at the end, and that calibrate and measure
+        # where num_steps=0.
+        'statistics_batches': 50,
       },
       'reward': {
         'name': 'absolute',
@@ -164,6 +166,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = int(0.05 * config.num_steps)
   if search.strategy is None:
     search.strategy = default_strategy(search.decide != 'formats')
+  if validation.trains_nothing(config):
+    search.num_samples = 1  # nothing is sampled
   _resolve_delays(config)
   if config.reward.quality is None:
     config.reward.quality = _default_quality(config)

@@ -14,14 +14,23 @@ import numpy as np
 from fliqs_jax.data.batches import BatchIterator
 from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.layers.layer import to_json
-from fliqs_jax.runs import evaluation, files, preparation, pretrained, workdir
+from fliqs_jax.runs import (
+  evaluation,
+  files,
+  post_training,
+  preparation,
+  pretrained,
+  workdir,
+)
 from fliqs_jax.runs import result as result_lib
+from fliqs_jax.runs.batch_norm import make_reestimate
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.distributed import Preemption
 from fliqs_jax.runs.progress import Progress
 from fliqs_jax.runs.setup import Setup
-from fliqs_jax.training import health, moving_averages, sharding, steps
+from fliqs_jax.runs.validation import trains_nothing
+from fliqs_jax.training import health, sharding, steps
 from fliqs_jax.training.task import Batch, Metrics
 from fliqs_jax.training.train_state import TrainState
 
@@ -77,8 +86,12 @@ def train(
     if result.get('config') == config:
       _logger.info('The run in %s is finished.', folder)
       return result
-  with _opened(setup, folder):
-    result = _train(setup, folder, shared)
+  with _opened(setup, folder) as found:
+    result = (
+      post_training.save(setup, found, folder)
+      if found
+      else _train(setup, folder, shared)
+    )
     if jax.process_index() == 0:
       workdir.write(folder, result_lib.RESULT_FILE, result)
   return result
@@ -105,14 +118,19 @@ def train_to_commitment(setup: Setup, folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _opened(setup, folder):
-  """Keeps other runs out of a folder, which says what runs in it."""
+  """Keeps other runs out of a folder, which says what runs in it.
+
+  Yields what a search without training found, which may be that nothing will do: it
+  comes before anything is written.
+  """
   with workdir.lock(folder):
+    found = post_training.find(setup) if trains_nothing(setup.config) else None
     if jax.process_index() == 0:
       config = result_lib.config_to_json(setup.config)
       workdir.write(folder, workdir.CONFIG_FILE, config)
       workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
       workdir.keep_inputs(setup.config, folder)
-    yield
+    yield found
 
 
 def _start(setup, mesh, checkpoints, shared=None):
@@ -310,26 +328,7 @@ def _final_choices(setup, state):
 
 def _reestimate(setup, mesh, state, choices):
   """Returns the state with batch norm's statistics under the final formats."""
-  if not jax.tree.leaves(state.batch_stats):
-    return state
-  step = steps.make_statistics_step(setup.task, setup.space, mesh)
-  placed, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  choices = jax.device_put(choices, everywhere)
-
-  def probe_batch(batch, probed):
-    batch = jax.make_array_from_process_local_data(placed, batch)
-    return step(state, choices, batch, jax.device_put(probed, everywhere))
-
   # An order of its own, so that doing it again after an interruption changes nothing.
-  batches = setup.data.train(setup.config.seed + 1, placed)
+  batches = setup.data.train(setup.config.seed + 1, sharding.batch_sharding(mesh))
   batches = itertools.islice(batches, setup.config.search.statistics_batches)
-  first = list(itertools.islice(batches, 1))
-  if not first:
-    _logger.warning('No batches are left: batch norm keeps its moving averages.')
-    return state
-  new, kept = moving_averages.reestimate(
-    probe_batch, state.batch_stats, itertools.chain(first, batches)
-  )
-  if kept:
-    _logger.info('No finite moving averages, left as they are: %s.', ', '.join(kept))
-  return state.replace(batch_stats=new)
+  return make_reestimate(setup, mesh)(state, choices, batches)

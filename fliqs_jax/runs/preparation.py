@@ -7,9 +7,11 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Problems
+from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.runs import files, pretrained, supernet, workdir
 from fliqs_jax.runs.network import Architecture
 from fliqs_jax.runs.setup import Data, Setup, build
+from fliqs_jax.runs.validation import trains_nothing
 from fliqs_jax.search.assignments import Assignment
 from fliqs_jax.training.train_state import Variables
 
@@ -88,7 +90,17 @@ def attempt_start(
     start = problems.attempt(pretrained.read, config.init_from)
   if setup and start is not None:
     problems.attempt(pretrained.check, setup.model, setup.example, start)
+  named = given is not None or config.init_from
+  if setup and trains_nothing(config) and not named and not _has_weights(setup.model):
+    problems.add(
+      'num_steps=0: expected trained weights, in init_from=DIR or, in Python, as '
+      'variables, since a search without training takes those that it is given'
+    )
   return start
+
+
+def _has_weights(model):
+  return isinstance(model, NnxSearchable)
 
 
 def configured_data(problems: Problems, config: ml_collections.ConfigDict) -> Data:

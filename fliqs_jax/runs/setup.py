@@ -18,7 +18,7 @@ from fliqs_jax.layers.layer import Layer
 from fliqs_jax.runs import builders, targets
 from fliqs_jax.runs import network as network_lib
 from fliqs_jax.runs.network import Architecture, Network
-from fliqs_jax.runs.validation import DTYPES, validate
+from fliqs_jax.runs.validation import DTYPES, trains_nothing, validate
 from fliqs_jax.search.assignments import Assignment
 from fliqs_jax.search.budget import Budget
 from fliqs_jax.search.controller import Controller
@@ -54,7 +54,7 @@ class Setup(NamedTuple):
     target: in the cost model's unit; of no effect where formats are fixed.
     caps: other costs that the final formats keep within.
     problem: what is searched; None where formats are fixed.
-    controller: the policy; None where formats are fixed.
+    controller: the policy; None where formats are fixed or nothing is trained.
     optimizer: of the weights.
     learning_rate: its schedule.
     num_samples: S, the samples of a step.
@@ -140,7 +140,9 @@ def build(
     target=target,
     caps=caps,
     problem=problem,
-    controller=builders.build_controller(config, problem) if searches else None,
+    controller=builders.build_controller(config, problem)
+    if searches and not trains_nothing(config)
+    else None,
     optimizer=builders.build_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     num_samples=config.search.num_samples if searches else 1,

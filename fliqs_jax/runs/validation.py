@@ -17,10 +17,11 @@ from fliqs_jax.training import classification, language_modelling
 MODES = ('search', 'train', 'eval')
 DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = ('sgd', 'adamw', 'rmsprop')
+POST_TRAINING = 'sensitivity'  # the strategy that can do without training
 
 # Fields with a number, by the range that it must be in.
 _POSITIVE = (
-    'num_steps', 'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
+    'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
     'optimizer.epsilon', 'search.num_samples', 'search.target', 'search.target_scale',
     'search.cap', 'search.cap_scale', 'search.statistics_batches', 'input.context',
@@ -80,6 +81,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   problems += _check_batches(config, num_devices)
   problems += _check_image(config) + _check_text(config)
   problems += _check_augmentation(config) + _check_latency_table(config)
+  problems += _check_steps(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config) + _check_decide(config) + _check_targets(config)
@@ -163,6 +165,23 @@ def _check_numbers(config):
       if value is not None and not valid(value):
         problems.append(f'{field}={value}: expected {expected}')
   return problems
+
+
+def trains_nothing(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether a config searches the formats of given weights without a step."""
+  return config.mode == 'search' and config.num_steps == 0
+
+
+def _check_steps(config):
+  steps, strategy = config.num_steps, config.search.strategy
+  if steps < 0 or (steps == 0 and config.mode == 'train'):
+    return [f'num_steps={steps}: expected a number above 0']
+  if trains_nothing(config) and strategy != POST_TRAINING and strategy in STRATEGIES:
+    return [
+      f'num_steps=0: expected a number above 0, or search.strategy={POST_TRAINING}, '
+      'which searches the formats of trained weights without a step'
+    ]
+  return []
 
 
 def _check_batches(config, num_devices):
@@ -341,7 +360,11 @@ def _check_reward(config):
     )
   if config.search.strategy == 'policy_gradient':
     problems += _check_policy_gradient(config)
-  elif config.search.num_samples == 1 and config.search.strategy != 'uniform':
+  elif (
+    config.search.num_samples == 1
+    and config.search.strategy != 'uniform'
+    and not trains_nothing(config)
+  ):
     problems.append(
       'search.num_samples=1: expected 2 or more, since '
       f'search.strategy={config.search.strategy} compares samples on the same examples'

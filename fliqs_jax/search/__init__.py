@@ -11,6 +11,7 @@ rewards      quality and cost as one number
 controller   the interface of what is learned, and REINFORCE
 critic       the additive model of the quality
 strategies   how formats are found, one file each
+single_changes   one decision in each of its formats, the others unquantized
 
 Besides the letters of the package's docstring, which hold everywhere: F decisions on
 formats and A on sizes, N together; M layers that the L layers of a supernet can become.

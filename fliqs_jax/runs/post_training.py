@@ -1,0 +1,120 @@
+"""A search without training: the formats of given weights, from calibration batches.
+
+1. The statistics of activations are measured in the unquantized network.
+2. Each decision is measured in each of its formats, the others unquantized. What it
+   loses is its sensitivity; for an assignment, sensitivities are added.
+3. The integer program takes the assignment within the budget that loses least.
+4. Batch norm's statistics are estimated under it, and it is evaluated.
+
+Formats are traced data: each of the few functions is compiled once for all of them.
+"""
+
+from collections.abc import Mapping
+import logging
+import time
+from typing import Any, NamedTuple
+
+from etils import epath
+import numpy as np
+
+from fliqs_jax.runs import evaluation, pretrained, workdir
+from fliqs_jax.runs import result as result_lib
+from fliqs_jax.runs.calibration import Calibration
+from fliqs_jax.runs.checkpoints import Checkpoints
+from fliqs_jax.runs.setup import Setup
+from fliqs_jax.search.single_changes import open_space, single_changes
+from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training import sharding
+from fliqs_jax.training.train_state import TrainState
+
+_logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+  """What a search without training found."""
+
+  state: TrainState  # with the statistics of activations and of batch norm
+  choices: np.ndarray  # int32[N]
+  evaluated: Mapping[str, float]
+  record: Mapping[str, Any]  # what its result has beside that of any run
+
+
+def find(setup: Setup) -> Found:
+  """Searches the formats of a setup's weights; writes nothing.
+
+  Raises:
+    ConfigError: where there are no batches.
+    FloatingPointError: where a mean over the evaluation is not finite.
+  """
+  started, opened = time.monotonic(), open_space(setup.space)
+  mesh = sharding.make_mesh(setup.num_samples)
+  state = evaluation.initial_state(setup, mesh, setup.config.seed)
+  if setup.start:
+    state = pretrained.start_from(state, setup.start)
+  calibration = Calibration(setup._replace(space=opened.space), mesh)
+  _logger.info('Calibrating on %d examples.', calibration.num_examples)
+  state = calibration.with_activation_statistics(state, opened.unquantized)
+  losses = _sensitivities(calibration, opened, setup.space, state)
+  choices = setup.problem.best_choices(-losses)
+  _logger.info('Evaluating.')
+  before, _ = calibration.evaluate(state, opened.unquantized)
+  evaluated, after = calibration.evaluate(state, opened.choices(choices))
+  record = {
+    'sensitivities': by_name(setup.space, losses),
+    'post_training': {
+      'examples': calibration.num_examples,
+      **_qualities(calibration, opened, state, losses, choices),
+      'unquantized_eval': before,
+    },
+  }
+  _logger.info('Searched for %.0f s.', time.monotonic() - started)
+  return Found(after, choices, evaluated, record)
+
+
+def save(setup: Setup, found: Found, folder: epath.Path) -> dict[str, Any]:
+  """Writes the checkpoint of what was found, and returns the result of the run.
+
+  Raises:
+    RunError: where it cannot be written.
+  """
+  placed = sharding.batch_sharding(sharding.make_mesh(setup.num_samples))
+  batches = setup.data.train(setup.config.seed, placed)
+  with Checkpoints(folder) as checkpoints, workdir.History(folder, 0) as history:
+    checkpoints.save(found.state, batches)
+    history.write_evaluation(0, found.evaluated)
+  policy = np.zeros(setup.space.valid.shape)
+  policy[np.arange(len(policy)), found.choices] = 1.0
+  result = result_lib.make_result(setup, found.choices, policy, found.evaluated)
+  return {**result, **found.record}
+
+
+def _sensitivities(calibration, opened, space, state):
+  """Returns the quality that each option loses, float64[N, K]."""
+  changes = single_changes(space)
+  _logger.info('Measuring %d single changes.', len(changes))
+  candidates = [opened.reference, *(opened.changed(*change) for change in changes)]
+  reference, *qualities = calibration.qualities(state, candidates)
+  losses = np.zeros(space.valid.shape)
+  for change, quality in zip(changes, qualities):
+    losses[change] = reference - quality
+  return losses
+
+
+def _qualities(calibration, opened, state, losses, choices):
+  """Returns the qualities on the calibration batches, before and after, by name."""
+  candidates = [opened.unquantized, opened.reference, opened.choices(choices)]
+  unquantized, reference, measured = calibration.qualities(state, candidates)
+  lost = losses[np.arange(len(choices)), choices].sum()
+  return {
+    'unquantized': float(unquantized),
+    'predicted': float(reference - lost),
+    'measured': float(measured),
+  }
+
+
+def by_name(space: SearchSpace, losses: np.ndarray) -> dict[str, dict[str, float]]:
+  """Returns `{decision: {format: loss}}` of losses float[N, K]."""
+  return {
+    decision.name: dict(zip(decision.options, map(float, row)))
+    for decision, row in zip(space.decisions, losses)
+  }

@@ -1,0 +1,233 @@
+"""Searches without training: what they measure, find, leave and refuse."""
+
+import itertools
+import json
+
+from etils import epath
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fliqs_jax
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.reporting import terminal
+from fliqs_jax.reporting.page import write_report
+from fliqs_jax.runs import evaluation, loop
+from fliqs_jax.runs.config import resolve
+from fliqs_jax.training import post_training, sharding
+
+FORMATS = ('int2', 'int4', 'int8')
+RNG = np.random.default_rng(0)
+BATCHES = [
+  {
+    'image': RNG.normal(size=(8, 6)).astype(np.float32),
+    'label': RNG.integers(4, size=8),
+  }
+  for _ in range(3)
+]
+
+
+class Network(nnx.Module):
+  """Three layers, of different sizes, and dropout."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(6, 16, rngs=rngs)
+    self.middle = nnx.Linear(16, 8, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.last = nnx.Linear(8, 4, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(self.dropout(nnx.relu(self.middle(nnx.relu(self.first(x))))))
+
+
+def search(model=None, **fields):
+  arguments = {
+    'strategy': 'sensitivity', 'num_steps': 0, 'formats': FORMATS,
+    'target_format': 'int4', 'statistics_batches': 3, **fields,
+  }  # fmt: skip
+  model = model or Network(nnx.Rngs(0))
+  return fliqs_jax.search(model, BATCHES, BATCHES, **arguments)
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+  """The result of a search of an NNX module's own weights, and its folder."""
+  folder = tmp_path_factory.mktemp('found') / 'run'
+  sizes = []
+  make = post_training.make_quality_step
+
+  def counted(*args):
+    step = make(*args)
+
+    def measure(*arguments):
+      measured = step(*arguments)
+      sizes.append(step._cache_size())
+      return measured
+
+    return measure
+
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(post_training, 'make_quality_step', counted)
+    result = search(workdir=folder)
+  return result, folder, sizes
+
+
+def test_one_program_measures_all_formats(found):
+  _, _, sizes = found
+  # Nine changes and the reference, then the network before and after, on each batch.
+  assert len(sizes) == 3 * (10 + 3) and set(sizes) == {1}
+
+
+def test_sensitivities_are_what_an_evaluation_under_these_formats_loses(found):
+  result, folder, _ = found
+  sensitivities = result.content['sensitivities']
+  assert {d: tuple(s) for d, s in sensitivities.items()} == dict.fromkeys(
+    ('first', 'middle', 'last'), FORMATS
+  )
+
+  def loss(**formats):
+    formats = {**formats, '.*': 'float32'}
+    model = Network(nnx.Rngs(1))  # whose own weights count for nothing
+    return fliqs_jax.evaluate(model, BATCHES, folder, formats=formats)['loss']
+
+  for layer, name in (('first', 'int2'), ('last', 'int4')):
+    lost = loss(**{layer: name}) - loss()
+    assert sensitivities[layer][name] == pytest.approx(lost, rel=1e-4, abs=1e-6)
+  record = result.content['post_training']
+  assert -loss() == pytest.approx(record['unquantized'], rel=1e-5)
+  assert -result.eval['loss'] == pytest.approx(record['measured'], rel=1e-5)
+  assert record['unquantized_eval']['loss'] == pytest.approx(loss(), rel=1e-5)
+  assert record['examples'] == 24
+
+
+def test_statistics_of_activations_are_means_over_batches_without_dropout(found):
+  result, _, _ = found
+  images = np.stack([batch['image'] for batch in BATCHES])
+  weights = result.variables['params']
+  hidden = np.maximum(images @ weights['first']['kernel'] + weights['first']['bias'], 0)
+  before_last = hidden @ weights['middle']['kernel'] + weights['middle']['bias']
+  for layer, inputs in (
+    ('first', images), ('middle', hidden), ('last', np.maximum(before_last, 0)),
+  ):  # fmt: skip
+    (statistics,) = result.variables['quant_stats'][layer].values()
+    mean_square, absmax = (np.mean(v) for v in (
+      np.square(inputs).mean((1, 2)), np.abs(inputs).max((1, 2))
+    ))  # fmt: skip
+    np.testing.assert_allclose(statistics['mean_square'], mean_square, 1e-5)
+    np.testing.assert_allclose(statistics['absmax'], absmax, 1e-5)
+
+
+def test_no_assignment_within_the_budget_loses_less(found):
+  result, _, _ = found
+  sensitivities = result.content['sensitivities']
+  macs = {'first': 96, 'middle': 128, 'last': 32}
+  bits = {'int2': 2, 'int4': 4, 'int8': 8}
+
+  def cost(assignment):
+    return sum(macs[layer] * bits[name] ** 2 for layer, name in assignment.items())
+
+  def lost(assignment):
+    return sum(sensitivities[layer][name] for layer, name in assignment.items())
+
+  every = [dict(zip(macs, names)) for names in itertools.product(FORMATS, repeat=3)]
+  least = min(lost(a) for a in every if cost(a) <= 16 * sum(macs.values()))
+  chosen = {layer: formats['weights'] for layer, formats in result.formats.items()}
+  assert lost(chosen) == pytest.approx(least)
+  assert (
+    result.cost == pytest.approx(1e-9 * cost(chosen)) and result.cost <= result.target
+  )
+  record = result.content['post_training']
+  assert record['predicted'] == pytest.approx(record['unquantized'] - least)
+
+
+def test_a_result_is_used_as_any_other(found):
+  result, folder, _ = found
+  assert {'search_result.json', 'config.json', 'layers.json', 'history.jsonl'} <= {
+    path.name for path in folder.iterdir()
+  }
+  content = json.loads((folder / 'search_result.json').read_text())
+  assert content['config']['search']['strategy'] == 'sensitivity'
+  assert content['steps'] == 0
+  evaluated = fliqs_jax.evaluate(Network(nnx.Rngs(1)), BATCHES, folder)
+  assert evaluated == pytest.approx(dict(result.eval))
+  assert 'Post-training accuracy: ' in repr(result)
+  assert 'predicted as a sum over layers' in repr(result)
+  page = epath.Path(write_report([str(folder)])).read_text()
+  assert 'Post-training accuracy' in page
+  logits = result.model(jnp.asarray(BATCHES[0]['image']))  # an NNX module
+  assert logits.shape == (8, 4)
+  # Again it is only read.
+  assert search(workdir=folder).content == result.content
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_config, tmp_path_factory):
+  """The folder of a training in float32."""
+  folder = tmp_path_factory.mktemp('trained') / 'run'
+  config = tiny_config.copy_and_resolve_references()
+  config.update(mode='train', formats='float32')
+  loop.run(config, folder)
+  return folder
+
+
+@pytest.fixture
+def config(tiny_config, trained):
+  config = tiny_config.copy_and_resolve_references()
+  config.update(init_from=str(trained), num_steps=0, eval_batch_size=128)
+  config.search.update(strategy='sensitivity', pins=(('classifier', 'int8'),))
+  return config
+
+
+def test_a_run_from_a_checkpoint(config, trained, tmp_path):
+  folder = tmp_path / 'run'
+  result = loop.run(config, folder)
+  assert result['cost'] <= result['target']
+  assert set(result['sensitivities']) == set(result['policy'])
+  assert result['formats']['classifier'] == dict.fromkeys(
+    ('weights', 'activations'), 'int8'
+  )
+  # Batch norm's statistics are those under the formats found.
+  setup, state, _ = evaluation.finished_run(epath.Path(folder))
+  evaluate = evaluation.make_evaluate(setup, sharding.make_mesh(1))
+  assert evaluate(state, np.zeros(0, np.int32)) == pytest.approx(result['eval'])
+  float_result = json.loads((trained / 'search_result.json').read_text())
+  params = evaluation.restored_state(setup, epath.Path(trained))[0].params
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
+  unquantized = result['post_training']['unquantized_eval']
+  assert unquantized['loss'] == pytest.approx(float_result['eval']['loss'], rel=0.2)
+  terminal.print_result(result, str(folder))
+
+
+@pytest.mark.parametrize(
+  'fields, expected',
+  [
+    ({'init_from': ''}, 'num_steps=0: expected trained weights, in init_from=DIR or'),
+    ({'search.strategy': 'actor_critic'}, 'num_steps=0: expected a number above 0, or'),
+    ({'mode': 'train', 'formats': 'int4'}, 'num_steps=0: expected a number above 0'),
+    ({'search.target_scale': 0.01}, 'cannot be reached: expected one from'),
+    ({'init_from': 'nowhere'}, "init_from='nowhere' does not exist"),
+    ({'model.width': 0.125}, 'variables to start from: .* expected shape'),
+  ],
+)
+def test_what_is_refused(config, tmp_path, fields, expected):
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(ConfigError, match=expected) as error:
+    loop.run(config, tmp_path / 'run')
+  if 'model.width' not in fields:  # which has a line for each leaf
+    assert len(error.value.problems) == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_batches_of_another_shape_are_named():
+  batches = [BATCHES[0], {**BATCHES[1], 'image': np.zeros((8, 7), np.float32)}]
+  with pytest.raises(ConfigError, match=r'train_batches: a batch has .*\[B, 7\]'):
+    fliqs_jax.search(
+      Network(nnx.Rngs(0)), batches, BATCHES, strategy='sensitivity', num_steps=0,
+      formats=FORMATS,
+    )  # fmt: skip
+
+
+def test_samples_do_not_split_the_batches(config):
+  assert resolve(config).search.num_samples == 1
