@@ -159,6 +159,17 @@ def searched(tmp_path_factory):
   return result, evaluation
 
 
+def test_a_search_that_measures_says_what_each_format_loses(searched):
+  result, _ = searched
+  losses = result.content['sensitivities']
+  # Relative to the best format of each decision.
+  assert {d: set(v) for d, v in losses.items()} == {
+    d: set(options) for d, options in result.policy.items()
+  }
+  assert all(min(options.values()) == 0 for options in losses.values())
+  assert max(max(options.values()) for options in losses.values()) > 0
+
+
 def test_a_sequence_model_with_a_loss_of_its_own(searched):
   result, evaluation = searched
   projections = {f'attention/{name}' for name in ('query', 'key', 'value', 'out')}

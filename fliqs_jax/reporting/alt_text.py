@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fliqs_jax.reporting import units
+from fliqs_jax.reporting.sensitivities import words
 from fliqs_jax.reporting.summary import cost_text, number
 from fliqs_jax.reporting.tables import option_order
 from fliqs_jax.runs import quality
@@ -38,6 +39,15 @@ def costs(layers: Sequence[Mapping], reference: str) -> str:
   return (
     f'Bars of the cost of {len(layers)} layers, uniform {reference} beside the formats '
     f'found. The most expensive layer is {largest["path"]}{share}.'
+  )
+
+
+def sensitivities(result: Mapping) -> str:
+  """Returns the map of sensitivities in words."""
+  count = len(result['sensitivities'])
+  return (
+    f'Map of what {count} decisions lose in each format. {words(result)} The table of '
+    'sensitivities has every number.'
   )
 
 

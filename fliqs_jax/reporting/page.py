@@ -19,6 +19,8 @@ from fliqs_jax.reporting import (
   layer_figures,
   pareto_figure,
   rendering,
+  sensitivities,
+  sensitivity_figure,
   summary,
   tables,
   training_figures,
@@ -101,6 +103,7 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     'models': [],
     'missing': None,
     'layers': [],
+    'sensitivities': [],
     'architecture': tables.architecture(run),
     'decisions': tables.decisions(run),
     'reference': None,
@@ -146,11 +149,22 @@ def _found(run, uniform, draw):
       ),
     )
   missing = baseline.widest_format(result)
+  rows = sensitivities.rows(result)
+  if rows:
+    chosen = tables.chosen(result)
+    found['sensitivities'] = draw(
+      'sensitivities',
+      alt_text.sensitivities(result),
+      functools.partial(sensitivity_figure.sensitivity_map, rows, chosen),
+    )
   return {
     'models': models,
     'missing': None if missing in uniform else missing,
     'layers': layers,
     'layer_unit': units.choose(costs, unit),
+    'sensitivities': rows,
+    'most_sensitive': sensitivities.words(result),
+    'lost_quality': sensitivities.lost_quality(result) if rows else '',
     'separate': any(layer['weights'] != layer['activations'] for layer in layers),
     'reference': reference,
     'found': found,

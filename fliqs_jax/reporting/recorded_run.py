@@ -170,10 +170,11 @@ def _check_fields(content, fields, path, prefix=''):
 
 def _check_tables(result, path):
   """Checks what is there for each layer, decision or format, and what may be absent."""
-  for name in ('layers', 'architecture'):
+  for name in ('layers', 'architecture', 'sensitivities'):
     if not isinstance(result.get(name, {}), dict):
       raise ConfigError(f'{str(path)!r} is damaged: it has no usable {name!r}')
   tables = [result['uniform_costs'], *result['policy'].values()]
+  tables += result.get('sensitivities', {}).values()
   for name, layer in result.get('layers', {}).items():
     if not isinstance(layer, dict):
       raise ConfigError(f'{str(path)!r} is damaged: layer {name!r} is no object')

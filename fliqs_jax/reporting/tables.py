@@ -62,7 +62,7 @@ def decisions(run: Run) -> list[dict[str, Any]]:
   """
   if not run.history:
     return []
-  chosen = _chosen(run.result) if run.result else {}
+  found = chosen(run.result) if run.result else {}
   rows = []
   for name, options in run.history[-1]['policy'].items():
     ordered = sorted(options, key=option_order)
@@ -78,7 +78,7 @@ def decisions(run: Run) -> list[dict[str, Any]]:
           [row['policy'].get(name, {}).get(option, 0.0) for option in ordered]
           for row in run.history
         ],
-        'found': chosen.get(name, likeliest),
+        'found': found.get(name, likeliest),
         'likeliest': likeliest,
         'probability': last,
       }
@@ -96,14 +96,14 @@ def option_order(option: str) -> tuple:
     return (2, 0, option)
 
 
-def _chosen(result):
+def chosen(result: Mapping[str, Any]) -> dict[str, str]:
   """Returns the option that the result has of each decision that governs something."""
-  chosen = {name: str(size) for name, size in result.get('architecture', {}).items()}
+  found = {name: str(size) for name, size in result.get('architecture', {}).items()}
   for path, operands in decisions_by_layer(result).items():
     for operand, decision in operands.items():
       if decision is not None:
-        chosen.setdefault(decision, result['formats'][path][operand])
-  return chosen
+        found.setdefault(decision, result['formats'][path][operand])
+  return found
 
 
 def milestones(run: Run) -> list[Milestone]:

@@ -8,6 +8,7 @@ post_training, calibration    the search of given weights without a step
 batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
 workdir, files, result        the files of a run
+sensitivities                 what the quality loses by each format
 sweep, pareto, quality        several runs, and how they compare
 distributed, progress         processes that stop together; what a run shows meanwhile
 """

@@ -79,11 +79,15 @@ class Checkpoints:
   def save(self, state: TrainState, batches: BatchIterator) -> None:
     """Saves the state, which is copied before the call returns.
 
+    A checkpoint of the same step is replaced.
+
     Raises:
       RunError: where this checkpoint or the one before cannot be written.
     """
     items = {name: _pick(state, fields) for name, fields in _ITEMS.items()}
     with self._failures_named():
+      if self._manager.latest_step() == int(state.step):
+        self._manager.delete(int(state.step))
       self._manager.save(
         int(state.step),
         args=ocp.args.Composite(

@@ -20,6 +20,7 @@ from fliqs_jax.runs import (
   post_training,
   preparation,
   pretrained,
+  sensitivities,
   workdir,
 )
 from fliqs_jax.runs import result as result_lib
@@ -124,7 +125,7 @@ def _opened(setup, folder):
   comes before anything is written.
   """
   with workdir.lock(folder):
-    found = post_training.find(setup) if trains_nothing(setup.config) else None
+    found = post_training.find(setup, folder) if trains_nothing(setup.config) else None
     if jax.process_index() == 0:
       config = result_lib.config_to_json(setup.config)
       workdir.write(folder, workdir.CONFIG_FILE, config)
@@ -166,7 +167,8 @@ def _train(setup, folder, shared):
       choices, policy = _final_choices(setup, state)
       evaluated = evaluate(state, choices)
       history.write_evaluation(last, evaluated)
-  return result_lib.make_result(setup, choices, policy, evaluated)
+  result = result_lib.make_result(setup, choices, policy, evaluated)
+  return result | sensitivities.of_training(setup, state)
 
 
 def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from fliqs_jax.runs import evaluation, pretrained, workdir
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import evaluation, pretrained, sensitivities, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.calibration import Calibration
-from fliqs_jax.runs.checkpoints import Checkpoints
+from fliqs_jax.runs.checkpoints import FOLDER, Checkpoints
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.search.single_changes import open_space, single_changes
-from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.training import sharding
 from fliqs_jax.training.train_state import TrainState
 
@@ -39,13 +39,18 @@ class Found(NamedTuple):
   record: Mapping[str, Any]  # what its result has beside that of any run
 
 
-def find(setup: Setup) -> Found:
+def find(setup: Setup, folder: epath.Path) -> Found:
   """Searches the formats of a setup's weights; writes nothing.
 
+  Args:
+    setup: of the run.
+    folder: the run's.
+
   Raises:
-    ConfigError: where there are no batches.
+    ConfigError: where there are no batches, or the folder holds what was trained.
     FloatingPointError: where a mean over the evaluation is not finite.
   """
+  _check(folder)
   started, opened = time.monotonic(), open_space(setup.space)
   mesh = sharding.make_mesh(setup.num_samples)
   state = evaluation.initial_state(setup, mesh, setup.config.seed)
@@ -60,7 +65,7 @@ def find(setup: Setup) -> Found:
   before, _ = calibration.evaluate(state, opened.unquantized)
   evaluated, after = calibration.evaluate(state, opened.choices(choices))
   record = {
-    'sensitivities': by_name(setup.space, losses),
+    'sensitivities': sensitivities.by_name(setup.space, losses),
     'post_training': {
       'examples': calibration.num_examples,
       **_qualities(calibration, opened, state, losses, choices),
@@ -88,16 +93,35 @@ def save(setup: Setup, found: Found, folder: epath.Path) -> dict[str, Any]:
   return {**result, **found.record}
 
 
+def _check(folder):
+  """Checks that no checkpoint is newer than the one that a search would write."""
+  if not (folder / FOLDER).is_dir():
+    return
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    if checkpoints.latest_step():
+      raise ConfigError(
+        f'workdir {str(folder)!r} holds checkpoints of a run that trained: name '
+        'another for a search without training'
+      )
+
+
 def _sensitivities(calibration, opened, space, state):
   """Returns the quality that each option loses, float64[N, K]."""
   changes = single_changes(space)
   _logger.info('Measuring %d single changes.', len(changes))
   candidates = [opened.reference, *(opened.changed(*change) for change in changes)]
   reference, *qualities = calibration.qualities(state, candidates)
+  if not np.isfinite(reference):
+    raise FloatingPointError(
+      f'the quality of the given weights is {reference} on the calibration batches: '
+      'look for such values in the weights or in the data'
+    )
   losses = np.zeros(space.valid.shape)
   for change, quality in zip(changes, qualities):
     losses[change] = reference - quality
-  return losses
+  # A format in which the network overflows is worse than any that can be measured.
+  finite = np.isfinite(losses)
+  return np.where(finite, losses, 2 * np.max(losses, where=finite, initial=1.0))
 
 
 def _qualities(calibration, opened, state, losses, choices):
@@ -109,12 +133,4 @@ def _qualities(calibration, opened, state, losses, choices):
     'unquantized': float(unquantized),
     'predicted': float(reference - lost),
     'measured': float(measured),
-  }
-
-
-def by_name(space: SearchSpace, losses: np.ndarray) -> dict[str, dict[str, float]]:
-  """Returns `{decision: {format: loss}}` of losses float[N, K]."""
-  return {
-    decision.name: dict(zip(decision.options, map(float, row)))
-    for decision, row in zip(space.decisions, losses)
   }

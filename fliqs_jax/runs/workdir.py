@@ -19,9 +19,8 @@ import numpy as np
 from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
 from fliqs_jax.numerics.formats import NAMES
-from fliqs_jax.runs import files
+from fliqs_jax.runs import files, sessions
 from fliqs_jax.runs import result as result_lib
-from fliqs_jax.runs import sessions
 from fliqs_jax.runs.config import complete
 
 CONFIG_FILE = 'config.json'

@@ -154,8 +154,9 @@ def test_a_result_is_used_as_any_other(found):
   assert evaluated == pytest.approx(dict(result.eval))
   assert 'Post-training accuracy: ' in repr(result)
   assert 'predicted as a sum over layers' in repr(result)
+  assert 'Most sensitive, by increase of the loss: ' in repr(result)
   page = epath.Path(write_report([str(folder)])).read_text()
-  assert 'Post-training accuracy' in page
+  assert 'Post-training accuracy' in page and 'Which layers are sensitive' in page
   logits = result.model(jnp.asarray(BATCHES[0]['image']))  # an NNX module
   assert logits.shape == (8, 4)
   # Again it is only read.
@@ -231,3 +232,10 @@ def test_batches_of_another_shape_are_named():
 
 def test_samples_do_not_split_the_batches(config):
   assert resolve(config).search.num_samples == 1
+
+
+def test_a_folder_with_what_was_trained_is_left_alone(config, trained):
+  before = (trained / 'config.json').read_bytes()
+  with pytest.raises(ConfigError, match='holds checkpoints of a run that trained'):
+    loop.run(config, trained, allow_config_change=True)
+  assert (trained / 'config.json').read_bytes() == before

@@ -1,0 +1,34 @@
+"""Sensitivities of a result: what the quality loses by each format of each decision."""
+
+import jax
+import numpy as np
+
+from fliqs_jax.runs.setup import Setup
+from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.training.train_state import TrainState
+
+# Strategies whose scores are qualities.
+_MEASURING = ('actor_critic', 'sensitivity')
+
+Sensitivities = dict[str, dict[str, float]]  # {decision: {format: loss of quality}}
+
+
+def by_name(space: SearchSpace, losses: np.ndarray) -> Sensitivities:
+  """Returns losses of quality float[N, K] by the names of decisions and formats."""
+  return {
+    decision.name: dict(zip(decision.options, map(float, row)))
+    for decision, row in zip(space.decisions, losses)
+  }
+
+
+def of_training(setup: Setup, state: TrainState) -> dict[str, Sensitivities]:
+  """Returns `{'sensitivities': ...}` of a search that trained, as far as it knows them.
+
+  They are relative to the best format of a decision, and empty where the strategy
+  measures no qualities.
+  """
+  if not setup.controller or setup.config.search.strategy not in _MEASURING:
+    return {}
+  scores = np.asarray(setup.controller.scores(jax.device_get(state.controller)))
+  best = np.max(scores, axis=1, where=setup.space.valid, initial=-np.inf)
+  return {'sensitivities': by_name(setup.space, best[:, None] - scores)}
