@@ -106,7 +106,10 @@ class Result:
 
   @property
   def target(self) -> float | None:
-    """The target that was searched for, in the same unit; None of a training."""
+    """The target that was searched for, in the same unit.
+
+    None of a training, and of a search with `max_quality_drop`.
+    """
     return self.content['target']
 
   @property

@@ -51,6 +51,16 @@ def sensitivities(result: Mapping) -> str:
   )
 
 
+def front(result: Mapping) -> str:
+  """Returns the figure of a budget of quality in words."""
+  points = ', '.join(
+    f'{point["lost"]:.3g} at {number(point["cost"])}'
+    f'{" (chosen)" if point["chosen"] else ""}'
+    for point in result['front']
+  )
+  return f'Quality lost against cost in {result["cost_unit"]}: {points}.'
+
+
 def policy(decisions: Sequence[Mapping], steps: Sequence[int]) -> str:
   """Returns the heat map in words."""
   sure = sum(decision['probability'] > 0.9 for decision in decisions)

@@ -16,8 +16,10 @@ from fliqs_jax.reporting import (
   alt_text,
   comparison,
   figure_style,
+  front_figure,
   layer_figures,
   pareto_figure,
+  quality_budget,
   rendering,
   sensitivities,
   sensitivity_figure,
@@ -157,9 +159,22 @@ def _found(run, uniform, draw):
       alt_text.sensitivities(result),
       functools.partial(sensitivity_figure.sensitivity_map, rows, chosen),
     )
+  if result.get('front'):
+    found['front'] = draw(
+      'front',
+      alt_text.front(result),
+      functools.partial(
+        front_figure.lost_quality,
+        result['front'],
+        quality_budget.limit_of(result),
+        unit,
+        quality_budget.lost_quality(result),
+      ),
+    )
   return {
     'models': models,
     'missing': None if missing in uniform else missing,
+    'front': quality_budget.words(result),
     'layers': layers,
     'layer_unit': units.choose(costs, unit),
     'sensitivities': rows,

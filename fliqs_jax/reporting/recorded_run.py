@@ -43,6 +43,7 @@ _LAYER_FIELDS = {
   'cost': _NUMBER,
   'uniform_costs': dict,
 }
+_POINT_FIELDS = {'cost': _NUMBER, 'lost': _NUMBER, 'within': bool, 'chosen': bool}
 _DECISIONS_FIELD = dict.fromkeys(('weights', 'activations'), (str, type(None)))
 _CONFIG_FIELDS = {
   'mode': str,
@@ -185,6 +186,11 @@ def _check_tables(result, path):
   for table in tables:
     if not _is_table(table) or not all(map(math.isfinite, table.values())):
       raise ConfigError(f'{str(path)!r} is damaged: expected numbers by format')
+  front = result.get('front', [])
+  if not isinstance(front, list) or not all(isinstance(p, dict) for p in front):
+    raise ConfigError(f'{str(path)!r} is damaged: it has no usable \'front\'')
+  for point in front:
+    _check_fields(point, _POINT_FIELDS, path, 'front.')
   if result.get('target') is not None:
     _check_fields(result, {'target': _NUMBER}, path)
 

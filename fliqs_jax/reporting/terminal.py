@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fliqs_jax.reporting import sensitivities, units
+from fliqs_jax.reporting import quality_budget, sensitivities, units
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import quality
 from fliqs_jax.search import devices
@@ -122,7 +122,7 @@ def result_parts(
   lines = [
     *summary_lines(result),
     *_post_training_lines(result),
-    *filter(None, [sensitivities.words(result)]),
+    *filter(None, [quality_budget.words(result), sensitivities.words(result)]),
     *_emulation_lines(result),
     f'Files: {workdir}',
   ]

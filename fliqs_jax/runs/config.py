@@ -101,6 +101,9 @@ def default_config() -> ml_collections.ConfigDict:
         # index of the one that a run finishes for, None for all of them.
         'targets': (),
         'target_index': integer(),
+        # Without training, the most quality to lose in place of a target: points of
+        # accuracy, bits per byte, or the quality's own unit.
+        'max_quality_drop': config_dict.placeholder(float),
         'cap_cost_model': '',  # a second cost that the commitment keeps; empty for none
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost

@@ -18,7 +18,13 @@ from etils import epath
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import evaluation, pretrained, sensitivities, workdir
+from fliqs_jax.runs import (
+  evaluation,
+  pretrained,
+  quality_budget,
+  sensitivities,
+  workdir,
+)
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.calibration import Calibration
 from fliqs_jax.runs.checkpoints import FOLDER, Checkpoints
@@ -47,7 +53,8 @@ def find(setup: Setup, folder: epath.Path) -> Found:
     folder: the run's.
 
   Raises:
-    ConfigError: where there are no batches, or the folder holds what was trained.
+    ConfigError: where there are no batches, the folder holds what was trained, or no
+      assignment loses as little as `search.max_quality_drop`.
     FloatingPointError: where a mean over the evaluation is not finite.
   """
   _check(folder)
@@ -60,10 +67,17 @@ def find(setup: Setup, folder: epath.Path) -> Found:
   _logger.info('Calibrating on %d examples.', calibration.num_examples)
   state = calibration.with_activation_statistics(state, opened.unquantized)
   losses = _sensitivities(calibration, opened, setup.space, state)
-  choices = setup.problem.best_choices(-losses)
   _logger.info('Evaluating.')
   before, _ = calibration.evaluate(state, opened.unquantized)
-  evaluated, after = calibration.evaluate(state, opened.choices(choices))
+
+  def evaluate(choices):
+    return calibration.evaluate(state, opened.choices(choices))
+
+  if setup.config.search.max_quality_drop is None:
+    choices, front = setup.problem.best_choices(-losses), {}
+  else:
+    choices, front = quality_budget.cheapest(setup, losses, evaluate, before)
+  evaluated, after = evaluate(choices)
   record = {
     'sensitivities': sensitivities.by_name(setup.space, losses),
     'post_training': {
@@ -71,6 +85,7 @@ def find(setup: Setup, folder: epath.Path) -> Found:
       **_qualities(calibration, opened, state, losses, choices),
       'unquantized_eval': before,
     },
+    **front,
   }
   _logger.info('Searched for %.0f s.', time.monotonic() - started)
   return Found(after, choices, evaluated, record)

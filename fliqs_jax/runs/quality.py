@@ -104,3 +104,13 @@ def merit(name: str, value: float) -> float:
 def to_text(name: str, value: float) -> str:
   """Returns how a quality of this name reads."""
   return f'{value:.2%}' if name == 'accuracy' else f'{value:.4g}'
+
+
+def lost(before: Quality, after: Quality) -> float:
+  """Returns by how much a quality is worse, an accuracy in points."""
+  return (100 if before.name == 'accuracy' else 1) * (before.merit - after.merit)
+
+
+def lost_to_text(name: str, value: float) -> str:
+  """Returns how what `lost` returns reads, of a quality of this name."""
+  return f'{value:.2f} points' if name == 'accuracy' else f'{value:.4g} in {name}'

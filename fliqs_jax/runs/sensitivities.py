@@ -5,10 +5,8 @@ import numpy as np
 
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.search.space import SearchSpace
+from fliqs_jax.search.strategies import STRATEGIES
 from fliqs_jax.training.train_state import TrainState
-
-# Strategies whose scores are qualities.
-_MEASURING = ('actor_critic', 'sensitivity')
 
 Sensitivities = dict[str, dict[str, float]]  # {decision: {format: loss of quality}}
 
@@ -27,7 +25,9 @@ def of_training(setup: Setup, state: TrainState) -> dict[str, Sensitivities]:
   They are relative to the best format of a decision, and empty where the strategy
   measures no qualities.
   """
-  if not setup.controller or setup.config.search.strategy not in _MEASURING:
+  strategy = STRATEGIES[setup.config.search.strategy]
+  # Scores that serve any target are qualities.
+  if not setup.controller or not strategy.serves_targets:
     return {}
   scores = np.asarray(setup.controller.scores(jax.device_get(state.controller)))
   best = np.max(scores, axis=1, where=setup.space.valid, initial=-np.inf)

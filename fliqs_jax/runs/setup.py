@@ -20,7 +20,7 @@ from fliqs_jax.runs import network as network_lib
 from fliqs_jax.runs.network import Architecture, Network
 from fliqs_jax.runs.validation import DTYPES, trains_nothing, validate
 from fliqs_jax.search.assignments import Assignment
-from fliqs_jax.search.budget import Budget
+from fliqs_jax.search.budget import Budget, cost_range
 from fliqs_jax.search.controller import Controller
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
@@ -116,6 +116,8 @@ def build(
   # A table of latencies may lack a layer or a format.
   for priced in (cost_model, *(cap.cost_model for cap in caps)):
     priced(space, np.zeros(len(space.decisions), np.int32))
+  if searches and config.search.max_quality_drop is not None:
+    _, target = cost_range(space, cost_model)  # any cost will do
   if searches:
     builders.check_reachable(config, space, Budget(cost_model, target), caps)
   problem = None

@@ -33,7 +33,7 @@ _NOT_NEGATIVE = (
     'input.rand_augment_magnitude', 'input.mixup_alpha',
     'input.cutmix_alpha',
     'search.weight_delay', 'search.activation_delay', 'search.policy_delay',
-    'search.commit_step',
+    'search.commit_step', 'search.max_quality_drop',
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
@@ -85,6 +85,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config) + _check_decide(config) + _check_targets(config)
+    problems += _check_quality_drop(config)
   return problems
 
 
@@ -180,6 +181,28 @@ def _check_steps(config):
     return [
       f'num_steps=0: expected a number above 0, or search.strategy={POST_TRAINING}, '
       'which searches the formats of trained weights without a step'
+    ]
+  if trains_nothing(config) and config.search.targets:
+    return [
+      f'search.targets={config.search.targets!r}: expected num_steps above 0, since a '
+      'search without training has one target'
+    ]
+  return []
+
+
+def _check_quality_drop(config):
+  search, drop = config.search, config.search.max_quality_drop
+  if drop is None:
+    return []
+  if not trains_nothing(config):
+    return [
+      f'search.max_quality_drop={drop:g}: expected num_steps=0, a search without '
+      'training, which can measure many assignments'
+    ]
+  if search.target is not None:
+    return [
+      f'search.max_quality_drop={drop:g} and search.target={search.target:g}: expected '
+      'one of them'
     ]
   return []
 

@@ -12,6 +12,7 @@ controller   the interface of what is learned, and REINFORCE
 critic       the additive model of the quality
 strategies   how formats are found, one file each
 single_changes   one decision in each of its formats, the others unquantized
+cheapest     the cheapest assignment that loses no more quality than it may
 
 Besides the letters of the package's docstring, which hold everywhere: F decisions on
 formats and A on sizes, N together; M layers that the L layers of a supernet can become.

@@ -7,6 +7,7 @@ import pytest
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import figure_style, sensitivities
+from fliqs_jax.reporting.front_figure import lost_quality
 from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.reporting.sensitivity_figure import sensitivity_map, strength
 
@@ -66,4 +67,24 @@ def test_the_map_has_a_cell_for_each_format_and_a_dot_for_the_one_found(width):
 def test_what_is_no_sensitivity_is_damage(tmp_path):
   folder = write_run(tmp_path / 'run', ['a'], sensitivities={'a': {'int2': 'much'}})
   with pytest.raises(ConfigError, match='is damaged: expected numbers by format'):
+    read_run(folder)
+
+
+POINT = {'cost': 1.0, 'lost': 0.5, 'within': True, 'chosen': True}
+
+
+@pytest.mark.parametrize('width', [figure_style.WIDE, figure_style.NARROW])
+def test_a_front_is_drawn_around_its_limit_with_a_ring_for_what_was_chosen(width):
+  dear = POINT | {'cost': 8.0, 'lost': -0.25, 'chosen': False}
+  cheap = POINT | {'cost': 0.5, 'lost': 75.0, 'within': False, 'chosen': False}
+  axes = lost_quality([cheap, POINT, dear], 1.0, 'GBOPs', 'points', width).axes[0]
+  rings = [line for line in axes.lines if line.get_fillstyle() == 'none']
+  assert [(*ring.get_xdata(), *ring.get_ydata()) for ring in rings] == [(1.0, 0.5)]
+  assert axes.get_ylim() == (-0.55, 4.0) and axes.get_xscale() == 'log'
+
+
+@pytest.mark.parametrize('front', [5, [5], [POINT | {'lost': 'much'}]])
+def test_what_is_no_front_is_damage(tmp_path, front):
+  folder = write_run(tmp_path / 'run', ['a'], front=front)
+  with pytest.raises(ConfigError, match='is damaged: it has no usable .*front'):
     read_run(folder)

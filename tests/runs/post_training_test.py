@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 from etils import epath
 from flax import nnx
@@ -232,6 +233,64 @@ def test_batches_of_another_shape_are_named():
 
 def test_samples_do_not_split_the_batches(config):
   assert resolve(config).search.num_samples == 1
+
+
+@pytest.mark.parametrize(
+  'fields, expected',
+  [
+    ({'num_steps': 12}, 'search.max_quality_drop=1: expected num_steps=0, a search wi'),
+    ({'search.target': 1.0}, 'max_quality_drop=1 and search.target=1: expected one of'),
+    ({'search.max_quality_drop': -1.0}, 'max_quality_drop=-1.0: expected 0 or more'),
+    (
+      {'search.max_quality_drop': None, 'search.targets': ('int4', 'int8')},
+      'search.targets=.*expected num_steps above 0',
+    ),
+  ],
+)
+def test_budgets_that_are_refused(config, tmp_path, fields, expected):
+  config.search.update(max_quality_drop=1.0, num_samples=2)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(ConfigError, match=expected) as error:
+    loop.run(config, tmp_path / 'run')
+  assert len(error.value.problems) == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_budget_of_quality(found, tmp_path):
+  result, _, _ = found
+  unquantized = result.content['post_training']['unquantized_eval']
+  # In points of accuracy, of 24 examples.
+  budgeted = search(workdir=tmp_path / 'run', max_quality_drop=100 * 2 / 24)
+  front = budgeted.content['front']
+  assert [point['cost'] for point in front] == sorted(point['cost'] for point in front)
+  (chosen,) = (point for point in front if point['chosen'])
+  assert budgeted.target is None and budgeted.cost == chosen['cost']
+  lost = unquantized['accuracy'] - budgeted.eval['accuracy']
+  assert chosen['lost'] == pytest.approx(100 * lost, abs=1e-4) and 24 * lost < 2.01
+  assert all(point['cost'] >= chosen['cost'] for point in front if point['within'])
+  assert f'Of {len(front)} assignments that were measured, the ' in repr(budgeted)
+  page = epath.Path(write_report([str(tmp_path / 'run')])).read_text()
+  assert 'What lower costs would lose' in page
+
+
+def test_a_budget_that_no_assignment_meets(tmp_path):
+  model = Network(nnx.Rngs(0))
+  model.eval()
+  batches = [{**batch, 'float': np.asarray(model(batch['image']))} for batch in BATCHES]
+  with pytest.raises(ConfigError) as error:
+    fliqs_jax.search(
+      model, batches, batches, strategy='sensitivity', num_steps=0, formats=FORMATS,
+      loss=lambda outputs, batch: jnp.square(outputs - batch['float']),
+      max_quality_drop=0.0, statistics_batches=1, workdir=tmp_path / 'run',
+    )  # fmt: skip
+  (line,) = error.value.problems
+  assert re.match(
+    'search.max_quality_drop=0: every assignment of .* loses more of the unquantized '
+    'quality of .*: measured .* in quality at .* GBOPs to .* in quality at .* GBOPs; ',
+    line,
+  )
+  # Nothing but the lock of the folder.
+  assert {path.name for path in (tmp_path / 'run').iterdir()} == {'.lock'}
 
 
 def test_a_folder_with_what_was_trained_is_left_alone(config, trained):

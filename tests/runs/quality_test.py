@@ -68,3 +68,13 @@ def test_differences_in_words(name, other, words):
   one, two = (quality.from_evaluation({**LOSS, name: value}) for value in (0.9, other))
   assert one.against(two) == words
   assert math.isclose(one.value, 0.9)
+
+
+def test_what_is_lost_is_in_the_unit_that_people_say():
+  of = quality.from_evaluation
+  accuracies = [of({'accuracy': a, 'num_examples': 9}) for a in (0.975, 0.97)]
+  assert quality.lost(*accuracies) == pytest.approx(0.5)
+  assert quality.lost_to_text('accuracy', 0.5) == '0.50 points'
+  bits = [of({'bits_per_byte': b, 'num_examples': 9}) for b in (2.5, 2.75)]
+  assert quality.lost(*bits) == 0.25
+  assert quality.lost_to_text('bits per byte', 0.25) == '0.25 in bits per byte'
