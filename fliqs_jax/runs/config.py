@@ -90,7 +90,8 @@ def default_config() -> ml_collections.ConfigDict:
         # natively, and faster than bf16, and bf16.
         'formats': 'int_small',
         'weights_and_activations': 'tied',  # or separate, or weights
-        'groups': (),  # regexes on whole module paths that tie layers
+        # Regexes on whole module paths that tie layers, and names: qkv, gate_up.
+        'groups': (),
         'pins': (),  # pairs (regex, format)
         'num_samples': 4,
         'cost_model': 'bops',

@@ -42,6 +42,7 @@ from fliqs_jax.layers.variants import Variants, find_variants
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.masking import LayerSizes
 from fliqs_jax.numerics.products import LayerFormats
+from fliqs_jax.search.groups import expand
 
 OPERANDS = ('weights', 'activations')
 UNQUANTIZED = 'float32'
@@ -342,9 +343,10 @@ def build_space(
     options: the names of the formats to choose from.
     operands: `tied`: a layer's weights and activations share one decision;
       `separate`: each has its own; `weights`: activations are not quantized.
-    groups: regexes on whole module paths. Layers that one of them matches share their
-      decisions; if it has capture groups, only those that capture the same text do,
-      so `(stage._block.)/.*` makes one decision for each block.
+    groups: regexes on whole module paths, and names in `groups.GROUPS`. Layers that
+      one of them matches share their decisions; if it has capture groups, only those
+      that capture the same text do, so `(stage._block.)/.*` makes one decision for each
+      block.
     pins: pairs of a regex on whole module paths and the format that the weights and
       activations of the matching layers are fixed to.
 
@@ -356,6 +358,7 @@ def build_space(
     raise ConfigError(
       f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
     )
+  groups = expand(groups, layers)
   owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
   pinned = dict(pins)
   decisions = {}  # what a decision is for -> its name

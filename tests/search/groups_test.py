@@ -1,0 +1,79 @@
+"""Groups by name: which layers share a decision, and where none do."""
+
+from flax import linen as nn
+import jax.numpy as jnp
+import pytest
+
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.layer import Layer
+from fliqs_jax.linen.discovery import discover
+from fliqs_jax.linen.interception import make_searchable
+from fliqs_jax.search.space import build_space
+
+OPTIONS = ('int4', 'int8')
+
+
+def decisions(layers, *groups, **options):
+  """Returns the paths of the layers of each decision on weights."""
+  space = build_space(layers, OPTIONS, groups=groups, **options)
+  tied = {}
+  for layer, decision in zip(space.layers, space.weights):
+    tied.setdefault(space.decisions[decision].name, []).append(layer.path)
+  return tied
+
+
+def named(*paths):
+  return [Layer(path, 'op', 'dense', (1, 8), (8, 8), (1, 8), 64, 64) for path in paths]
+
+
+def test_the_projections_of_flax_attention_share_a_decision():
+  network = nn.Sequential([nn.SelfAttention(2), nn.SelfAttention(2)])
+  layers = discover(make_searchable(network), jnp.ones((1, 3, 4)))
+  assert decisions(layers, 'qkv') == {
+    f'layers_{i}{suffix}': [f'layers_{i}/{name}' for name in names]
+    for i in (0, 1)
+    for suffix, names in (('', ('query', 'key', 'value')), ('/out', ('out',)))
+  }
+
+
+LLAMA = [
+  f'block{i}/{name}'
+  for i in (0, 1)
+  for name in (
+    'attention/q_proj', 'attention/k_proj', 'attention/v_proj', 'attention/o_proj',
+    'mlp/gate_proj', 'mlp/up_proj', 'mlp/down_proj',
+  )
+]  # fmt: skip
+
+
+def test_both_names_and_a_regex_together():
+  tied = decisions(named(*LLAMA, 'head'), 'qkv', 'gate_up', '.*/(?:o|down)_proj')
+  assert {name: len(paths) for name, paths in tied.items()} == {
+    'block0/attention': 3, 'block0/mlp': 2, 'block1/attention': 3, 'block1/mlp': 2,
+    '.*/(?:o|down)_proj': 4, 'head': 1,
+  }  # fmt: skip
+  space = build_space(named(*LLAMA), OPTIONS, 'separate', groups=['qkv', 'gate_up'])
+  # Of each block two groups and two layers by themselves.
+  assert len(space.decisions) == 2 * 2 * 4
+
+
+def test_layers_at_the_top_and_grouped_queries():
+  # Of one parent, whatever else it holds, and also where there is no value.
+  tied = decisions(named('q', 'k', 'out', 'inner/q', 'gate', 'up'), 'qkv', 'gate_up')
+  assert [*tied.values()] == [['q', 'k'], ['out'], ['inner/q'], ['gate', 'up']]
+
+
+@pytest.mark.parametrize(
+  'group, paths',
+  [
+    ('qkv', ['block/qkv', 'block/out']),  # one product already
+    ('gate_up', ['block/up', 'block/down']),  # no gate
+    ('qkv', ['a/query', 'b/key', 'c/value']),  # of no common parent
+  ],
+)
+def test_a_name_that_ties_nothing_is_refused(group, paths):
+  with pytest.raises(
+    ConfigError, match=f"groups='{group}' ties layers of one par"
+  ) as e:
+    decisions(named(*paths), group)
+  assert len(e.value.problems) == 1
