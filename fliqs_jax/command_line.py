@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import io
 import logging
 import os
 import sys
@@ -45,6 +46,10 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
   """
 
   def guarded(argv):
+    for stream in (sys.stdout, sys.stderr):
+      if isinstance(stream, io.TextIOWrapper):
+        # Tables have signs that not every locale can write.
+        stream.reconfigure(errors='replace')
     _log_to_stderr()
     try:
       main(argv)

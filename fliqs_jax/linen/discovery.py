@@ -13,6 +13,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.architecture import Table
 from fliqs_jax.layers.call_counts import count_layers, marked, marks
 from fliqs_jax.layers.layer import Layer, describe, join_path
+from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.linen.operators import QuantizedOperator
 from fliqs_jax.linen.supernet import Gate
 
@@ -87,7 +88,7 @@ def discover_hooked(
     # Others may be of a class of the user's that JAX cannot return.
     return [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
 
-  with nn.intercept_methods(record):
+  with intercept_methods(record):
     jaxpr = jax.make_jaxpr(call)(variables, *inputs)
   _check_no_jit(jaxpr)
   params = traverse_util.flatten_dict(nn.unbox(variables['params']), sep='/')

@@ -24,6 +24,7 @@ from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
 from fliqs_jax.linen.discovery import discover_hooked, init_shapes
+from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.linen.operators import (
   QuantizedConv,
   QuantizedConvTranspose,
@@ -143,7 +144,7 @@ class Searchable:
     return found, handled
 
   def _hooked(self, formats, handled):
-    return nn.intercept_methods(
+    return intercept_methods(
       functools.partial(_intercept, self._attributes, formats, handled)
     )
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 import contextlib
 from typing import Any
 
-from flax import linen as nn
 import jax
 
+from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.linen.operators import QuantizedOperator
 from fliqs_jax.numerics.products import Product
 
@@ -27,7 +27,7 @@ def replaced_layers(compute: Compute) -> Iterator[None]:
       return call(*args, **kwargs)
     return compute('/'.join(module.path[:-1]), *args)
 
-  with nn.intercept_methods(replace):
+  with intercept_methods(replace):
     yield
 
 

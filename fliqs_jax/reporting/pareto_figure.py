@@ -127,7 +127,8 @@ def pareto(
   axes.margins(0.08 if wide else 0.16, 0.2)
   axes.set_xlabel(f'cost ({shown.name}{scale})')
   axes.set_title(textwrap.fill(title, 110 if wide else 44))
-  axes.set_ylabel(quality_lib.to_title(quality))
+  known = any(point['error'] is not None for point in points)
+  axes.set_ylabel(quality_lib.to_title(quality) + ' ± standard error' * known)
   _legend(figure, points)
   _label(axes, points, 24 if wide else 12)
   return figure

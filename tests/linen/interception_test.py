@@ -1,6 +1,8 @@
 """Networks in plain Flax, searched without a change to their code."""
 
 import functools
+import subprocess
+import sys
 
 from flax import linen as nn
 import jax
@@ -312,3 +314,23 @@ def test_a_loop_of_unknown_length_is_an_error():
 
   with pytest.raises(ValueError, match='block/dense runs in a loop of unknown length'):
     list(marks.marks(jax.make_jaxpr(network)(jnp.ones(2))))
+
+
+# In another interpreter, where `assert` does nothing.
+WITHOUT_ASSERTIONS = """
+import flax.linen as nn, jax, jax.numpy as jnp
+from fliqs_jax.linen.interception import make_searchable
+
+x = jnp.ones((1, 4))
+model = make_searchable(nn.Dense(2))
+macs = [layer.macs for layer in model.coverage(x).layers]
+variables = model.init(jax.random.key(0), x)
+print(macs, jax.jit(model.apply)(variables, x).shape, __debug__)
+"""
+
+
+def test_discovery_ends_under_python_O():
+  script = [sys.executable, '-O', '-c', WITHOUT_ASSERTIONS]
+  result = subprocess.run(script, capture_output=True, text=True)
+  # A trace that still recorded layers could not be compiled.
+  assert result.stdout.strip() == '[8] (1, 2) False', result.stderr[-2000:]

@@ -75,6 +75,7 @@ def test_the_figure_of_a_sweep_says_what_it_is_of(tmp_path, monkeypatch):
   (axes,) = drawn[0].axes
   assert axes.get_title('left') == 'resnet18 on digits, 2,000 steps, seed 3'
   assert axes.get_xlabel() == 'cost (MBOPs, logarithmic)'
+  assert axes.get_ylabel() == 'accuracy ± standard error'
   assert labels_of(drawn[0]) == ['target int3', 'uniform int3']
 
 
