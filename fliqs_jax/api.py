@@ -39,6 +39,7 @@ from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES, complete, default_config, resolve
 from fliqs_jax.runs.network import Network
+from fliqs_jax.runs.promotion import usual_promotion
 from fliqs_jax.runs.setup import Data, Setup
 from fliqs_jax.search import assignments
 from fliqs_jax.training import user_task
@@ -141,6 +142,7 @@ class Result:
     except OSError as error:
       raise ConfigError(f'cannot write to {folder!r}: {error}') from None
 
+  @usual_promotion()
   def export(self, to: str, folder: os.PathLike | str) -> dict[str, Any]:
     """Exports the network, loads it again, and compares the outputs.
 
@@ -381,6 +383,7 @@ class _Scores(NamedTuple):
   inputs: str | Callable[[Batch], Any]
 
 
+@usual_promotion()
 def _run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Searches or trains as the config says, and returns the result."""
   own = _own_run(config, model, train_batches, eval_batches, scores, workdir)
@@ -475,6 +478,7 @@ def _evaluation_data(setup, eval_batches, evaluated):
   return lambda sharding: batches.eval_batches(eval_batches, check)
 
 
+@usual_promotion()
 def overview(
   model: Model,
   *inputs: Any,
@@ -527,6 +531,7 @@ def _first_example(a):
   return jax.ShapeDtypeStruct((1, *a.shape[1:])[: len(a.shape)], dtype)
 
 
+@usual_promotion()
 def evaluate(
   model: Model,
   eval_batches: batches.Source,

@@ -146,7 +146,12 @@ def searched(tmp_path_factory):
   """A search of a sequence model over a generator; its result and its evaluation."""
   workdir = tmp_path_factory.mktemp('own') / 'run'
   evaluation = list(sequences([16, 16, 5]))
-  with contextlib.redirect_stderr(io.StringIO()) as shown:
+  with (
+    contextlib.redirect_stderr(io.StringIO()) as shown,
+    # As a process may have it, whose own code is stricter.
+    jax.numpy_rank_promotion('raise'),
+    jax.numpy_dtype_promotion('strict'),
+  ):
     result = fliqs_jax.search(
       Sequence(), sequences([16, 16, 3, *[16] * 8]), evaluation, num_steps=10,
       log_every=5, num_samples=2, workdir=workdir, optimizer='adamw',
