@@ -47,6 +47,8 @@ def find_builder(config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
         expected=f'one of TFDS or of {", ".join(PACKAGED)}',
       )
     ) from None
+  except OSError as error:
+    raise ConfigError(_unusable(name, data_dir, error)) from None
   if name not in PACKAGED and not builder.is_prepared():
     raise ConfigError(_unprepared(name, data_dir))
   _check_features(config, builder.info.features)
@@ -57,11 +59,16 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
   """Builds a packaged dataset that is not there yet, and checks the splits.
 
   Raises:
-    ConfigError: where a split that the config names does not exist or is empty.
+    ConfigError: where a split that the config names does not exist or is empty, or the
+      dataset cannot be written.
   """
   if not builder.is_prepared():
     tfds.disable_progress_bar()  # it takes a second
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except OSError as error:
+      name, folder = config.dataset, builder.data_dir
+      raise ConfigError(_unusable(name, folder, error)) from None
   settings, problems = config.input, []
   for split in (settings.train_split, settings.eval_split, settings.reward_split):
     try:
@@ -73,6 +80,13 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
       )
   if problems:
     raise ConfigError(*problems)
+
+
+def _unusable(name, folder, error):
+  return (
+    f'dataset {name!r} cannot be kept in {str(folder or "the TFDS data folder")!r}: '
+    f'{error.strerror or error}; name another folder with --config.input.data_dir=DIR'
+  )
 
 
 def _unprepared(name, data_dir):

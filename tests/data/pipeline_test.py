@@ -3,7 +3,7 @@
 import importlib
 import io
 
-from conftest import ROOT
+from conftest import ROOT, load_config
 import jax
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 
 from fliqs_jax.data import pipeline
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import loop
 
 
@@ -237,3 +238,12 @@ def test_search_on_photographs(photographs, tmp_path):
   result = loop.run(config, tmp_path / 'run')
   assert result['eval']['num_examples'] == 25
   assert np.isfinite(result['eval']['loss'])
+
+
+@pytest.mark.parametrize('folder', ['/dev/null/data', '/proc/data'])
+def test_a_folder_that_cannot_hold_a_dataset_is_one_line(folder):
+  config = load_config('resnet18', 'digits')
+  config.input.data_dir = folder
+  with pytest.raises(ConfigError, match="'digits' cannot be kept in") as error:
+    pipeline.prepare(config, pipeline.find_builder(config))
+  assert len(error.value.problems) == 1
