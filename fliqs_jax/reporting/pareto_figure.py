@@ -191,9 +191,14 @@ def _label(axes: Axes, points: Sequence[Mapping[str, Any]], length: int) -> None
   """Writes labels where they cover neither another one nor, if possible, a marker."""
   figure = axes.figure
   figure.draw_without_rendering()  # places are known from here on
-  centers = axes.transData.transform([(p['cost'], p['quality']) for p in points])
   radius = _MARKER_RADIUS * figure.dpi / 72
-  markers = [Bbox([center - radius, center + radius]) for center in centers]
+  ends = [
+    axes.transData.transform(
+      [(p['cost'], p['quality'] + sign * (p['error'] or 0)) for p in points]
+    )
+    for sign in (-1, 1)
+  ]  # of error bars, which labels stand beside as they do beside markers
+  markers = [Bbox([low - radius, high + radius]) for low, high in zip(*ends)]
   colours, taken = _colours(points), []
   texts = shorten_all([point['label'] for point in points], length)
   for point, text in zip(points, texts):
