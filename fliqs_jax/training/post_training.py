@@ -40,7 +40,7 @@ def make_calibration_step(
     nothing = jax.tree.map(jnp.zeros_like, state.quant_stats)
     state = state.replace(quant_stats=nothing)
     _, updated = _call(state, task, space, choices, _flat(batch), key, QUANT_STATS)
-    return updated[QUANT_STATS]
+    return updated.get(QUANT_STATS, {})  # none where transformations keep none
 
   return _jit(calibration_step, mesh)
 

@@ -298,3 +298,19 @@ def test_a_folder_with_what_was_trained_is_left_alone(config, trained):
   with pytest.raises(ConfigError, match='holds checkpoints of a run that trained'):
     loop.run(config, trained, allow_config_change=True)
   assert (trained / 'config.json').read_bytes() == before
+
+
+def test_a_short_training_goes_on_from_what_was_found(found, tmp_path):
+  result, _, _ = found
+  model = Network(nnx.Rngs(1))  # whose own weights count for nothing
+  fields = {'num_steps': 1, 'learning_rate': 1e-9, 'workdir': tmp_path / 'run'}
+  finished = fliqs_jax.train(
+    model, BATCHES, BATCHES, formats=result, variables=result.variables,
+    weight_delay=0, activation_delay=0, **fields,
+  )  # fmt: skip
+  assert finished.formats == result.formats
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+    finished.variables['params'],
+    result.variables['params'],
+  )
