@@ -7,8 +7,7 @@ int3 and int4: the accuracy of the uniform model with these weights, calibrated 
 search is; that of the formats found without training over {int2, int3, int4, int8}; the
 same after a short training in these formats, from the same weights, without which
 --finish_steps=0 does; and the seconds of the search. A workdir that holds some of the
-runs is continued, whose seconds are not known then. Takes about ten minutes on two
-cores.
+runs is continued, whose seconds are not known then.
 """
 
 import argparse
@@ -99,8 +98,13 @@ def main():
   print(f'| at the cost of | seed | {" | ".join(COLUMNS)} |')
   print('|---' * (2 + len(COLUMNS)) + '|')
   for target, seed, row in rows:
-    numbers = [f'{row[name]:.2%}' for name in COLUMNS[:-1]]
-    print(f'| {target} | {seed} | {" | ".join(numbers)} | {row["seconds"]:.0f} |')
+    numbers = [_text(row[name], '{:.2%}') for name in COLUMNS[:-1]]
+    numbers.append(_text(row['seconds'], '{:.0f}'))
+    print(f'| {target} | {seed} | {" | ".join(numbers)} |')
+
+
+def _text(number, form):
+  return '–' if math.isnan(number) else form.format(number)
 
 
 if __name__ == '__main__':
