@@ -230,9 +230,7 @@ class TrainBatches:
     if batch is None:
       raise StopIteration
     self._taken += 1
-    return jax.tree.map(
-      lambda a: a.reshape(self._num_samples, -1, *a.shape[1:]), batch
-    )
+    return jax.tree.map(lambda a: a.reshape(self._num_samples, -1, *a.shape[1:]), batch)
 
   def _next_whole(self):
     for batch in self._iterator:
@@ -262,9 +260,7 @@ class TrainBatches:
       next(self)
 
 
-def eval_batches(
-  source: Source, check: Check = lambda batch: None
-) -> Iterator[Any]:
+def eval_batches(source: Source, check: Check = lambda batch: None) -> Iterator[Any]:
   """Yields the batches of a source, which may be of several sizes.
 
   Args:

@@ -344,9 +344,7 @@ def _contains(equation, given, replaced):
 
 def _rebuild_jit(equation, given, inputs, replaced, compute, state):
   closed = equation.params['jaxpr']
-  return evaluate(
-    closed.jaxpr, closed.consts, given, inputs, replaced, compute, state
-  )
+  return evaluate(closed.jaxpr, closed.consts, given, inputs, replaced, compute, state)
 
 
 def _rebuild_checkpoint(equation, given, inputs, replaced, compute, state):

@@ -131,9 +131,7 @@ def transposed_convolution(
     transpose_kernel=transpose_kernel,
   )
   last, second_last = w.ndim - 1, w.ndim - 2
-  inputs, outputs = (
-    (last, second_last) if transpose_kernel else (second_last, last)
-  )
+  inputs, outputs = (last, second_last) if transpose_kernel else (second_last, last)
   return Product(
     'conv_transpose',
     function,

@@ -138,9 +138,7 @@ def outside_of(
   """
   modules = set(modules)
   bare = [
-    product
-    for product in found
-    if product.is_open and product.path[:-1] not in modules
+    product for product in found if product.is_open and product.path[:-1] not in modules
   ]
   leaves = jax.tree.leaves_with_path({'params': variables.get('params', {})})
   sizes = {_origin(*item)[1]: math.prod(item[1].shape) for item in leaves}

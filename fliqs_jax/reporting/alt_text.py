@@ -72,6 +72,7 @@ def policy(decisions: Sequence[Mapping], steps: Sequence[int]) -> str:
 
 def curves(panels: Mapping[str, Mapping], steps: Sequence[int]) -> str:
   """Returns the curves in words."""
+
   def named(values):
     shown = (f'{t} {panels[t]["format"].format(value)}' for t, value in values.items())
     return ', '.join(shown)

@@ -188,7 +188,7 @@ def _check_tables(result, path):
       raise ConfigError(f'{str(path)!r} is damaged: expected numbers by format')
   front = result.get('front', [])
   if not isinstance(front, list) or not all(isinstance(p, dict) for p in front):
-    raise ConfigError(f'{str(path)!r} is damaged: it has no usable \'front\'')
+    raise ConfigError(f"{str(path)!r} is damaged: it has no usable 'front'")
   for point in front:
     _check_fields(point, _POINT_FIELDS, path, 'front.')
   if result.get('target') is not None:
