@@ -184,7 +184,7 @@ def main():
     for seed in args.seeds or [0, 1]:
       enumerate_all(seed, folder / f'shared-{seed}')
   else:
-    run_strategies(args.strategies, args.seeds or [10, 11, 12, 13, 14], folder)
+    run_strategies(args.strategies, args.seeds or range(10, 20), folder)
 
 
 if __name__ == '__main__':

@@ -103,7 +103,7 @@ def test_measure(shell, example):
     '--config.search.cost_model=latency_table --format=int8 '
     '--config.search.latency_table=latency.json'
   )
-  assert 'ms (latency_table)' in shown
+  assert re.search(r' (ms|µs) \(latency_table\)', shown)
 
 
 def test_sweep(shell):
