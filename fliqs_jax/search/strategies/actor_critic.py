@@ -66,21 +66,6 @@ def actor_critic(problem: Problem) -> Controller:
   errors = _option_errors(space)
   update_every = max(rounds // _UPDATES, 1)
 
-  def improve(state, measurements, choices, step):
-    """Returns the logits after a natural gradient step."""
-    worth = critic.utilities(measurements, errors)
-    worth = worth - jnp.max(jnp.where(valid, worth, -jnp.inf), axis=1, keepdims=True)
-    spread = jnp.sqrt(jnp.mean(jnp.square(worth), where=valid))
-    worth = worth / jnp.where(spread > 0, spread, 1.0)
-
-    def towards(target):
-      limit, first = target
-      budget, temperature = _annealed(problem, first, step)
-      costs = expected_costs(space, problem.target.cost_model, limit, choices)
-      return _constrained_logits(worth, costs, budget, temperature, valid)
-
-    return jax.lax.map(towards, (state.limits, state.first_budgets))
-
   def init():
     keys = jax.random.split(jax.random.key(0), problem.num_samples)
     none = critic.no_measurements(rounds, problem.num_samples, len(valid))
@@ -93,7 +78,9 @@ def actor_critic(problem: Problem) -> Controller:
       measurements=none,
       commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
     )
-    return state._replace(logits=improve(state, none, choices, problem.policy_delay))
+    worth = critic.utilities(none, errors)
+    logits = _improved(problem, state, worth, choices, problem.policy_delay)
+    return state._replace(logits=logits)
 
   def update(state, outcome, step):
     recorded = critic.record(state.measurements, outcome.choices, outcome.qualities)
@@ -101,11 +88,12 @@ def actor_critic(problem: Problem) -> Controller:
       functools.partial(jnp.where, outcome.measured), recorded, state.measurements
     )
     improves = outcome.measured & (measurements.count % update_every == 0)
-    logits = jax.lax.cond(
-      improves,
-      lambda: improve(state, measurements, outcome.choices, step),
-      lambda: state.logits,
-    )
+
+    def improve():
+      worth = critic.utilities(measurements, errors)
+      return _improved(problem, state, worth, outcome.choices, step)
+
+    logits = jax.lax.cond(improves, improve, lambda: state.logits)
     budgets, temperature = _annealed(problem, state.first_budgets, step)
     metrics = {
       'reward': jnp.mean(outcome.qualities),
@@ -131,6 +119,22 @@ def actor_critic(problem: Problem) -> Controller:
     scores=lambda state: critic.utilities(state.measurements, errors),
     is_measured=problem.is_measured,
   )
+
+
+def _improved(problem, state, worth, choices, step):
+  """Returns the logits [T, N, K] after a natural gradient step, by utilities [N, K]."""
+  space, valid = problem.space, problem.space.valid
+  worth = worth - jnp.max(jnp.where(valid, worth, -jnp.inf), axis=1, keepdims=True)
+  spread = jnp.sqrt(jnp.mean(jnp.square(worth), where=valid))
+  worth = worth / jnp.where(spread > 0, spread, 1.0)
+
+  def towards(target):
+    limit, first = target
+    budget, temperature = _annealed(problem, first, step)
+    costs = expected_costs(space, problem.target.cost_model, limit, choices)
+    return _constrained_logits(worth, costs, budget, temperature, valid)
+
+  return jax.lax.map(towards, (state.limits, state.first_budgets))
 
 
 def _first_budgets(problem, limits):
