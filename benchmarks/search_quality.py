@@ -15,6 +15,8 @@ sensitivity      formats measured on weights that trained unquantized to 95 % of
                  (strategy `sensitivity`), trained again: two runs
 policy_gradient  FLIQS's REINFORCE, its own weights
 random           the best of eight random assignments by the shared weights, one run
+front            the default strategy for all budgets at once, with one supernet, whose
+                 seconds are those of the whole front
 
 Every run has its workdir in the folder: the same command goes on where it stopped, and
 several processes may work on different seeds. `--table` prints what is there, as mean
@@ -27,6 +29,7 @@ import argparse
 import importlib.util
 import json
 import pathlib
+import shutil
 import time
 
 import jax
@@ -34,7 +37,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from fliqs_jax.runs import loop
+from fliqs_jax.runs import front, loop, targets
 from fliqs_jax.runs.result import RESULT_FILE
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'transformer_lm.py'
@@ -49,6 +52,7 @@ METHODS = (
   'sensitivity',
   'policy_gradient',
   'random',
+  'front',
 )
 
 
@@ -85,9 +89,27 @@ def run(method, config, folder):
     found.search.update(activation_delay=int(0.95 * steps))
     loop.run(found, folder.with_name('measured'))
     return train(config, folder, folder.with_name('measured') / RESULT_FILE)
+  if method == 'front':
+    return run_front(config, folder)
   if method != 'one_shot':
     config.search.strategy = method
   return loop.run(config, folder)
+
+
+def run_front(config, folder):
+  """Returns the result at one budget of a search for all of them."""
+  own = targets.describe(config.search)
+  config.search.targets = BUDGETS
+  whole = folder.parents[1] / f'front-{config.seed}'
+  front.run(config, whole, draw=lambda folder, points: None)
+  (name,) = [
+    name
+    for name, run in front.plan(config).items()
+    if targets.describe(run.search) == own
+  ]
+  folder.mkdir(parents=True, exist_ok=True)
+  shutil.copy(whole / name / RESULT_FILE, folder)
+  return json.loads((folder / RESULT_FILE).read_text())
 
 
 def run_all(args, folder):
