@@ -152,6 +152,24 @@ def _found(run, uniform, draw):
     )
   missing = baseline.widest_format(result)
   rows = sensitivities.rows(result)
+  return {
+    'models': models,
+    'missing': None if missing in uniform else missing,
+    'front': quality_budget.words(result),
+    'layers': layers,
+    'layer_unit': units.choose(costs, unit),
+    'sensitivities': rows,
+    'most_sensitive': sensitivities.words(result),
+    'lost_quality': sensitivities.lost_quality(result) if rows else '',
+    'separate': any(layer['weights'] != layer['activations'] for layer in layers),
+    'reference': reference,
+    'found': found | _measured(result, rows, draw),
+  }
+
+
+def _measured(result, rows, draw):
+  """Returns figures of what was measured on the way to a result, by name."""
+  found = {}
   if rows:
     chosen = tables.chosen(result)
     found['sensitivities'] = draw(
@@ -167,23 +185,11 @@ def _found(run, uniform, draw):
         front_figure.lost_quality,
         result['front'],
         quality_budget.limit_of(result),
-        unit,
+        result['cost_unit'],
         quality_budget.lost_quality(result),
       ),
     )
-  return {
-    'models': models,
-    'missing': None if missing in uniform else missing,
-    'front': quality_budget.words(result),
-    'layers': layers,
-    'layer_unit': units.choose(costs, unit),
-    'sensitivities': rows,
-    'most_sensitive': sensitivities.words(result),
-    'lost_quality': sensitivities.lost_quality(result) if rows else '',
-    'separate': any(layer['weights'] != layer['activations'] for layer in layers),
-    'reference': reference,
-    'found': found,
-  }
+  return found
 
 
 def _progress(run, section, draw):
