@@ -53,7 +53,7 @@ _SECTIONS = ('search', '', 'optimizer', 'reward', 'quantizer', 'controller')
 # Those of `search` that a training with fixed formats has too.
 _OF_TRAINING = (
   'cost_model', 'device', 'latency_table', 'weight_delay', 'activation_delay',
-  'statistics_batches',
+  'statistics_batches', 'attention_products',
 )  # fmt: skip
 # Fields that the arguments say, or that only data from TFDS have.
 _NOT_FIELDS = (
@@ -166,7 +166,7 @@ class Result:
 
 
 def make_searchable(
-  model: Model, **attributes: Any
+  model: Model, attention_products: bool = False, **attributes: Any
 ) -> interception.Searchable | NnxSearchable:
   """Returns the `init` and `apply` of a network whose layers are searched.
 
@@ -175,6 +175,8 @@ def make_searchable(
       the convolutions, the dense layers (so the projections of attention and of LoRA),
       the einsums and, of NNX, `nnx.Embed.attend`; layers with a hook of their own stay
       as they are.
+    attention_products: whether the products inside attention, QKᵀ and AV, are searched
+      too, as `search.attention_products` of a config.
     **attributes: of the quantized operators: calibration, momentum.
 
   Raises:
@@ -190,10 +192,10 @@ def make_searchable(
     .: dense (8, 4), 32 MACs
   """
   if isinstance(model, nnx.Module):
-    return NnxSearchable(model, attributes)
+    return NnxSearchable(model, attributes, attention_products)
   if isinstance(model, NnxSearchable):
     return model
-  return interception.make_searchable(model, **attributes)
+  return interception.make_searchable(model, attention_products, **attributes)
 
 
 def search(
@@ -512,7 +514,7 @@ def overview(
   config.dataset, config.model = OWN_BATCHES, _describe_model(model)
   assignment = files.read_formats(_formats_field(formats))
   task = user_task.make_task(model, inputs=lambda batch: (batch, kwargs))
-  searchable = make_searchable(model, **config.quantizer.to_dict())
+  searchable = _searchable(config, model)
   one = jax.tree.map(_first_example, inputs)
   coverage, example = _coverage(searchable, model, task, one)
   found = overview_lib.describe(
@@ -598,13 +600,18 @@ def _network(
 ) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
   task = user_task.make_task(model, *scores)
-  searchable = make_searchable(model, **config.quantizer.to_dict())
+  searchable = _searchable(config, model)
   with user_task.misfits_named(model, task.arguments(first, True).args):
     task = user_task.check(searchable, task, scores.loss is None, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
   coverage, _ = _coverage(searchable, model, task, one)
   example = _with_shapes(user_task.initial_arguments(searchable, task, one))
   return Network(searchable, example, coverage.layers, task), coverage
+
+
+def _searchable(config, model):
+  products = config.search.attention_products
+  return make_searchable(model, products, **config.quantizer.to_dict())
 
 
 def _coverage(searchable, model, task, batch):

@@ -12,13 +12,16 @@ from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes, LayerSizes
 from fliqs_jax.numerics.products import LayerFormats, Product
 
+# The kind of a product of two activations: the second is in the place of the kernel.
+PAIR = 'activations'
+
 
 class Layer(NamedTuple):
   """Shapes, arguments and counts of one quantized layer, for one example."""
 
   path: str  # module path, `/`-separated
   operator: str  # name of the quantized operator within that module
-  kind: str  # 'conv', 'dense', 'einsum' or 'conv_transpose'
+  kind: str  # 'conv', 'dense', 'einsum', 'conv_transpose' or PAIR
   input_shape: tuple[int, ...]  # of one call, as the other shapes
   kernel_shape: tuple[int, ...]
   output_shape: tuple[int, ...]
@@ -26,7 +29,8 @@ class Layer(NamedTuple):
   params: int  # parameters of the layer, its bias included
   arguments: tuple[tuple[str, Any], ...] = ()  # of the lax operation: strides, padding
   calls: int = 1  # in one forward pass: of a shared module, or in a scan
-  kernels: int = 1  # of that shape: a scan over parameters has one an iteration
+  # Of that shape: a scan over parameters has one an iteration, a pair has none.
+  kernels: int = 1
   contraction: Contraction | None = None  # None where no format has blocks
   # Of a supernet's layer, whose shapes above are the largest:
   sizes: LayerSizes | None = None  # as tables, None where nothing is decided

@@ -9,7 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 import opt_einsum
 
-from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.layer import PAIR, Layer
 from fliqs_jax.numerics.blocks import Contraction
 from fliqs_jax.numerics.masking import Axes
 from fliqs_jax.numerics.products import Product
@@ -148,7 +148,7 @@ def rebuilt(layer: Layer) -> Product:
   arguments = dict(layer.arguments)
   if layer.kind == 'conv':
     return convolution(x, w, **arguments)
-  if layer.kind == 'dense':
+  if layer.kind in ('dense', PAIR):
     return dot_general(x, w, **arguments)
   if layer.kind == 'einsum':
     return einsum(x, w, **arguments)

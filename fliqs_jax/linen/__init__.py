@@ -3,6 +3,7 @@
 operators     quantized operators for the hooks of linen's layers
 interception  a user's own network with its layers searched
 bare_products products of its parameters that go through no layer
+attention     products inside attention
 discovery     the layers of a network, found by tracing it
 supernet      parts of networks whose architecture is searched
 """

@@ -12,7 +12,7 @@ import jax
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.architecture import Table
 from fliqs_jax.layers.call_counts import count_layers, marked, marks
-from fliqs_jax.layers.layer import Layer, describe, join_path
+from fliqs_jax.layers.layer import PAIR, Layer, describe, join_path
 from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.linen.operators import QuantizedOperator
 from fliqs_jax.linen.supernet import Gate
@@ -134,6 +134,8 @@ def _describe(operator, x, w, product):
 
 
 def _with_params(layer, params):
+  if layer.kind == PAIR:
+    return layer
   own = {
     name.rpartition('/')[2]: leaf.size
     for name, leaf in params.items()

@@ -9,6 +9,7 @@ for good. Parameters keep their paths and values.
 
 from collections.abc import Mapping
 import contextlib
+import copy
 import functools
 from typing import Any
 
@@ -23,6 +24,7 @@ from fliqs_jax.layers.coverage import Coverage, check_not_quantized
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
+from fliqs_jax.linen.attention import searched_attention
 from fliqs_jax.linen.discovery import discover_hooked, init_shapes
 from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.linen.operators import (
@@ -35,7 +37,9 @@ from fliqs_jax.linen.operators import (
 )
 
 
-def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
+def make_searchable(
+  model: nn.Module, attention_products: bool = False, **attributes: Any
+) -> 'Searchable':
   """Returns a network like the given one whose layers are searched.
 
   Args:
@@ -43,6 +47,9 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
       `nn.DenseGeneral` (so the projections of attention) and `nn.Einsum`, and all other
       products of a parameter, by `lax.dot_general`, `jnp.einsum`, `@` or `attend` of
       `nn.Embed`; layers with a hook of their own stay as they are.
+    attention_products: whether the products inside attention, QKᵀ and AV, are searched
+      too: of `nn.MultiHeadDotProductAttention`, and of `dot_product_attention` where
+      the network takes it from `flax.linen`, `flax.nnx` or `jax.nn` when it is called.
     **attributes: of `QuantizedOperator`: calibration, momentum, activation_scale.
 
   Raises:
@@ -67,7 +74,7 @@ def make_searchable(model: nn.Module, **attributes: Any) -> 'Searchable':
   if isinstance(model, Searchable):
     return model
   check_not_quantized(model, type(model).__name__)
-  return Searchable(model, attributes)
+  return Searchable(model, attributes, attention_products)
 
 
 class Searchable:
@@ -77,10 +84,17 @@ class Searchable:
   the collection `formats`, made by `variables.nest`, and without them is the module's.
   """
 
-  def __init__(self, model: nn.Module, attributes: Mapping[str, Any]):
+  def __init__(
+    self,
+    model: nn.Module,
+    attributes: Mapping[str, Any],
+    attention_products: bool = False,
+  ):
     """See `make_searchable`."""
     self.model = model
     self._attributes = dict(attributes)
+    self._attention_products = attention_products
+    self._marks = False
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`."""
@@ -119,7 +133,7 @@ class Searchable:
     variables = init_shapes(self, *inputs, **kwargs)
     hooked = {
       tuple(filter(None, layer.path.split('/'))): layer
-      for layer in discover_hooked(self, variables, *inputs, **kwargs)
+      for layer in discover_hooked(self._marking(), variables, *inputs, **kwargs)
     }
     found, handled = self._products(variables, inputs, kwargs)
     bare = bare_products.outside_of(found, handled, variables)
@@ -136,6 +150,12 @@ class Searchable:
       share=macs[True] / total if total else None,
     )
 
+  def _marking(self):
+    """Returns the same network, whose products inside attention leave marks."""
+    marking = copy.copy(self)
+    marking._marks = True
+    return marking
+
   def _products(self, variables, args, kwargs):
     """Returns all products of parameters, and the layers of Flax among the modules."""
     handled = {}
@@ -143,10 +163,14 @@ class Searchable:
       found = bare_products.find(self.model.apply, variables, args, kwargs)
     return found, handled
 
+  @contextlib.contextmanager
   def _hooked(self, formats, handled):
-    return intercept_methods(
-      functools.partial(_intercept, self._attributes, formats, handled)
-    )
+    hooks = functools.partial(_intercept, self._attributes, formats, handled)
+    searched = contextlib.nullcontext()
+    if self._attention_products:
+      searched = searched_attention(formats, self._attributes, self._marks)
+    with intercept_methods(hooks), searched:
+      yield
 
 
 def _skipped(variables, found, searched, handled):

@@ -1,6 +1,8 @@
 """The hooks of NNX's layers, and what of a network's layers they make searched."""
 
 from collections.abc import Mapping
+import functools
+import inspect
 from typing import Any
 
 from flax import nnx
@@ -8,9 +10,11 @@ from flax.nnx.nn.dtypes import promote_dtype
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.layers import attention
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.nnx.operators import (
   QuantizedAttend,
+  QuantizedAttention,
   QuantizedConv,
   QuantizedConvTranspose,
   QuantizedDotGeneral,
@@ -60,6 +64,67 @@ def set_hooks(model: nnx.Module, attributes: Mapping[str, Any]) -> dict[str, str
     for name, hook in _hooks(layer, kind, path, stacked, attributes).items():
       setattr(layer, name, hook)
   return reasons
+
+
+def hook_attention(model: nnx.Module, attributes: Mapping[str, Any]) -> None:
+  """Quantizes the products inside the attention of a model, changed in place.
+
+  Args:
+    model: the model.
+    attributes: of `QuantizedOperator`.
+  """
+  for parts, module in list(nnx.iter_modules(model)):
+    path = '/'.join(map(str, parts))
+    if isinstance(module, nnx.MultiHeadAttention):
+      stacked = _stacked_axes(module.query, nnx.LinearGeneral)
+      operator = QuantizedAttention(path, stacked=stacked, **attributes)
+      operator.function = module.attention_fn
+      module.attention_fn = nnx.data(operator)
+    elif _computes_attention(type(module)):
+      stacked = next(
+        (
+          _stacked_axes(layer, kind)
+          for _, layer in nnx.iter_modules(module)
+          for kind in _DEFAULTS
+          if isinstance(layer, kind)
+        ),
+        (),
+      )
+      operator = QuantizedAttention(path, stacked=stacked, **attributes)
+      module.quantized_attention = nnx.data(operator)
+      object.__setattr__(module, '__class__', _with_own_attention(type(module)))
+
+
+def _computes_attention(kind):
+  """Whether a class of the user's calls a function of attention itself."""
+  return not kind.__module__.startswith('flax.') and any(
+    attention.NAME in code.co_names
+    for value in vars(kind).values()
+    if inspect.isfunction(value)
+    for code in _codes(value.__code__)
+  )
+
+
+def _codes(code):
+  yield code
+  for constant in code.co_consts:
+    if inspect.iscode(constant):
+      yield from _codes(constant)
+
+
+@functools.cache
+def _with_own_attention(kind):
+  """Returns a class whose calls let `quantized_attention` compute attention."""
+
+  def call(self, *args, **kwargs):
+    with self.quantized_attention.computes():
+      return kind.__call__(self, *args, **kwargs)
+
+  own = {
+    '__call__': functools.wraps(kind.__call__)(call),
+    '__module__': kind.__module__,
+  }
+  return type(kind)(kind.__name__, (kind,), own)
 
 
 def _own_hook(layer, kind):

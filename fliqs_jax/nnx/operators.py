@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.layers import products
+from fliqs_jax.layers import attention, products
 from fliqs_jax.layers.call_counts import marked
 from fliqs_jax.layers.layer import describe
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.products import (
   LayerFormats,
+  PairStatistics,
   Product,
   quantized_layer,
   quantized_operands,
@@ -110,7 +111,7 @@ class QuantizedOperator(nnx.Module):
       product,
       x,
       w,
-      self._formats(),
+      self.bound_formats,
       self._statistics(x),
       calibration=self.calibration,
       momentum=self.momentum,
@@ -121,7 +122,9 @@ class QuantizedOperator(nnx.Module):
         getattr(self, name)[...] = value
     return y
 
-  def _formats(self):
+  @property
+  def bound_formats(self) -> LayerFormats | None:
+    """The formats of one element of a stack; None for floating point."""
     if self.formats is None:
       return None
     # The first of equal ones, where a transformation has not split them.
@@ -132,6 +135,101 @@ class QuantizedOperator(nnx.Module):
     values = [getattr(self, name)[...] for name in Statistics._fields]
     carried = all(value.ndim == 0 and _is_carried(value, x) for value in values)
     return Statistics(*values) if carried else None
+
+
+class QuantizedPair(QuantizedOperator):
+  """One product inside attention: its formats, and statistics of both operands.
+
+  Those that `QuantizedOperator` has are of the first.
+
+  Attributes:
+    second_mean_square: as `mean_square`, of the second operand.
+    second_absmax: as `absmax`, of the second operand.
+  """
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    """The arguments are those of `QuantizedOperator`."""
+    super().__init__(*args, **kwargs)
+    for name in Statistics._fields:
+      setattr(self, f'second_{name}', QuantStat(jnp.zeros(self.stacked)))
+
+  def statistics(self, x: jax.Array) -> PairStatistics | None:
+    """Returns the moving averages; None where a transformation does not carry them."""
+    first = self._statistics(x)
+    if first is None:
+      return None
+    second = (getattr(self, f'second_{name}')[...] for name in Statistics._fields)
+    return PairStatistics(first, Statistics(*second))
+
+  def keep(self, statistics: PairStatistics) -> None:
+    """Sets the moving averages, in training."""
+    if not self.use_running_average:
+      for prefix, operand in zip(('', 'second_'), statistics):
+        for name, value in operand._asdict().items():
+          getattr(self, prefix + name)[...] = value
+
+
+class QuantizedAttention(nnx.Module):
+  """The attention of a module, with quantized products.
+
+  Of `nnx.MultiHeadAttention` it is the `attention_fn`. Other modules call functions of
+  attention within `computes`; where they call several, these share the formats.
+
+  Attributes:
+    function: what computes attention otherwise, of an `attention_fn`.
+    qk: the operator of the product of the key.
+    av: that of the product of the value.
+  """
+
+  def __init__(self, path: str, **attributes: Any):
+    """Makes the operators of the module at a path; attributes are an operator's."""
+    self.function: Callable[..., Any] | None = None
+    for name in (attention.QK, attention.AV):
+      own = f'{path}/{name}'.lstrip('/')
+      setattr(self, name, QuantizedPair(own, attention.OPERATOR, **attributes))
+
+  def __call__(self, query, key, value, **kwargs):
+    """The arguments are those of `nnx.dot_product_attention`."""
+    with self.computes():
+      return attention.hooked(self.function)(query, key, value, **kwargs)
+
+  def computes(self) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which it computes all attention."""
+    return attention.handled_by(self._compute)
+
+  def _compute(self, function, query, key, value):
+    traced = attention.trace(function, query, key, value)
+    operators = {name: getattr(self, name) for name in traced.layers}
+    if any(operator.discovers for operator in operators.values()):
+      layers = {
+        name: layer._replace(path=operators[name].path)
+        for name, layer in traced.layers.items()
+      }
+      query = attention.marked(query, key, value, layers)
+    formats = {
+      name: found
+      for name, operator in operators.items()
+      if (found := operator.bound_formats)
+    }
+    if not formats:
+      return function(query, key, value)
+    statistics = {
+      name: found
+      for name, operator in operators.items()
+      if (found := operator.statistics(query))
+    }
+    outputs, updated = attention.compute(
+      traced,
+      (query, key, value),
+      formats,
+      statistics,
+      calibration=self.qk.calibration,
+      momentum=self.qk.momentum,
+      activation_scale=self.qk.activation_scale,
+    )
+    for name, pair in updated.items():
+      operators[name].keep(pair)
+    return outputs
 
 
 # (module path, x, w, product) -> what `QuantizedOperator.compute` returns

@@ -16,7 +16,7 @@ from fliqs_jax.layers.call_counts import count_layers
 from fliqs_jax.layers.coverage import Coverage, check_not_quantized
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
-from fliqs_jax.nnx.hooks import set_hooks
+from fliqs_jax.nnx.hooks import hook_attention, set_hooks
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 
 _PARAMS, _SOWN, _OTHERS = 'params', 'intermediates', 'others'
@@ -38,12 +38,18 @@ class Searchable:
   place of the list, a call in evaluation measures these.
   """
 
-  def __init__(self, model: nnx.Module, attributes: Mapping[str, Any]):
+  def __init__(
+    self,
+    model: nnx.Module,
+    attributes: Mapping[str, Any],
+    attention_products: bool = False,
+  ):
     """Clones a model and gives the clone's layers their operators.
 
     Args:
       model: an NNX module.
       attributes: of `QuantizedOperator`.
+      attention_products: whether the products inside attention are searched too.
 
     Raises:
       ConfigError: where the model is quantized already.
@@ -53,6 +59,8 @@ class Searchable:
       check_not_quantized(module, '/'.join(map(str, path)) or type(model).__name__)
     clone = nnx.clone(model)
     self._reasons = set_hooks(clone, attributes)
+    if attention_products:
+      hook_attention(clone, attributes)
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
     self._states = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
 

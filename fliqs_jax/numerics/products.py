@@ -52,6 +52,13 @@ class LayerFormats(NamedTuple):
   activations: NumericFormat
 
 
+class PairStatistics(NamedTuple):
+  """Statistics of the two operands of a product of activations."""
+
+  x: Statistics
+  w: Statistics
+
+
 def quantized_layer(
   product: Product,
   x: jax.Array,
@@ -136,6 +143,51 @@ def quantized_operands(
   return tuple(operand.astype(x.dtype) for operand in rounded), statistics
 
 
+def quantized_pair_product(
+  product: Product,
+  x: jax.Array,
+  w: jax.Array,
+  formats: LayerFormats,
+  statistics: PairStatistics | None,
+  calibrations: tuple[str, str] = ('rms', 'rms'),
+  momentum: float = 0.95,
+  activation_scale: str = 'tensor',
+) -> tuple[jax.Array, PairStatistics | None]:
+  """Returns `product(x, w)` of two activations, and the new statistics of both.
+
+  Each operand has a scale from statistics of its own, and before their first update
+  stays as it is. That of `w` is one for the tensor, whatever `activation_scale` says:
+  set by the values at hand, it would tell a token of causal attention of later ones.
+
+  Args:
+    product: what is computed.
+    x: activations in the compute dtype, which is that of the result.
+    w: other activations, in the place of weights.
+    formats: that of `weights` is the format of `w`.
+    statistics: as in `quantized_layer`, of each operand.
+    calibrations: of each operand, of `calibration.CALIBRATIONS`.
+    momentum: as in `quantized_layer`.
+    activation_scale: as in `quantized_layer`, of `x`.
+  """
+  measured = PairStatistics(_measured(x, ()), _measured(w, ()))
+  given = measured if statistics is None else statistics
+  x_given = _given(activation_scale, x, (), product, given.x)
+  x_calibration, w_calibration = calibrations
+  y = quantized_product(
+    product.function,
+    (),
+    product.x_kept,
+    x,
+    w,
+    _activation_quantizer(formats, x, w, x_given, product, x_calibration),
+    _second_quantizer(formats, w, given.w, product, w_calibration),
+  )
+  if statistics is None:
+    return y, None
+  averages = (moving_average(*pair, momentum) for pair in zip(statistics, measured))
+  return y, PairStatistics(*averages)
+
+
 def _given(activation_scale, x, active, product, statistics):
   """Returns the statistics that set the threshold, or those of each token."""
   if activation_scale == 'token':
@@ -149,15 +201,26 @@ def _measured(x, active, axes=None):
 
 
 def _activation_quantizer(formats, x, w, statistics, product, calibration):
-  # Nothing is known of a tensor that was not seen yet.
-  seen = functools.partial(jnp.where, statistics.absmax > 0)
-  format = formats.activations
-  sizes = format.blocks.sizes if format.blocks else ()
-  format = jax.tree.map(seen, format, find_format('float32').row_among(sizes))
+  format = _if_seen(formats.activations, statistics)
   if not _can_have_blocks(format, product, w):
     return calibrate(format._replace(blocks=None), *statistics, calibration)
   axis, groups = product.contraction.x_axis, product.contraction.groups
   return calibrate_blocks(x, format, *statistics, calibration, axis, groups)
+
+
+def _second_quantizer(formats, w, statistics, product, calibration):
+  format = _if_seen(formats.weights, statistics)
+  if not _can_have_blocks(format, product, w):
+    return calibrate(format._replace(blocks=None), *statistics, calibration)
+  axis = product.contraction.w_axis
+  return calibrate_blocks(w, format, *statistics, calibration, axis)
+
+
+def _if_seen(format, statistics):
+  """Returns the format, or float32 for a tensor of which nothing is known yet."""
+  seen = functools.partial(jnp.where, statistics.absmax > 0)
+  sizes = format.blocks.sizes if format.blocks else ()
+  return jax.tree.map(seen, format, find_format('float32').row_among(sizes))
 
 
 def _weight_quantizer(formats, w, product, active, calibration):

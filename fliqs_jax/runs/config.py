@@ -90,6 +90,9 @@ def default_config() -> ml_collections.ConfigDict:
         # natively, and faster than bf16, and bf16.
         'formats': 'int_small',
         'weights_and_activations': 'tied',  # or separate, or weights
+        # Whether the products inside attention, QKᵀ and AV, are decisions too; of own
+        # networks, from Python.
+        'attention_products': False,
         # Regexes on whole module paths that tie layers, and names: qkv, gate_up.
         'groups': (),
         'pins': (),  # pairs (regex, format)

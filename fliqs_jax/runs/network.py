@@ -69,8 +69,15 @@ def build_model(
     choose: how its architecture is chosen.
 
   Raises:
-    ConfigError: where the network is unknown or lacks an option.
+    ConfigError: where the network is unknown or lacks an option, as the products
+      inside attention.
   """
+  # Configs of older workdirs do not have the field.
+  if config.search.get('attention_products'):
+    raise ConfigError(
+      'search.attention_products=True: expected False for the networks of '
+      'fliqs_jax.models; fliqs_jax.search takes it, for a network of your own'
+    )
   # Lists, as a config from JSON has them, are no options of a linen module.
   options = jax.tree.map(
     _tuples, config.model.to_dict(), is_leaf=lambda x: isinstance(x, list)

@@ -2,8 +2,9 @@
 
 Convention, which reproduces the costs that FLIQS publishes: every convolution and dense
 layer counts, the stem, shortcuts and classifier included, each at its own formats;
-attention products, biases, normalisation and pooling do not. A layer that is not
-quantized counts 16 bits. Sizes and times are those of a batch of one example.
+attention products (unless they are searched), biases, normalisation and pooling do not.
+A layer that is not quantized counts 16 bits. Sizes and times are those of a batch of
+one example.
 
     @register('linear_compute', unit='Gbit·MACs')
     def linear_compute(layers):
@@ -121,7 +122,8 @@ def linear_compute(layers: LayerQuantities) -> Array:
 @register('activation_bytes', unit='bytes')
 def activation_bytes(layers: LayerQuantities) -> Array:
   """Bytes of the inputs of all layers."""
-  return layers.calls * layers.inputs * layers.activation_bits / 8
+  inputs = layers.inputs * layers.activation_bits
+  return layers.calls * (inputs + layers.second_inputs * layers.weight_bits) / 8
 
 
 @register('peak_activation_bytes', unit='bytes', combine='max')
@@ -131,7 +133,8 @@ def peak_activation_bytes(layers: LayerQuantities) -> Array:
   The output counts at the width of the input, since what follows a layer is fused with
   it up to the next rounding. Tensors kept for a shortcut meanwhile are not counted.
   """
-  return (layers.inputs + layers.outputs) * layers.activation_bits / 8
+  elements = (layers.inputs + layers.outputs) * layers.activation_bits
+  return (elements + layers.second_inputs * layers.weight_bits) / 8
 
 
 @register('roofline', unit='ms')
@@ -145,7 +148,8 @@ def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
   accelerator = devices.get_device(device)
   tables = devices.format_tables(accelerator, layers.format_names)
   rates, bits = map(layers.asarray, (tables.rates / 1e12, tables.bits))
-  weights = layers.weights * bits[layers.weight_formats]
+  second = layers.weights + layers.calls * layers.second_inputs
+  weights = second * bits[layers.weight_formats]
   elements = layers.calls * (layers.inputs + layers.outputs)
   activations = elements * bits[layers.activation_formats]
   compute = layers.macs / rates[layers.weight_formats, layers.activation_formats]

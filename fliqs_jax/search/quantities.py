@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.layer import PAIR, Layer
 from fliqs_jax.layers.variants import Variants
 from fliqs_jax.numerics import formats
 from fliqs_jax.search.space import SearchSpace
@@ -30,6 +30,9 @@ class LayerQuantities(NamedTuple):
   inputs: Array  # [..., L] elements of the input of one example in one call
   outputs: Array  # [..., L] elements of the output of one example in one call
   calls: Array  # [..., L] calls of the layer in one forward pass
+  # [..., L] elements of a second input, in the format of the weights, of a product of
+  # two activations; 0 of any other layer
+  second_inputs: Array
   weight_bits: Array  # [..., L] bits of one weight
   activation_bits: Array  # [..., L] bits of one input activation
   weight_formats: Array  # int32[..., L] index in `format_names`
@@ -77,7 +80,7 @@ def counted_bits(name: str) -> float:
 
 @functools.lru_cache(maxsize=64)  # by identity: a cost model is called many times
 def _sizes(variants: Variants) -> np.ndarray:
-  """float64[5, M], the first five fields of `LayerQuantities` of each variant."""
+  """float64[6, M], the first six fields of `LayerQuantities` of each variant."""
   rows = [
     (
       layer.macs,
@@ -85,10 +88,11 @@ def _sizes(variants: Variants) -> np.ndarray:
       math.prod(layer.input_shape),
       math.prod(layer.output_shape),
       layer.calls,
+      math.prod(layer.kernel_shape) if layer.kind == PAIR else 0,
     )
     for layer in variants.layers
   ]
-  return np.array(rows, np.float64).reshape(-1, 5).T.copy()
+  return np.array(rows, np.float64).reshape(-1, 6).T.copy()
 
 
 def _asarray(values, like):

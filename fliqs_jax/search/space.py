@@ -37,7 +37,7 @@ import numpy as np
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import architecture
 from fliqs_jax.layers.architecture import Table
-from fliqs_jax.layers.layer import BoundLayer, Layer
+from fliqs_jax.layers.layer import PAIR, BoundLayer, Layer
 from fliqs_jax.layers.variants import Variants, find_variants
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.masking import LayerSizes
@@ -109,6 +109,11 @@ class SearchSpace:
       )
     return ids
 
+  @functools.cached_property
+  def _pairs(self) -> np.ndarray:
+    """bool[L], which layers multiply two activations."""
+    return np.array([layer.kind == PAIR for layer in self.layers], bool)
+
   def format_ids(self, choices: jax.Array | np.ndarray) -> LayerFormats:
     """Returns the row of each operand's format in `format_names`.
 
@@ -151,6 +156,8 @@ class SearchSpace:
     table = formats.stack(self.format_names)
     weights, activations = self.format_ids(choices)
     unquantized = self.format_names.index(UNQUANTIZED)
+    if self._pairs.any():  # whose second operand is an activation too
+      quantize_weights = jnp.where(self._pairs, quantize_activations, quantize_weights)
     activations = jnp.where(quantize_activations, activations, unquantized)
     weights = jnp.where(quantize_weights, weights, unquantized)
     rows = jax.tree.map(
@@ -342,7 +349,8 @@ def build_space(
     layers: from `discover`.
     options: the names of the formats to choose from.
     operands: `tied`: a layer's weights and activations share one decision;
-      `separate`: each has its own; `weights`: activations are not quantized.
+      `separate`: each has its own, as have the two operands of a product of
+      activations; `weights`: activations are not quantized.
     groups: regexes on whole module paths, and names in `groups.GROUPS`. Layers that
       one of them matches share their decisions; if it has capture groups, only those
       that capture the same text do, so `(stage._block.)/.*` makes one decision for each
@@ -376,6 +384,10 @@ def build_space(
     if match and match.re.pattern in pinned:
       weights.append(pinned[match.re.pattern])
       activations.append(pinned[match.re.pattern])
+      continue
+    if layer.kind == PAIR and operands == 'weights':  # it has none
+      weights.append(UNQUANTIZED)
+      activations.append(UNQUANTIZED)
       continue
     key, name = layer.path, layer.path
     if match:

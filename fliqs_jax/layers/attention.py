@@ -1,0 +1,152 @@
+"""Products inside attention, QKᵀ and AV, of any function of query, key and value.
+
+Traced alone, such a function has a product of the key and a product of the value.
+They are found, and computed in another way, as the products of parameters are, with
+key and value in the place of parameters. So masks, biases, dropout and grouped heads
+are those of the function itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import contextvars
+import functools
+import math
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import nnx
+import jax
+
+from fliqs_jax.layers import call_counts, parameter_products
+from fliqs_jax.layers.layer import PAIR, Layer
+from fliqs_jax.numerics.products import (
+  LayerFormats,
+  PairStatistics,
+  quantized_pair_product,
+)
+
+OPERATOR = 'attention'  # in the place of a quantized operator's name
+QK, AV = 'qk', 'av'  # the products
+
+# Where networks look the functions up that compute attention.
+_PLACES = (jax.nn, nn, nnx)
+NAME = 'dot_product_attention'
+
+# (function of query, key and value alone, query, key, value) -> its outputs
+Handler = Callable[..., Any]
+_handler = contextvars.ContextVar('handler', default=None)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+  """Lets a handler compute all attention within it that a `hooked` function computes.
+
+  `jax.nn.dot_product_attention`, and those of `flax.linen` and `flax.nnx`, are hooked
+  meanwhile.
+  """
+  previous = [getattr(place, NAME) for place in _PLACES]
+  token = _handler.set(handler)
+  for place, function in zip(_PLACES, previous):
+    setattr(place, NAME, hooked(function))
+  try:
+    yield
+  finally:
+    for place, function in zip(_PLACES, previous):
+      setattr(place, NAME, function)
+    _handler.reset(token)
+
+
+def hooked(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function of attention that lets a handler compute, where there is one."""
+
+  @functools.wraps(function)
+  def attend(query, key, value, *args, **kwargs):
+    handler = _handler.get()
+    on_activations = lambda *qkv: function(*qkv, *args, **kwargs)
+    # A module that keeps the attention's weights could not do so in a trace of its own.
+    if handler is None or kwargs.get('module') is not None:
+      return on_activations(query, key, value)
+    token = _handler.set(None)  # one such function may call another
+    try:
+      return handler(on_activations, query, key, value)
+    finally:
+      _handler.reset(token)
+
+  return attend
+
+
+class TracedAttention(NamedTuple):
+  """A call of a function of attention."""
+
+  jaxpr: Any
+  outputs: Any  # the structure of its outputs
+  origins: list[parameter_products.Origin]
+  layers: dict[str, Layer]  # of the products, whose paths are their names alone
+
+
+def trace(
+  function: Callable[..., Any], query: jax.Array, key: jax.Array, value: jax.Array
+) -> TracedAttention:
+  """Returns a traced call, and the products of activations in it that are searched."""
+  jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(query, key, value)
+  origins = [None, (key.size, (QK,)), (value.size, (AV,))]
+  found = [p for p in parameter_products.find(jaxpr, origins) if p.is_open]
+  sizes = {product.path: math.prod(product.layer.kernel_shape) for product in found}
+  layers = {
+    path[0]: layer._replace(operator=OPERATOR, kind=PAIR, params=0, kernels=0)
+    for path, layer in parameter_products.layers(found, sizes).items()
+  }
+  return TracedAttention(jaxpr, jax.tree.structure(shapes), origins, layers)
+
+
+def marked(
+  query: jax.Array, key: jax.Array, value: jax.Array, layers: Mapping[str, Layer]
+) -> jax.Array:
+  """Returns the query, with a mark in the trace for each layer; only for tracing."""
+  others = {QK: key, AV: value}
+  for name, layer in layers.items():
+    query = call_counts.marked(query, others[name], layer)
+  return query
+
+
+def compute(
+  traced: TracedAttention,
+  operands: tuple[jax.Array, jax.Array, jax.Array],
+  formats: Mapping[str, LayerFormats],
+  statistics: Mapping[str, PairStatistics],
+  calibration: str = 'rms',
+  **attributes: Any,
+) -> tuple[Any, dict[str, PairStatistics]]:
+  """Returns the outputs with quantized products, and the new statistics.
+
+  The attention's weights are calibrated by their largest, since they are no normal
+  data: most are near 0, and the few that count would be clipped.
+
+  Args:
+    traced: the call.
+    operands: query, key and value.
+    formats: of each product that is quantized.
+    statistics: of each product that has moving averages.
+    calibration: of all operands else.
+    **attributes: of `quantized_pair_product`.
+  """
+  calibrations = {QK: (calibration, calibration), AV: ('absmax', calibration)}
+
+  def quantized(state, path, product, x, w):
+    (name,) = path
+    given = None if state is None else state.get(name)
+    y, updated = quantized_pair_product(
+      product, x, w, formats[name], given, calibrations[name], **attributes
+    )
+    return y, state if given is None else {**state, name: updated}
+
+  outputs, updated = parameter_products.evaluate(
+    traced.jaxpr.jaxpr,
+    traced.jaxpr.consts,
+    traced.origins,
+    operands,
+    frozenset((name,) for name in formats),
+    quantized,
+    dict(statistics),
+  )
+  return traced.outputs.unflatten(outputs), updated
