@@ -428,7 +428,7 @@ def _own_run(config, model, train_batches, eval_batches, scores, workdir):
 def _to_result(own, setup, folder, content):
   model, final = own.network.model, _final_variables(setup, folder, content['formats'])
   return Result(
-    model=model.merge(final) if isinstance(model, NnxSearchable) else model,
+    model=model.merge(final),
     variables=final,
     content=content,
     history=workdir_lib.read_history(folder),

@@ -96,6 +96,15 @@ class Searchable:
     self._attention_products = attention_products
     self._marks = False
 
+  @property
+  def own_variables(self) -> None:
+    """None: a linen module has no variables of its own, `init` makes them."""
+
+  def merge(self, variables: Mapping[str, Any]) -> 'Searchable':
+    """Returns the network that computes with variables: itself, given them."""
+    del variables
+    return self
+
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`."""
     with self._hooked({}, {}):

@@ -70,11 +70,11 @@ class Searchable:
     The arguments are those of `nn.Module.init`, of which an instance needs none.
     """
     del key, args, kwargs
-    return jax.tree.map(jnp.copy, self.variables)
+    return jax.tree.map(jnp.copy, self.own_variables)
 
   @property
-  def variables(self) -> dict[str, Any]:
-    """The model's own variables by collection."""
+  def own_variables(self) -> dict[str, Any]:
+    """The model's own variables by collection, from which it trains."""
     return {
       name: _nested(state)
       for name, state in self._states.items()

@@ -11,7 +11,6 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, Problems
 from fliqs_jax.layers.architecture import searched
-from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
@@ -54,8 +53,7 @@ def _init(setup):
     )
 
   # A network of NNX has its weights already, which are no constants of a program.
-  own = setup.model.variables if isinstance(setup.model, NnxSearchable) else None
-  return init, own
+  return init, network.own_variables(setup.model)
 
 
 def restored_state(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import functools
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -33,6 +33,15 @@ class Network(NamedTuple):
   example: Arguments  # shapes of one example, in a batch of one
   layers: tuple[Layer, ...]
   task: Task
+
+
+def own_variables(model: Any) -> dict[str, Any] | None:
+  """Returns the variables that a network has already, None where `init` makes them.
+
+  Args:
+    model: a linen module, or a `Searchable` of either interface.
+  """
+  return getattr(model, 'own_variables', None)
 
 
 def build_network(

@@ -7,9 +7,8 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Problems
-from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
 from fliqs_jax.runs import files, pretrained, supernet, workdir
-from fliqs_jax.runs.network import Architecture
+from fliqs_jax.runs.network import Architecture, own_variables
 from fliqs_jax.runs.setup import Data, Setup, build
 from fliqs_jax.runs.validation import trains_nothing
 from fliqs_jax.search.assignments import Assignment
@@ -91,16 +90,13 @@ def attempt_start(
   if setup and start is not None:
     problems.attempt(pretrained.check, setup.model, setup.example, start)
   named = given is not None or config.init_from
-  if setup and trains_nothing(config) and not named and not _has_weights(setup.model):
+  without = setup and not named and own_variables(setup.model) is None
+  if without and trains_nothing(config):
     problems.add(
       'num_steps=0: expected trained weights, in init_from=DIR or, in Python, as '
       'variables, since a search without training takes those that it is given'
     )
   return start
-
-
-def _has_weights(model):
-  return isinstance(model, NnxSearchable)
 
 
 def configured_data(problems: Problems, config: ml_collections.ConfigDict) -> Data:

@@ -212,7 +212,7 @@ def test_weights_are_no_constants_of_the_program_that_makes_the_state():
   create = functools.partial(
     create_train_state, model, Arguments((), {}), optax.sgd(0.1), None
   )
-  program = jax.make_jaxpr(create)(jax.random.key(0), model.variables)
+  program = jax.make_jaxpr(create)(jax.random.key(0), model.own_variables)
   assert not any(map(np.ndim, program.consts))
 
 
