@@ -190,6 +190,7 @@ def make_searchable(
     >>> print(model.coverage(jnp.ones((1, 8))))
     1 layers are searched:
     .: dense (8, 4), 32 MACs
+    100.0% of the multiply-accumulates by parameters are searched
   """
   if isinstance(model, nnx.Module):
     return NnxSearchable(model, attributes, attention_products)

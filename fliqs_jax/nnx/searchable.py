@@ -4,7 +4,7 @@ A network's state is carried by Flax's functional API: it is split into variable
 collection, nested dicts of arrays as linen has them, and merged for the time of a call.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import inspect
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.layers import parameter_products
 from fliqs_jax.layers.call_counts import count_layers
 from fliqs_jax.layers.coverage import Coverage, check_not_quantized
 from fliqs_jax.layers.layer import Layer
@@ -151,20 +152,30 @@ class Searchable:
     sizes = {
       _strings(path): leaf.get_value().size for path, leaf in self._states[_PARAMS]
     }
+    jaxpr, origins = self._traced(*inputs, **kwargs)
     found = tuple(
       layer._replace(params=_own_params(layer, sizes))
-      for layer in count_layers(self._traced(*inputs, **kwargs)).values()
+      for layer in count_layers(jaxpr).values()
     )
-    return Coverage(found, self._skipped(found))
+    multiplied = parameter_products.find(jaxpr, origins)
+    return Coverage(found, self._skipped(found), _share(found, multiplied))
 
   def _traced(self, *inputs, **kwargs):
-    def forward(*inputs):
-      model = self.merge({})
+    """Returns the jaxpr of a call, and the origins of its arguments."""
+
+    def forward(params, *inputs):
+      model = self.merge({_PARAMS: params})
       for operator in _operators(model):
         operator.discovers = True
       return jax.tree.leaves(model(*inputs, **kwargs))
 
-    return jax.make_jaxpr(forward)(*inputs)
+    params = self.own_variables[_PARAMS]
+    jaxpr = jax.make_jaxpr(forward)(params, *inputs)
+    origins = [
+      (leaf.size, tuple(key.key for key in path))
+      for path, leaf in jax.tree.leaves_with_path(params)
+    ]
+    return jaxpr, origins + [None] * (len(jaxpr.in_avals) - len(origins))
 
   def _skipped(self, found):
     searched = {layer.path for layer in found}
@@ -191,6 +202,20 @@ _UNKNOWN = (
   'nnx.LinearGeneral, nnx.Einsum, nnx.Embed.attend and nnx.LoRA: write the product '
   'with one of these'
 )
+
+
+def _share(
+  layers: Sequence[Layer],
+  multiplied: Sequence[parameter_products.ParameterProduct],
+) -> float | None:
+  """Returns what part of the multiply-accumulates by parameters the layers have."""
+  paths = {layer.path for layer in layers}
+  macs = {True: 0, False: 0}
+  for path, layer, *_ in multiplied:
+    own = {'/'.join(path), '/'.join(path[:-1])}
+    macs[bool(own & paths)] += layer.macs
+  total = sum(macs.values())
+  return macs[True] / total if total else None
 
 
 def _strings(path):

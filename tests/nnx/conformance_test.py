@@ -115,6 +115,7 @@ def test_layers_and_outputs_are_the_same(pair):
   neutral = lambda layers: [layer._replace(operator='') for layer in layers]
   assert neutral(found.layers) == neutral(expected.layers)
   assert found.skipped == expected.skipped == {}
+  assert found.share == expected.share == 1
   assert len(found.layers) == len(ours.init(None)[QUANT_STATS])
   four, params = get_format('int4'), ours.init(None)['params']
   bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in found.layers}
@@ -130,6 +131,27 @@ def test_layers_and_outputs_are_the_same(pair):
   jax.tree.map(np.testing.assert_array_equal, *results)
   assert np.abs(results[0][0] - results[0][1]).max() > 0
   assert nnx.graphdef(model) == graph  # as it was given
+
+
+class NnxBare(nnx.Module):
+  """A product of a bare parameter between layers."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(8, 4, rngs=rngs)
+    self.bare = nnx.Param(jnp.ones((4, 6)))
+    self.lora = nnx.LoRA(6, 2, 6, rngs=rngs)
+    self.embed = nnx.Embed(5, 6, rngs=rngs)
+
+  def __call__(self, x):
+    return self.embed.attend(self.lora(self.dense(x) @ self.bare))
+
+
+def test_the_share_that_is_searched_counts_products_of_bare_parameters():
+  network = fliqs_jax.make_searchable(NnxBare(nnx.Rngs(0)))
+  coverage = network.coverage(jnp.ones((1, 8)))
+  searched = 8 * 4 + 6 * 2 + 2 * 6 + 6 * 5
+  assert coverage.share == pytest.approx(searched / (searched + 4 * 6))
+  assert 'WARNING: 21.8% of the multiply-accumulates' in str(coverage)
 
 
 def batch(seed):
