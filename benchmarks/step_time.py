@@ -1,10 +1,13 @@
 """Seconds of ResNet-18's steps: float, fixed int8, searches, and Qwix's int8 and fp8.
 
     pip install -e '.[benchmark]'
-    python benchmarks/step_time.py [--json]
+    python benchmarks/step_time.py [--variants float search ...] [--json]
 
 All variants are compiled first and then timed in turns within one run, so that what
-else the machine does falls on all of them alike; the figures are medians.
+else the machine does falls on all of them alike; the figures are medians, and ratios to
+the first variant. `search` is the step of `policy_gradient`, `search_default` that of
+the default strategy, and `search_measuring` one of its up to 128 steps that measure;
+these two have two samples, as `float_sampled` has.
 """
 
 import argparse
@@ -23,6 +26,7 @@ SAMPLES = 2  # of the variants of the default strategy
 # A float step that takes its examples in as many parts is beside them.
 SAMPLED = ('float_sampled', *resnet_steps.DEFAULT_STRATEGY)
 QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
+VARIANTS = (*resnet_steps.VARIANTS, *SAMPLED, *QWIX_TYPES)
 
 
 def prepare(variant, mesh, args):
@@ -56,12 +60,12 @@ def main():
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--variants', nargs='+', default=VARIANTS, choices=VARIANTS)
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
   mesh = sharding.make_mesh(1)
-  variants = (*resnet_steps.VARIANTS, *SAMPLED, *QWIX_TYPES)
-  runs = {variant: prepare(variant, mesh, args) for variant in variants}
+  runs = {variant: prepare(variant, mesh, args) for variant in args.variants}
   seconds = {variant: [] for variant in variants}
   for round_number in range(args.rounds + 2):  # two to compile and to warm up
     for variant, (step, state) in runs.items():
@@ -80,7 +84,7 @@ def main():
   print(f'ResNet-18, {shape}, {args.dtype}, {jax.default_backend()}, medians of '
         f'{args.rounds} steps taken in turns')  # fmt: skip
   for variant, median in medians.items():
-    print(f'{variant:16} {median:8.4f} s   {median / medians["float"]:.3f}×')
+    print(f'{variant:16} {median:8.4f} s   {median / medians[args.variants[0]]:.3f}×')
 
 
 if __name__ == '__main__':
