@@ -66,7 +66,7 @@ def main():
 
   mesh = sharding.make_mesh(1)
   runs = {variant: prepare(variant, mesh, args) for variant in args.variants}
-  seconds = {variant: [] for variant in variants}
+  seconds = {variant: [] for variant in args.variants}
   for round_number in range(args.rounds + 2):  # two to compile and to warm up
     for variant, (step, state) in runs.items():
       began = time.perf_counter()
