@@ -102,6 +102,28 @@ def test_the_first_search_says_what_its_own_run_shows(searched, uniform, answer)
   assert f'a standard error of {100 * error:.1f},' in text
 
 
+@pytest.mark.parametrize(
+  'wins, losses, answer',
+  [
+    # Of 100 images; the standard errors of the differences are 3.2, 3.2 and 2.0 points.
+    (10, 1, 'Yes: the search is +9.0 points'),
+    (1, 10, 'No: the search is -9.0 points'),
+    (3, 1, 'This run cannot say: the search is +2.0 points'),
+  ],
+)
+def test_an_own_network_is_compared_image_by_image(wins, losses, answer):
+  cells = read(ROOT / 'colabs' / 'own_network.ipynb').cells
+  (source,) = (cell.source for cell in cells if 'def verdict' in cell.source)
+  names = {'np': np}
+  exec(source[: source.index('\nfound, ')], names)
+  searched, uniform = np.ones(100, bool), np.ones(100, bool)
+  uniform[:wins], searched[wins : wins + losses] = False, False
+  text = names['verdict'](searched, uniform, 0.9)
+  error = np.sqrt((wins + losses) / 100 - ((wins - losses) / 100) ** 2) / 10
+  assert text.startswith(answer) and text.endswith('at 90.0% of its cost.')
+  assert f'a standard error of {100 * error:.1f},' in text
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, data_dir, tmp_path, monkeypatch):
   # Its shell commands shall be those of this environment.
