@@ -1,7 +1,6 @@
 """The record of all that a run needs, built from a config and checked."""
 
 from collections.abc import Callable, Iterable
-import math
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from fliqs_jax.layers.layer import Layer
 from fliqs_jax.runs import builders, targets
 from fliqs_jax.runs import network as network_lib
 from fliqs_jax.runs.network import Architecture, Network
-from fliqs_jax.runs.validation import DTYPES, trains_nothing, validate
+from fliqs_jax.runs.validation import can_build, trains_nothing, validate
 from fliqs_jax.search.assignments import Assignment
 from fliqs_jax.search.budget import Budget, cost_range
 from fliqs_jax.search.controller import Controller
@@ -104,8 +103,8 @@ def build(
     ConfigError: with everything that is wrong, before anything is computed.
   """
   problems = Problems(*validate(config, num_devices))
-  if config.dtype not in DTYPES or not 0 < config.model.width < math.inf:
-    problems.raise_any()  # no network can be built
+  if not can_build(config):
+    problems.raise_any()
   found = problems.attempt(_find, config, assignment, network, architecture)
   problems.raise_any()
   network, standard_layers, architecture, space = found

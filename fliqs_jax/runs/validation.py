@@ -89,6 +89,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   return problems
 
 
+def can_build(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the network and its task can be built, whatever else is wrong."""
+  names = _names(config)
+  known = (_field(config, name) in names[name] for name in ('dtype', 'reward.quality'))
+  return all(known) and 0 < config.model.width < math.inf
+
+
 # Fields with several values, and the type of each.
 _ELEMENTS = {
   'input.image_shape': int,
