@@ -27,7 +27,8 @@ _logger = logging.getLogger(__name__)
 def is_front(config: ml_collections.ConfigDict) -> bool:
   """Returns whether a config asks for all of its targets and not for one of them."""
   search = config.search
-  return config.mode == 'search' and search.targets and search.target_index is None
+  several = bool(search.targets) and search.target_index is None
+  return config.mode == 'search' and several
 
 
 def plan(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
