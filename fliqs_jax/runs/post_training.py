@@ -3,7 +3,8 @@
 1. The statistics of activations are measured in the unquantized network.
 2. Each decision is measured in each of its formats, the others unquantized. What it
    loses is its sensitivity; for an assignment, sensitivities are added.
-3. The integer program takes the assignment within the budget that loses least.
+3. The integer program takes the assignment within the budget that loses least. A
+   uniform model within it that measures better is taken instead.
 4. Batch norm's statistics are estimated under it, and it is evaluated.
 
 Formats are traced data: each of the few functions is compiled once for all of them.
@@ -30,6 +31,7 @@ from fliqs_jax.runs.calibration import Calibration
 from fliqs_jax.runs.checkpoints import FOLDER, Checkpoints
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.search.single_changes import open_space, single_changes
+from fliqs_jax.search.strategies.uniform import uniform_choices
 from fliqs_jax.training import sharding
 from fliqs_jax.training.train_state import TrainState
 
@@ -74,7 +76,7 @@ def find(setup: Setup, folder: epath.Path) -> Found:
     return calibration.evaluate(state, opened.choices(choices))
 
   if setup.config.search.max_quality_drop is None:
-    choices, front = setup.problem.best_choices(-losses), {}
+    choices, front = _best_measured(calibration, opened, setup, state, losses), {}
   else:
     choices, front = quality_budget.cheapest(setup, losses, evaluate, before)
   evaluated, after = evaluate(choices)
@@ -137,6 +139,16 @@ def _sensitivities(calibration, opened, space, state):
   # A format in which the network overflows is worse than any that can be measured.
   finite = np.isfinite(losses)
   return np.where(finite, losses, 2 * np.max(losses, where=finite, initial=1.0))
+
+
+def _best_measured(calibration, opened, setup, state, losses):
+  """Returns the integer program's choices, or a uniform model that is better measured.
+
+  What several layers lose is not the sum of what each one loses.
+  """
+  candidates = [setup.problem.best_choices(-losses), *uniform_choices(setup.problem)]
+  qualities = calibration.qualities(state, [opened.choices(c) for c in candidates])
+  return candidates[int(np.argmax(np.nan_to_num(qualities, nan=-np.inf)))]
 
 
 def _qualities(calibration, opened, state, losses, choices):

@@ -77,8 +77,9 @@ def found(tmp_path_factory):
 
 def test_one_program_measures_all_formats(found):
   _, _, sizes = found
-  # Nine changes and the reference, then the network before and after, on each batch.
-  assert len(sizes) == 3 * (10 + 3) and set(sizes) == {1}
+  # Nine changes and the reference, the program's choices and the two uniform models
+  # within the budget, then the network before and after, on each batch.
+  assert len(sizes) == 3 * (10 + 3 + 3) and set(sizes) == {1}
 
 
 def test_sensitivities_are_what_an_evaluation_under_these_formats_loses(found):

@@ -34,17 +34,23 @@ def uniform(problem: Problem) -> Controller:
   )
 
 
-def _best_uniform(problem):
+def uniform_choices(problem: Problem) -> list[np.ndarray]:
+  """Returns the choices int32[N] of each uniform model within the budgets."""
   space, budgets = problem.space, (problem.target, *problem.caps)
   options = [decision.options for decision in space.decisions]
   common = [name for name in options[0] if all(name in names for names in options)]
   found = [
     np.array([names.index(name) for names in options], np.int32) for name in common
   ]
-  found = [choices for choices in found if fits(space, choices, budgets)]
+  return [choices for choices in found if fits(space, choices, budgets)]
+
+
+def _best_uniform(problem):
+  found = uniform_choices(problem)
   if not found:
     raise ConfigError(
       'search.strategy=uniform: no format that all decisions have is within the '
       'budget: expected a larger target, or another strategy'
     )
-  return max(found, key=lambda choices: problem.target.cost_model(space, choices))
+  cost_model = problem.target.cost_model
+  return max(found, key=lambda choices: cost_model(problem.space, choices))
