@@ -9,10 +9,11 @@ The sentences are the first paragraphs of the standard library's documentation s
 of which some calibrate and others are evaluated. The loss of a sentence is 1 - the
 cosine between its embedding and that of the float network. One search without training
 measures every format of every dense layer. What it measured is solved for each budget
-and each choice of formats, since it does not depend on these. Printed are, on the
-sentences of the evaluation, the mean cosine, and Spearman's correlation between the
-similarities of all pairs of sentences in the quantized and in the float network. The
-float network itself is compared with a forward pass in NumPy first.
+and each choice of formats, since it does not depend on these; the last row is what the
+search itself took, which a uniform model may be where it measured better. Printed are,
+on the sentences of the evaluation, the mean cosine, and Spearman's correlation between
+the similarities of all pairs of sentences in the quantized and in the float network.
+The float network itself is compared with a forward pass in NumPy first.
 """
 
 import argparse
@@ -226,9 +227,8 @@ def print_table(measured, sensitivities, found):
       solved = measured.solve(sensitivities, formats, target)
       if solved is None:
         continue
-      if (target, space) == ('int4', 'both') and solved != found:
-        raise AssertionError('the search found other formats than its sensitivities')
       show(f'{space} at the cost of {target}', solved)
+  show('what the search takes at the cost of int4', found)
 
 
 if __name__ == '__main__':
