@@ -13,7 +13,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from fliqs_jax.runs import files, loop, preparation, targets
+from fliqs_jax.runs import files, loop, preparation, targets, workdir
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.setup import Setup
@@ -71,7 +71,7 @@ def run(
     name: preparation.prepare(run, folder / name, allow_config_change)
     for name, run in plan(config).items()
   }
-  train(setups, folder)
+  train(setups, folder, allow_config_change)
   points = read_points(folder)
   if jax.process_index() == 0:
     write_json(folder / PARETO_FILE, points)
@@ -79,16 +79,24 @@ def run(
   return points
 
 
-def train(setups: Mapping[str, Setup], folder: epath.Path) -> dict[str, dict[str, Any]]:
+def train(
+  setups: Mapping[str, Setup], folder: epath.Path, allow_config_change: bool = False
+) -> dict[str, dict[str, Any]]:
   """Trains what was prepared; returns the results by the names of the workdirs.
 
   Args:
     setups: of each target's run, by the name of its workdir.
     folder: of all.
+    allow_config_change: go on from shared steps although their config differs.
+
+  Raises:
+    ConfigError: where the folder holds shared steps of another config or network.
   """
-  shared = folder / SHARED_FOLDER
+  shared, first = folder / SHARED_FOLDER, next(iter(setups.values()))
+  workdir.check(first.config, shared, allow_config_change)
+  workdir.check_layers(first.standard_layers, shared)
   _logger.info('Steps before the commitment, for %d targets', len(setups))
-  loop.train_to_commitment(next(iter(setups.values())), shared)
+  loop.train_to_commitment(first, shared)
   results = {}
   for count, (name, setup) in enumerate(setups.items(), 1):
     _logger.info('Target %d/%d: %s', count, len(setups), name)

@@ -1,5 +1,7 @@
 """Several targets from one supernet: the same as runs of their own, bit for bit."""
 
+import shutil
+
 from etils import epath
 import jax
 import numpy as np
@@ -64,6 +66,16 @@ def test_a_finished_front_takes_no_step(found, config, monkeypatch):
   folder, points = found
   monkeypatch.setattr(loop, '_loop', lambda *args: pytest.fail('a step was taken'))
   assert front.run(config, folder, pareto_figure.write_sweep) == points
+
+
+def test_shared_steps_of_another_config_are_left_alone(found, config, tmp_path):
+  folder, _ = found
+  shutil.copytree(folder / 'shared', tmp_path / 'shared')
+  changed = config.copy_and_resolve_references()
+  changed.seed = 1
+  with pytest.raises(ConfigError, match='another config: seed .0 there, 1 here.'):
+    front.run(changed, tmp_path, pareto_figure.write_sweep)
+  assert [path.name for path in tmp_path.iterdir()] == ['shared']
 
 
 @pytest.mark.parametrize(
