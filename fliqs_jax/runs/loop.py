@@ -1,7 +1,6 @@
 """The one loop, for search and for fixed formats, and what comes before and after."""
 
 from collections.abc import Callable
-import contextlib
 import itertools
 import logging
 from typing import Any
@@ -87,12 +86,15 @@ def train(
     if result.get('config') == config:
       _logger.info('The run in %s is finished.', folder)
       return result
-  with _opened(setup, folder) as found:
-    result = (
-      post_training.save(setup, found, folder)
-      if found
-      else _train(setup, folder, shared)
-    )
+  with workdir.lock(folder):
+    if trains_nothing(setup.config):
+      # Before anything is written, since no formats may do.
+      found = post_training.find(setup, folder)
+      _write_inputs(setup, folder)
+      result = post_training.save(setup, found, folder)
+    else:
+      _write_inputs(setup, folder)
+      result = _train(setup, folder, shared)
     if jax.process_index() == 0:
       workdir.write(folder, result_lib.RESULT_FILE, result)
   return result
@@ -106,32 +108,25 @@ def train_to_commitment(setup: Setup, folder: epath.Path) -> None:
     folder: for the checkpoint of the last one of these steps.
   """
   mesh = sharding.make_mesh(setup.num_samples)
-  with _opened(setup, folder), Checkpoints(folder) as checkpoints:
-    state, batches = _start(setup, mesh, checkpoints)
-    if int(state.step) < setup.commit_step:
+  with workdir.lock(folder):
+    _write_inputs(setup, folder)
+    with Checkpoints(folder) as checkpoints:
+      state, batches = _start(setup, mesh, checkpoints)
+      if int(state.step) >= setup.commit_step:
+        return
+      evaluate, end = evaluation.make_evaluate(setup, mesh), setup.commit_step
       with workdir.History(folder, int(state.step)) as history:
-        evaluate = evaluation.make_evaluate(setup, mesh)
-        state = _loop(
-          setup, mesh, state, batches, evaluate, history, checkpoints, setup.commit_step
-        )
+        state = _loop(setup, mesh, state, batches, evaluate, history, checkpoints, end)
       checkpoints.save(state, batches)
 
 
-@contextlib.contextmanager
-def _opened(setup, folder):
-  """Keeps other runs out of a folder, which says what runs in it.
-
-  Yields what a search without training found, which may be that nothing will do: it
-  comes before anything is written.
-  """
-  with workdir.lock(folder):
-    found = post_training.find(setup, folder) if trains_nothing(setup.config) else None
-    if jax.process_index() == 0:
-      config = result_lib.config_to_json(setup.config)
-      workdir.write(folder, workdir.CONFIG_FILE, config)
-      workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
-      workdir.keep_inputs(setup.config, folder)
-    yield found
+def _write_inputs(setup, folder):
+  """Writes what runs in a folder: the config, the layers, the files that it names."""
+  if jax.process_index() == 0:
+    config = result_lib.config_to_json(setup.config)
+    workdir.write(folder, workdir.CONFIG_FILE, config)
+    workdir.write(folder, workdir.LAYERS_FILE, to_json(setup.standard_layers))
+    workdir.keep_inputs(setup.config, folder)
 
 
 def _start(setup, mesh, checkpoints, shared=None):
