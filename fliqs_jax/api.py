@@ -395,7 +395,7 @@ def _run(config, model, train_batches, eval_batches, scores, variables, workdir)
 
 
 class _OwnRun(NamedTuple):
-  """What a run over a user's network and batches has besides its config."""
+  """Network, batches and folder of a run from Python: all but its config."""
 
   network: Network
   coverage: Coverage

@@ -96,7 +96,7 @@ def hook_attention(model: nnx.Module, attributes: Mapping[str, Any]) -> None:
 
 
 def _computes_attention(kind):
-  """Whether a class of the user's calls a function of attention itself."""
+  """Returns whether a class of the user's calls a function of attention itself."""
   return not kind.__module__.startswith('flax.') and any(
     attention.NAME in code.co_names
     for value in vars(kind).values()

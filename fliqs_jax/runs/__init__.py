@@ -8,7 +8,12 @@ post_training, calibration    the search of given weights without a step
 batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
 workdir, files, result        the files of a run
+sessions                      when, how long and on what it ran
 sensitivities                 what the quality loses by each format
+quality_budget                the cheapest formats that lose no more than they may
+targets, front                several targets of one supernet
+baseline                      the uniform model beside a search
 sweep, pareto, quality        several runs, and how they compare
 distributed, progress         processes that stop together; what a run shows meanwhile
+compilation, promotion        what is set of JAX while a run computes
 """
