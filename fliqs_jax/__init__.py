@@ -34,14 +34,14 @@ _MODULES = {
   'ConfigError': 'errors',
   'Preempted': 'errors',
   'RunError': 'errors',
-  'Result': 'api',
+  'Result': 'api.results',
   'default_config': 'runs.config',
-  'evaluate': 'api',
-  'make_searchable': 'api',
-  'overview': 'api',
-  'search': 'api',
-  'search_front': 'api',
-  'train': 'api',
+  'evaluate': 'api.inspection',
+  'make_searchable': 'api.own_network',
+  'overview': 'api.inspection',
+  'search': 'api.training',
+  'search_front': 'api.training',
+  'train': 'api.training',
 }
 __all__ = list(_MODULES)
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import fliqs_jax
-from fliqs_jax import api
+from fliqs_jax.api import own_network, training
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
@@ -106,7 +106,7 @@ def test_a_front_has_a_result_for_each_target(tmp_path):
 
 def test_search_is_the_function_and_has_a_folder_beside_it():
   importlib.import_module('fliqs_jax.search.space')
-  assert fliqs_jax.search is api.search
+  assert fliqs_jax.search is training.search
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
@@ -660,8 +660,8 @@ class TwoHeads(nn.Module):
 
 
 def test_a_network_starts_with_all_of_its_parameters():
-  scores = api._Scores(None, None, None, 'image')
-  check = lambda model: api._network(
+  scores = own_network.Scores(None, None, None, 'image')
+  check = lambda model: own_network.check_network(
     fliqs_jax.default_config(), model, scores, *2 * VECTORS
   )
   network, coverage = check(TwoHeads())

@@ -19,13 +19,14 @@ ROWS = (
   ('training', 'data'),
   ('runs',),
   ('reporting', 'exporting'),
-  ('',),  # the interface and the commands, beside the folders
+  ('api',),
+  ('',),  # the commands, beside the folders
 )
 HEIGHT = {folder: height for height, row in enumerate(ROWS) for folder in row}
 ERRORS = 'fliqs_jax.errors'  # below all of them, though in no folder
 
 # Folders that read or write, and may import any library.
-WITH_IO = ('data', 'runs', 'reporting', 'exporting', '')
+WITH_IO = ('data', 'runs', 'reporting', 'exporting', 'api', '')
 LIBRARIES = sys.stdlib_module_names | {
   'fliqs_jax', 'jax', 'flax', 'optax', 'chex', 'etils', 'ml_collections', 'numpy',
   'scipy', 'opt_einsum',

@@ -110,24 +110,18 @@ def build(
   network, standard_layers, architecture, space = found
   cost_model = builders.build_cost_model(config)
   target = targets.limit(config.search, cost_model, standard_layers)
-  searches = assignment is None
-  caps = builders.search_caps(config, cost_model, standard_layers) if searches else ()
+  searches, caps, problem = assignment is None, (), None
+  if searches:
+    caps = builders.search_caps(config, cost_model, standard_layers)
   # A table of latencies may lack a layer or a format.
   for priced in (cost_model, *(cap.cost_model for cap in caps)):
     priced(space, np.zeros(len(space.decisions), np.int32))
-  if searches and config.search.max_quality_drop is not None:
-    _, target = cost_range(space, cost_model)  # any cost will do
   if searches:
-    builders.check_reachable(config, space, Budget(cost_model, target), caps)
-  problem = None
-  if searches:
-    shared_limits = tuple(
-      targets.limit(targets.parse(text), cost_model, standard_layers)
-      for text in config.search.targets
-    )
-    problem = builders.build_problem(
-      config, space, Budget(cost_model, target), caps, shared_limits
-    )
+    if config.search.max_quality_drop is not None:
+      _, target = cost_range(space, cost_model)  # any cost will do
+    budget = Budget(cost_model, target)
+    problem = _build_problem(config, space, budget, caps, standard_layers)
+  trains = searches and not trains_nothing(config)
   learning_rate = builders.build_learning_rate(config)
   return Setup(
     config=config,
@@ -141,16 +135,26 @@ def build(
     target=target,
     caps=caps,
     problem=problem,
-    controller=builders.build_controller(config, problem)
-    if searches and not trains_nothing(config)
-    else None,
+    controller=builders.build_controller(config, problem) if trains else None,
     optimizer=builders.build_optimizer(config, learning_rate),
     learning_rate=learning_rate,
     num_samples=config.search.num_samples if searches else 1,
-    commit_step=config.search.commit_step
-    if searches and config.search.hard_budget
-    else None,
+    commit_step=_commit_step(config) if searches else None,
   )
+
+
+def _commit_step(config):
+  return config.search.commit_step if config.search.hard_budget else None
+
+
+def _build_problem(config, space, budget, caps, standard_layers):
+  """Returns what is searched, within a budget that some choices meet."""
+  builders.check_reachable(config, space, budget, caps)
+  shared_limits = tuple(
+    targets.limit(targets.parse(text), budget.cost_model, standard_layers)
+    for text in config.search.targets
+  )
+  return builders.build_problem(config, space, budget, caps, shared_limits)
 
 
 def _find(config, assignment, network, architecture):

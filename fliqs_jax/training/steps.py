@@ -189,19 +189,9 @@ def make_search_step(
     averaged over samples, and of each sample `sample_loss`, float32[S], and `choices`,
     int32[S, N].
   """
-
-  def one_sample(state, batch, choices, key):
-    bound = space.bind(
-      choices, state.step >= activation_delay, state.step >= weight_delay
-    )
-    formats = nest(space.layers, bound)
-    gradients, stats, metrics = _gradients(state, task, formats, batch, key)
-    if held_out and controller.is_measured is None:
-      held = batch['reward']
-      outputs, _, _ = _forward(state, task, state.params, formats, held, key)
-      metrics['quality'] = jnp.mean(task.quality(outputs, held))
-    return (gradients, stats), metrics
-
+  measures = controller.is_measured is not None
+  delays = activation_delay, weight_delay
+  one_sample = _make_sample(task, space, delays, held_out and not measures)
   measure = _make_measure(task, space, mesh, held_out)
 
   def search_step(state, batch):
@@ -212,20 +202,34 @@ def make_search_step(
       one_sample, mesh, state, batch, choices, model_keys
     )
     outcome = Outcome(choices, metrics['quality'], cost_model(space, choices))
-    if controller.is_measured is not None:
-      outcome = _measured(
-        outcome, controller.is_measured(state.step), measure, state, batch, step_key
-      )
+    if measures:
+      measured = controller.is_measured(state.step)
+      outcome = _measured(outcome, measured, measure, state, batch, step_key)
     controller_state, controller_metrics = controller.update(
       state.controller, outcome, state.step
     )
     new_state = _apply(state, gradients, stats).replace(controller=controller_state)
-    if controller.is_measured is not None:
+    if measures:
       new_state = _average_params(new_state, averaged_steps)
-    own_metrics = _search_metrics(metrics, outcome, gradients)
-    return new_state, {**own_metrics, **controller_metrics}
+    return new_state, _search_metrics(metrics, outcome, gradients) | controller_metrics
 
   return _jit_step(search_step, mesh)
+
+
+def _make_sample(task, space, delays, held_out):
+  """Returns `(state, batch, choices, key) -> ((gradients, stats), metrics)`."""
+
+  def one_sample(state, batch, choices, key):
+    activations, weights = (state.step >= delay for delay in delays)
+    formats = nest(space.layers, space.bind(choices, activations, weights))
+    gradients, stats, metrics = _gradients(state, task, formats, batch, key)
+    if held_out:
+      held = batch['reward']
+      outputs, _, _ = _forward(state, task, state.params, formats, held, key)
+      metrics['quality'] = jnp.mean(task.quality(outputs, held))
+    return (gradients, stats), metrics
+
+  return one_sample
 
 
 def _average_params(state, num_steps):

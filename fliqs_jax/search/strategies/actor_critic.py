@@ -62,25 +62,8 @@ def actor_critic(problem: Problem) -> Controller:
   space, valid = problem.space, problem.space.valid
   limits = np.array(problem.limits)
   own = problem.limits.index(problem.target.limit)
-  rounds = len(problem.measured_steps())
   errors = _option_errors(space)
-  update_every = max(rounds // _UPDATES, 1)
-
-  def init():
-    keys = jax.random.split(jax.random.key(0), problem.num_samples)
-    none = critic.no_measurements(rounds, problem.num_samples, len(valid))
-    middle = jnp.argmax(jax.random.uniform(keys[0], valid.shape) * valid, axis=1)
-    choices = jnp.broadcast_to(middle.astype(jnp.int32), none.choices.shape[1:])
-    state = ActorCriticState(
-      logits=jnp.zeros((len(limits), *valid.shape), jnp.float32),
-      limits=jnp.asarray(limits, jnp.float32),
-      first_budgets=jnp.asarray(_first_budgets(problem, limits), jnp.float32),
-      measurements=none,
-      commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
-    )
-    worth = critic.utilities(none, errors)
-    logits = _improved(problem, state, worth, choices, problem.policy_delay)
-    return state._replace(logits=logits)
+  update_every = max(len(problem.measured_steps()) // _UPDATES, 1)
 
   def update(state, outcome, step):
     recorded = critic.record(state.measurements, outcome.choices, outcome.qualities)
@@ -110,7 +93,7 @@ def actor_critic(problem: Problem) -> Controller:
     return jnp.where(state.commitment >= 0, state.commitment, sampled)
 
   return Controller(
-    init=init,
+    init=functools.partial(_first_state, problem, limits, errors),
     sample=sample,
     update=update,
     policy=lambda state: masked_softmax(state.logits[own], valid),
@@ -119,6 +102,25 @@ def actor_critic(problem: Problem) -> Controller:
     scores=lambda state: critic.utilities(state.measurements, errors),
     is_measured=problem.is_measured,
   )
+
+
+def _first_state(problem, limits, errors):
+  """Returns the state before any measurement, whose policy the prior has made."""
+  valid, rounds = problem.space.valid, len(problem.measured_steps())
+  keys = jax.random.split(jax.random.key(0), problem.num_samples)
+  none = critic.no_measurements(rounds, problem.num_samples, len(valid))
+  middle = jnp.argmax(jax.random.uniform(keys[0], valid.shape) * valid, axis=1)
+  choices = jnp.broadcast_to(middle.astype(jnp.int32), none.choices.shape[1:])
+  state = ActorCriticState(
+    logits=jnp.zeros((len(limits), *valid.shape), jnp.float32),
+    limits=jnp.asarray(limits, jnp.float32),
+    first_budgets=jnp.asarray(_first_budgets(problem, limits), jnp.float32),
+    measurements=none,
+    commitment=jnp.full(valid.shape[:1], -1, jnp.int32),
+  )
+  worth = critic.utilities(none, errors)
+  logits = _improved(problem, state, worth, choices, problem.policy_delay)
+  return state._replace(logits=logits)
 
 
 def _improved(problem, state, worth, choices, step):
