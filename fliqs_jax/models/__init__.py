@@ -15,6 +15,7 @@ from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.architecture import Choose, standard
 from fliqs_jax.linen.operators import conv_hooks, dense_hooks
 from fliqs_jax.models import (
+  decoder,
   deit,
   efficientnet,
   inception_v3,
@@ -22,6 +23,7 @@ from fliqs_jax.models import (
   resnet,
   transformer_lm,
 )
+from fliqs_jax.nnx.drawn import Drawn
 
 MODELS = {
   'resnet18': resnet.ResNet18,
@@ -39,7 +41,9 @@ MODELS = {
   'deit_small': deit.DeiTSmall,
   'deit_base': deit.DeiTBase,
   'transformer_lm': transformer_lm.TransformerLM,
+  'decoder': decoder.Decoder,
 }
+OF_NNX = ('decoder',)  # the others are of linen
 
 
 def create_model(
@@ -49,8 +53,9 @@ def create_model(
   operator: dict[str, Any] | None = None,
   dtype: Any = jnp.float32,
   choose: Choose = standard,
+  attention_products: bool = False,
   **options: Any,
-) -> nn.Module:
+) -> nn.Module | Drawn:
   """Returns the network of that name.
 
   Args:
@@ -61,11 +66,13 @@ def create_model(
     operator: attributes of `QuantizedOperator`.
     dtype: of the computation.
     choose: how its architecture is chosen, by default as published.
+    attention_products: whether the products inside attention are searched too.
     **options: attributes of the network, such as `width`.
 
   Raises:
     ConfigError: where there is no such network; the message names the nearest one.
-      Where its architecture is fixed, and is to be chosen.
+      Where its architecture is fixed, and is to be chosen, or the products inside
+      its attention are to be searched and cannot be.
   """
   if name not in MODELS:
     raise ConfigError(not_among(f'unknown model {name!r}', name, MODELS))
@@ -76,6 +83,16 @@ def create_model(
         f'the architecture of model {name!r} cannot be chosen: expected one of {names}'
       )
     options['choose'] = choose
+  if name in OF_NNX:
+    make = functools.partial(
+      MODELS[name], vocabulary_size=num_classes, dtype=dtype, **options
+    )
+    return Drawn(lambda rngs: make(rngs=rngs), operator or {}, attention_products)
+  if attention_products:
+    raise ConfigError(
+      f'search.attention_products=True: expected False for model {name!r}; decoder '
+      'takes it, and so does fliqs_jax.search, for a network of your own'
+    )
   if quantized:
     operator = operator or {}
     options['conv'] = functools.partial(nn.Conv, **conv_hooks(**operator))

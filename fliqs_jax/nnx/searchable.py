@@ -71,16 +71,29 @@ class Searchable:
     The arguments are those of `nn.Module.init`, of which an instance needs none.
     """
     del key, args, kwargs
-    return jax.tree.map(jnp.copy, self.own_variables)
+    return jax.tree.map(jnp.copy, self._variables)
 
   @property
-  def own_variables(self) -> dict[str, Any]:
+  def own_variables(self) -> dict[str, Any] | None:
     """The model's own variables by collection, from which it trains."""
+    return self._variables
+
+  @property
+  def _variables(self):
     return {
       name: _nested(state)
       for name, state in self._states.items()
       if name == _PARAMS or state
     }
+
+  def variables_of(self, model: nnx.Module) -> dict[str, Any]:
+    """Returns the variables by collection of a network of the same structure.
+
+    Statistics of quantized layers, which it lacks, are those of this one.
+    """
+    _, *states, _ = nnx.split(model, *_COLLECTIONS.values(), ...)
+    given = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
+    return self._variables | {name: _nested(s) for name, s in given.items() if s}
 
   def apply(
     self,
@@ -169,7 +182,7 @@ class Searchable:
         operator.discovers = True
       return jax.tree.leaves(model(*inputs, **kwargs))
 
-    params = self.own_variables[_PARAMS]
+    params = self._variables[_PARAMS]
     jaxpr = jax.make_jaxpr(forward)(params, *inputs)
     origins = [
       (leaf.size, tuple(key.key for key in path))

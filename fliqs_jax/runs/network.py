@@ -17,6 +17,7 @@ from fliqs_jax.layers.architecture import Choose, searched, standard
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen.discovery import discover
+from fliqs_jax.nnx import Searchable
 from fliqs_jax.training import preprocessing
 from fliqs_jax.training.classification import classification
 from fliqs_jax.training.language_modelling import language_modelling
@@ -81,12 +82,6 @@ def build_model(
     ConfigError: where the network is unknown or lacks an option, as the products
       inside attention.
   """
-  # Configs of older workdirs do not have the field.
-  if config.search.get('attention_products'):
-    raise ConfigError(
-      'search.attention_products=True: expected False for the networks of '
-      'fliqs_jax.models; fliqs_jax.search takes it, for a network of your own'
-    )
   # Lists, as a config from JSON has them, are no options of a linen module.
   options = jax.tree.map(
     _tuples, config.model.to_dict(), is_leaf=lambda x: isinstance(x, list)
@@ -98,6 +93,8 @@ def build_model(
     operator=config.quantizer.to_dict(),
     dtype=jnp.dtype(config.dtype),
     choose=choose,
+    # Configs of older workdirs do not have the field.
+    attention_products=bool(config.search.get('attention_products')),
     **options,
   )
 
@@ -173,7 +170,7 @@ def _discover(config, model):
     f'width {config.model.width}'
   )
   try:
-    layers = discover(model, example, train=False)
+    layers = _layers(model, example)
   except (TypeError, ValueError, ArithmeticError) as error:
     # So few channels that none are left, or more than there are numbers for.
     none_left = isinstance(error, ZeroDivisionError)
@@ -186,6 +183,12 @@ def _discover(config, model):
     if max(sizes) >= 2**31:
       raise ConfigError(f'{where}: layer {layer.path} has an axis longer than 2³¹')
   return layers
+
+
+def _layers(model, example):
+  if isinstance(model, Searchable):
+    return model.coverage(example, train=False).layers
+  return discover(model, example, train=False)
 
 
 def choose_architecture(

@@ -1,0 +1,63 @@
+"""A search of a decoder from its config to its result."""
+
+from conftest import load_config
+import pytest
+
+from fliqs_jax.errors import ConfigError
+from fliqs_jax.runs import loop
+from fliqs_jax.runs.config import resolve
+from fliqs_jax.runs.network import discover_layers
+from fliqs_jax.runs.validation import validate
+
+
+@pytest.fixture(scope='module')
+def decoder_config(text_config):
+  """A search on Python's library that takes seconds, of one block with experts."""
+  config = load_config('gemma_like', 'tiny')
+  config.input.update(data_dir=text_config.input.data_dir, context=16)
+  config.model.update(
+    hidden_size=16, depth=1, num_heads=2, num_kv_heads=1, head_size=8, mlp_size=16,
+    num_experts=2, experts_per_token=1,
+  )  # fmt: skip
+  config.num_steps, config.checkpoint_every, config.log_every = 8, 4, 2
+  config.batch_size, config.search.num_samples = 8, 2
+  config.search.attention_products = True
+  return config
+
+
+def test_search(decoder_config, tmp_path):
+  result = loop.run(decoder_config, tmp_path)
+  assert 4 < result['eval']['bits_per_byte'] < 9  # log2(256) is 8
+  assert result['cost'] <= result['target'] * (1 + 1e-6)
+  layers = {'attention/query', 'attention/key', 'attention/value', 'attention/out',
+            'attention/qk', 'attention/av', 'mlp/router', 'mlp/gate', 'mlp/up',
+            'mlp/down'}  # fmt: skip
+  assert set(result['formats']) == {'embedding', *(f'blocks/0/{n}' for n in layers)}
+  config = decoder_config.copy_and_resolve_references()
+  config.mode = 'eval'
+  config.formats, config.checkpoint = 'int8', str(tmp_path)
+  evaluated = loop.run(config, tmp_path / 'evaluated')
+  assert evaluated['eval']['num_examples'] == 4_096
+
+
+def test_sizes_that_do_not_fit(decoder_config):
+  config = decoder_config.copy_and_resolve_references()
+  config.model.num_kv_heads = 3
+  with pytest.raises(ConfigError, match='num_heads=2: expected a multiple of'):
+    discover_layers(config)
+
+
+def test_networks_without_attention_products(text_config):
+  config = text_config.copy_and_resolve_references()
+  config.search.attention_products = True
+  with pytest.raises(ConfigError, match="expected False for model 'transformer_lm'"):
+    discover_layers(config)
+
+
+def test_recipes_are_valid():
+  assert validate(resolve(load_config('gemma_like', 'tiny')), num_devices=1) == []
+
+
+def test_unknown_variant():
+  with pytest.raises(ValueError, match="unknown variant 'stdlib': expected one of"):
+    load_config('gemma_like', 'stdlib')
