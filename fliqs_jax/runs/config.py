@@ -44,6 +44,9 @@ def default_config() -> ml_collections.ConfigDict:
       # it has them, `batch_stats`. Empty for random ones.
       'init_from': '',
       'checkpoint_every': 500,
+      # Devices over which each parameter, its optimizer's state and its averages are
+      # split, a divisor of their number; 1 keeps all of them on every device.
+      'fsdp': 1,
       'max_skipped_steps': 0,  # in a row, where a loss or gradient is not finite
       'compilation_cache': '~/.cache/fliqs_jax',  # folder; empty for none
       'log_every': 50,

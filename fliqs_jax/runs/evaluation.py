@@ -25,22 +25,31 @@ Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 
 
 def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-  """Returns the state before the first step, on all devices."""
+  """Returns the state before the first step, placed on the mesh."""
   compilation.keep_programs(setup.config.compilation_cache)
   init, own = _init(setup)
-  everywhere = sharding.replicated(mesh)
-  init = jax.jit(init, out_shardings=everywhere)
-  return init(jax.random.key(seed), jax.device_put(own, everywhere))
+  init = jax.jit(init, out_shardings=placement(setup, mesh))
+  return init(jax.random.key(seed), jax.device_put(own, sharding.replicated(mesh)))
+
+
+def placement(setup: Setup, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the shardings of the leaves of a state, or the one of all of them."""
+  if mesh.shape['fsdp'] == 1:
+    return sharding.replicated(mesh)
+  init, own = _init(setup)
+  shapes = jax.eval_shape(init, jax.random.key(0), own)
+  return sharding.state_sharding(shapes, mesh)
 
 
 def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> TrainState:
   """Returns the shapes, dtypes and shardings of a state, without computing one."""
   compilation.keep_programs(setup.config.compilation_cache)
   init, own = _init(setup)
-  everywhere = sharding.replicated(mesh)
+  shapes = jax.eval_shape(init, jax.random.key(0), own)
   return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-    jax.eval_shape(init, jax.random.key(0), own),
+    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+    shapes,
+    sharding.state_sharding(shapes, mesh),
   )
 
 
@@ -66,7 +75,7 @@ def restored_state(
   Raises:
     ConfigError: where there is no checkpoint.
   """
-  mesh = sharding.make_mesh(1)
+  mesh = sharding.make_mesh(1, fsdp=setup.config.fsdp)
   with Checkpoints(folder, read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ConfigError(f'{str(folder)!r} holds no checkpoint to evaluate')
@@ -172,7 +181,12 @@ def finished_run(folder: epath.Path) -> tuple[Setup, TrainState, dict[str, Any]]
   # The result says formats and architecture; files that the run was given may be gone.
   with config.unlocked():
     config.update(
-      mode='eval', checkpoint=str(folder), formats='', architecture='', init_from=''
+      mode='eval',
+      checkpoint=str(folder),
+      formats='',
+      architecture='',
+      init_from='',
+      fsdp=1,
     )
   setup, state, _ = _evaluated(config, folder)
   return setup, state, result

@@ -83,7 +83,7 @@ def train(
   path = folder / result_lib.RESULT_FILE
   if path.exists():
     result = result_lib.read_result(path)
-    if result.get('config') == config:
+    if workdir.same_run(result.get('config') or {}, config):
       _logger.info('The run in %s is finished.', folder)
       return result
   with workdir.lock(folder):
@@ -107,7 +107,7 @@ def train_to_commitment(setup: Setup, folder: epath.Path) -> None:
     setup: of a search.
     folder: for the checkpoint of the last one of these steps.
   """
-  mesh = sharding.make_mesh(setup.num_samples)
+  mesh = sharding.make_mesh(setup.num_samples, fsdp=setup.config.fsdp)
   with workdir.lock(folder):
     _write_inputs(setup, folder)
     with Checkpoints(folder) as checkpoints:
@@ -148,7 +148,9 @@ def _start(setup, mesh, checkpoints, shared=None):
 
 def _train(setup, folder, shared):
   """Trains from the newest checkpoint, or from the start, to the result."""
-  mesh, last = sharding.make_mesh(setup.num_samples), setup.config.num_steps
+  config = setup.config
+  mesh = sharding.make_mesh(setup.num_samples, fsdp=config.fsdp)
+  last = config.num_steps
   evaluate = evaluation.make_evaluate(setup, mesh)
   with Checkpoints(folder) as checkpoints:
     state, batches = _start(setup, mesh, checkpoints, shared)
@@ -168,7 +170,7 @@ def _train(setup, folder, shared):
 
 def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
   """Returns the jitted step of a run, `(state, batch) -> (state, metrics)`."""
-  config = setup.config
+  config, placed = setup.config, evaluation.placement(setup, mesh)
   if setup.controller:
     step = steps.make_search_step(
       setup.task,
@@ -181,6 +183,7 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       weight_delay=config.search.weight_delay,
       averaged_steps=_averaged_steps(config.search),
       held_out=config.reward.split == 'validation',
+      placed=placed,
     )
   else:
     step = steps.make_train_step(
@@ -189,8 +192,9 @@ def make_step(setup: Setup, mesh: jax.sharding.Mesh) -> Step:
       mesh,
       config.search.activation_delay,
       config.search.weight_delay,
+      placed,
     )
-  return steps.skip_unsound(step, mesh) if config.max_skipped_steps else step
+  return steps.skip_unsound(step, mesh, placed) if config.max_skipped_steps else step
 
 
 def _averaged_steps(search):

@@ -21,7 +21,7 @@ POST_TRAINING = 'sensitivity'  # the strategy that can do without training
 
 # Fields with a number, by the range that it must be in.
 _POSITIVE = (
-    'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every',
+    'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every', 'fsdp',
     'log_every', 'model.width', 'input.num_threads', 'optimizer.learning_rate',
     'optimizer.epsilon', 'search.num_samples', 'search.target', 'search.target_scale',
     'search.cap', 'search.cap_scale', 'search.statistics_batches', 'input.context',
@@ -78,7 +78,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
     num_devices: of all processes together.
   """
   problems = _check_names(config) + _check_numbers(config)
-  problems += _check_batches(config, num_devices)
+  problems += _check_batches(config, num_devices) + _check_fsdp(config, num_devices)
   problems += _check_image(config) + _check_text(config)
   problems += _check_augmentation(config) + _check_latency_table(config)
   problems += _check_steps(config)
@@ -232,6 +232,19 @@ def _check_batches(config, num_devices):
       f'{num_devices} devices'
     )
   return problems
+
+
+def _check_fsdp(config, num_devices):
+  if config.fsdp < 1:
+    return []  # reported as a number
+  if num_devices % config.fsdp:
+    return [f'fsdp={config.fsdp}: expected a divisor of the {num_devices} device(s)']
+  if config.fsdp > 1 and trains_nothing(config):
+    return [
+      f'fsdp={config.fsdp}: expected 1 with num_steps=0, a search without training, '
+      'which keeps all parameters on every device'
+    ]
+  return []
 
 
 def _check_image(config):

@@ -27,6 +27,8 @@ CONFIG_FILE = 'config.json'
 LAYERS_FILE = 'layers.json'
 HISTORY_FILE = 'history.jsonl'
 LOCK_FILE = '.lock'
+# Fields that say where a run computes, and change nothing of what.
+_PLACES = ('fsdp',)
 # The folder in a workdir of what was in the files that its config names.
 _INPUTS_FOLDER = 'inputs'
 
@@ -50,8 +52,8 @@ def check(
     )
   if not (workdir / CONFIG_FILE).exists() or allow_config_change:
     return
-  old = _flatten(result_lib.config_to_json(complete(read_config(workdir))))
-  new = _flatten(result_lib.config_to_json(config))
+  old = _flatten(_computed(result_lib.config_to_json(complete(read_config(workdir)))))
+  new = _flatten(_computed(result_lib.config_to_json(config)))
   differing = [
     f'{key} ({old.get(key)!r} there, {new.get(key)!r} here)'
     for key in sorted({*old, *new})
@@ -63,6 +65,15 @@ def check(
       f'{", ".join(differing)}; name another folder, or go on all the same with '
       '--allow_config_change of fliqs_jax.main'
     )
+
+
+def same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+  """Returns whether configs in JSON compute the same, wherever they do so."""
+  return _computed(old) == _computed(new)
+
+
+def _computed(config):
+  return {name: value for name, value in config.items() if name not in _PLACES}
 
 
 def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:

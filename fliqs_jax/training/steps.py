@@ -3,8 +3,8 @@
 A batch is a dict of arrays `[S, B, ...]`, for a classifier `image` and `label`, where
 sample `s` of the policy sees slice `s`. A label is a class, int32[S, B], or the
 probabilities of all classes, float32[S, B, num_classes]. Steps run on a mesh
-`('sample', 'data')`: each device scans its samples, and the devices of one sample split
-its examples.
+`('sample', 'data', 'fsdp')`: each device scans its samples, and the devices of one
+sample split its examples. Over `fsdp` they split the parameters too.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from flax import traverse_util
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
 
@@ -24,7 +24,7 @@ from fliqs_jax.search.controller import Controller, Outcome
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.training import health, moving_averages
-from fliqs_jax.training.sharding import batch_sharding, replicated
+from fliqs_jax.training.sharding import batch_sharding, parameter_spec, replicated
 from fliqs_jax.training.task import Batch, Metrics, Task, score_problem
 from fliqs_jax.training.train_state import BATCH_STATS, TrainState
 
@@ -100,17 +100,21 @@ def _mean_over_samples(function, mesh, shared, *per_sample):
       # into a grouped one, and memory would grow with the samples.
       def accumulate(total, slices):
         new, stacked = function(shared, *slices)
-        return jax.tree.map(jnp.add, total, new), stacked
+        return jax.tree.map(jnp.add, total, _split_as_params(new, mesh)), stacked
 
       shapes, _ = jax.eval_shape(function, shared, *first(local))
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+      zeros = _split_as_params(zeros, mesh)
       total, stacked = lax.scan(accumulate, zeros, local)
       mean = jax.tree.map(lambda a: (a / num_local).astype(a.dtype), total)
-    averaged = lax.pmean(_split_over_data(mean, mesh), 'sample')
+    split = _split_over_data if mesh.shape['fsdp'] == 1 else _split_as_params
+    averaged = split(mean, mesh)
+    if mesh.shape['sample'] > 1:  # XLA splits nothing along a manual axis of one
+      averaged = lax.pmean(averaged, 'sample')
     # Counts among a network's variables stay whole.
     return jax.tree.map(lambda a, b: a.astype(b.dtype), averaged, mean), stacked
 
-  # Only `sample` is manual. Over `data` the compiler partitions, so that the means of
+  # Only `sample` is manual. Over the rest the compiler partitions, so that the means of
   # batch norm and of the statistics are over all examples of a sample, and networks
   # need not know of any axis. Unchecked, because a checked gradient with respect to
   # the replicated weights would be reduced over devices for every sample, not once.
@@ -122,7 +126,10 @@ def _mean_over_samples(function, mesh, shared, *per_sample):
     axis_names={'sample'},
     check_vma=False,
   )(shared, *per_sample)
-  return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
+  if mesh.shape['fsdp'] == 1:
+    return lax.with_sharding_constraint(mean, replicated(mesh)), stacked
+  placed = lambda a: NamedSharding(mesh, parameter_spec(a, mesh))
+  return lax.with_sharding_constraint(mean, jax.tree.map(placed, mean)), stacked
 
 
 def _split_over_data(tree, mesh):
@@ -141,7 +148,15 @@ def _split_over_data(tree, mesh):
     whole = lax.with_sharding_constraint(array, P())
     return lax.with_sharding_constraint(whole, P(*[None] * axes[0], 'data'))
 
-  return jax.tree.map(split, tree) if min(mesh.devices.shape) > 1 else tree
+  return jax.tree.map(split, tree) if min(mesh.devices.shape[:2]) > 1 else tree
+
+
+def _split_as_params(tree, mesh):
+  """Splits gradients over the `fsdp` axis, so that no device has them all."""
+  if mesh.shape['fsdp'] == 1:
+    return tree
+  split = lambda a: lax.with_sharding_constraint(a, parameter_spec(a, mesh))
+  return jax.tree.map(split, tree)
 
 
 def _apply(state, gradients, stats):
@@ -166,6 +181,7 @@ def make_search_step(
   weight_delay: int = 0,
   averaged_steps: int = 1,
   held_out: bool = False,
+  placed: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that updates weights and policy together.
 
@@ -183,6 +199,7 @@ def make_search_step(
     averaged_steps: the time constant of the moving averages of the weights, under which
       a controller that measures does so.
     held_out: whether the quality is that of `batch['reward']`.
+    placed: the shardings of the state's leaves; None for all of it on every device.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated. Metrics are scalars,
@@ -213,7 +230,7 @@ def make_search_step(
       new_state = _average_params(new_state, averaged_steps)
     return new_state, _search_metrics(metrics, outcome, gradients) | controller_metrics
 
-  return _jit_step(search_step, mesh)
+  return _jit_step(search_step, mesh, placed)
 
 
 def _make_sample(task, space, delays, held_out):
@@ -318,6 +335,7 @@ def make_train_step(
   mesh: Mesh,
   activation_delay: int = 0,
   weight_delay: int = 0,
+  placed: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the jitted step that trains the weights under fixed formats.
 
@@ -327,6 +345,7 @@ def make_train_step(
     mesh: from `sharding.make_mesh`.
     activation_delay: the first step with quantized activations.
     weight_delay: the first step with quantized weights.
+    placed: as in `make_search_step`.
 
   Returns:
     `(state, batch) -> (state, metrics)`; the state is donated.
@@ -355,11 +374,13 @@ def make_train_step(
       'gradient_norm': optax.tree.norm(gradients),
     }
 
-  return _jit_step(train_step, mesh)
+  return _jit_step(train_step, mesh, placed)
 
 
 def skip_unsound(
-  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+  mesh: Mesh,
+  placed: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns a step that leaves the state as it is where its numbers are not finite.
 
@@ -368,6 +389,7 @@ def skip_unsound(
   Args:
     step: from `make_search_step` or `make_train_step`.
     mesh: from `sharding.make_mesh`.
+    placed: as in `make_search_step`.
   """
 
   def guarded(state, batch):
@@ -379,7 +401,7 @@ def skip_unsound(
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), taken, kept)
     return state, {**metrics, 'skipped_in_a_row': state.skipped}
 
-  return _jit_step(guarded, mesh)
+  return _jit_step(guarded, mesh, placed)
 
 
 def make_statistics_step(
@@ -411,7 +433,7 @@ def make_statistics_step(
   return jax.jit(
     statistics_step,
     in_shardings=(
-      replicated(mesh), replicated(mesh), batch_sharding(mesh), replicated(mesh),
+      _as_it_lies(mesh), replicated(mesh), batch_sharding(mesh), replicated(mesh),
     ),
     out_shardings=replicated(mesh),
   )  # fmt: skip
@@ -439,7 +461,7 @@ def make_eval_step(
 
   return jax.jit(
     eval_step,
-    in_shardings=(replicated(mesh), replicated(mesh), None),
+    in_shardings=(_as_it_lies(mesh), replicated(mesh), None),
     out_shardings=replicated(mesh),
   )
 
@@ -475,10 +497,16 @@ def _sum_over_examples(name, values, mask, size):
   return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
 
 
-def _jit_step(step, mesh):
+def _jit_step(step, mesh, placed):
+  placed = replicated(mesh) if placed is None else placed
   return jax.jit(
     step,
-    in_shardings=(replicated(mesh), batch_sharding(mesh)),
-    out_shardings=replicated(mesh),
+    in_shardings=(placed, batch_sharding(mesh)),
+    out_shardings=(placed, replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def _as_it_lies(mesh):
+  """Returns the sharding of a state whose leaves may be fewer than in training."""
+  return replicated(mesh) if mesh.shape['fsdp'] == 1 else None

@@ -168,11 +168,17 @@ def test_qualities_are_measured_with_averaged_weights():
 
 @pytest.mark.parametrize(
   'num_samples, num_devices, shape',
-  [(1, 1, (1, 1)), (4, 1, (1, 1)), (1, 2, (1, 2)), (2, 2, (2, 1)), (6, 2, (2, 1))],
+  [
+    (1, 1, (1, 1, 1)),
+    (4, 1, (1, 1, 1)),
+    (1, 2, (1, 2, 1)),
+    (2, 2, (2, 1, 1)),
+    (6, 2, (2, 1, 1)),
+  ],
 )
 def test_mesh(num_samples, num_devices, shape):
   mesh = sharding.make_mesh(num_samples, jax.devices()[:num_devices])
-  assert mesh.axis_names == ('sample', 'data')
+  assert mesh.axis_names == ('sample', 'data', 'fsdp')
   assert mesh.devices.shape == shape
 
 
@@ -468,7 +474,7 @@ import numpy as np
 from fliqs_jax.training import sharding, steps
 
 mesh = sharding.make_mesh(2)
-assert mesh.devices.shape == (2, 2)
+assert mesh.devices.shape == (2, 2, 1)
 rng = np.random.default_rng(0)
 x, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 4))
 
