@@ -6,6 +6,7 @@ keys and values in groups (Ainslie et al., 2023, arXiv 2305.13245), and gated
 perceptrons (Shazeer, 2020, arXiv 2002.05202).
 """
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -17,7 +18,6 @@ from jax.typing import DTypeLike
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.models.experts import Experts
 
-_EPSILON = 1e-6  # of Gemma's and Llama's normalisation
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': jax.nn.gelu}  # the latter by tanh
 
 # Sizes of published networks.
@@ -33,10 +33,12 @@ GEMMA_7B: dict[str, Any] = {
 LLAMA_2_7B: dict[str, Any] = {
   'vocabulary_size': 32_000, 'hidden_size': 4_096, 'depth': 32, 'num_heads': 32,
   'num_kv_heads': 32, 'head_size': 128, 'mlp_size': 11_008, 'tied': False,
+  'norm_epsilon': 1e-5,
 }  # fmt: skip
 LLAMA_3_2_1B: dict[str, Any] = {
   'vocabulary_size': 128_256, 'hidden_size': 2_048, 'depth': 16, 'num_heads': 32,
   'num_kv_heads': 8, 'head_size': 64, 'mlp_size': 8_192, 'rotary_base': 500_000.0,
+  'norm_epsilon': 1e-5,
 }  # fmt: skip
 MIXTRAL_8X7B: dict[str, Any] = {
   **LLAMA_2_7B, 'num_kv_heads': 8, 'mlp_size': 14_336, 'num_experts': 8,
@@ -134,12 +136,11 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
   """Attention and a perceptron, each normalised before and added to its input."""
 
-  def __init__(self, attention: Attention, mlp: Any, hidden_size, dtype, rngs):
-    """Takes the attention, and a `GatedMLP` or `Experts`."""
-    norm = lambda: nnx.RMSNorm(hidden_size, epsilon=_EPSILON, dtype=dtype, rngs=rngs)
-    self.norm_attention = norm()
+  def __init__(self, make_norm: Callable[[], nnx.RMSNorm], attention: Attention, mlp):
+    """Takes what makes a normalisation, and a `GatedMLP` or `Experts`."""
+    self.norm_attention = make_norm()
     self.attention = attention
-    self.norm_mlp = norm()
+    self.norm_mlp = make_norm()
     self.mlp = mlp
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,6 +169,7 @@ class Decoder(nnx.Module):
     width: float = 1.0,
     activation: str = 'silu',
     rotary_base: float = 10_000.0,
+    norm_epsilon: float = 1e-6,
     tied: bool = True,
     scales_embedding: bool = False,
     num_experts: int = 0,
@@ -190,6 +192,7 @@ class Decoder(nnx.Module):
       width: multiplies `hidden_size` and `mlp_size`.
       activation: of the gates, one of `ACTIVATIONS`.
       rotary_base: of the positions' angles.
+      norm_epsilon: added to the mean squares of the normalisation.
       tied: whether the last layer multiplies by the embeddings.
       scales_embedding: whether embeddings are multiplied by √hidden_size, as Gemma's.
       num_experts: in the place of each perceptron; 0 for one perceptron alone.
@@ -234,11 +237,13 @@ class Decoder(nnx.Module):
         hidden_size, num_heads, num_kv_heads, head_size, rotary_base, dtype, rngs=rngs
       )
 
+    def make_norm():
+      return nnx.RMSNorm(hidden_size, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
+
     self.blocks = nnx.List(
-      Block(make_attention(), make_mlp(), hidden_size, dtype, rngs)
-      for _ in range(depth)
+      Block(make_norm, make_attention(), make_mlp()) for _ in range(depth)
     )
-    self.norm = nnx.RMSNorm(hidden_size, epsilon=_EPSILON, dtype=dtype, rngs=rngs)
+    self.norm = make_norm()
     self.tied = tied
     if not tied:
       self.head = nnx.Linear(

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Problems
-from fliqs_jax.runs import files, pretrained, supernet, workdir
+from fliqs_jax.runs import files, hugging_face, pretrained, supernet, workdir
 from fliqs_jax.runs.network import Architecture, own_variables
 from fliqs_jax.runs.setup import Data, Setup, build
 from fliqs_jax.runs.validation import trains_nothing
@@ -87,6 +87,7 @@ def attempt_start(
   start = given
   if given is None:
     start = problems.attempt(pretrained.read, config.init_from)
+    problems.attempt(hugging_face.check_sizes, config)
   if setup and start is not None:
     problems.attempt(pretrained.check, setup.model, setup.example, start)
   named = given is not None or config.init_from

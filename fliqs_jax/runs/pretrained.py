@@ -1,4 +1,4 @@
-"""Variables that a run starts from: of another run, or of any Orbax checkpoint."""
+"""Variables that a run starts from: of another run, of Orbax, or of Hugging Face."""
 
 from collections.abc import Mapping
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import checkpoints, files
+from fliqs_jax.runs import checkpoints, files, hugging_face
 from fliqs_jax.training.train_state import (
   BATCH_STATS,
   Arguments,
@@ -26,13 +26,16 @@ def read(path: str) -> Variables | None:
   """Returns the variables in a checkpoint as numpy arrays; None for an empty path.
 
   Args:
-    path: a workdir, whose newest checkpoint is read, or an Orbax checkpoint.
+    path: a workdir, whose newest checkpoint is read, an Orbax checkpoint, or a folder
+      of Hugging Face's with a `config.json` and safetensors of a Llama or Gemma.
 
   Raises:
-    ConfigError: where there is none, or it has no `params`.
+    ConfigError: where there is none, it has no `params`, or is of another network.
   """
   if not path:
     return None
+  if hugging_face.is_checkpoint(files.to_path(path)):
+    return {'params': hugging_face.read(files.to_path(path))}
   folder = _find(files.to_path(path))
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
