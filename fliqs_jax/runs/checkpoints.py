@@ -214,10 +214,23 @@ def _fingerprint(tree) -> jax.Array:
       leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
       leaf = leaf.astype(jnp.uint8)
-    content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).ravel().astype(jnp.uint32)
-    odd = 2 * jnp.arange(content.size, dtype=jnp.uint32) + 1
-    total = 31 * total + jnp.sum(content * odd)
+    content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
+    total = 31 * total + jnp.sum(content * _odd_numbers(content.shape))
   return total
+
+
+def _odd_numbers(shape):
+  """Returns 1, 3, 5, … in the order of memory, uint32 of a shape, modulo 2³².
+
+  Not reshaped from a vector, for which an array that is split over devices would be
+  gathered.
+  """
+  index, stride = jnp.zeros(shape, jnp.uint32), 1
+  for axis in reversed(range(len(shape))):
+    numbers = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    index += jnp.uint32(stride % 2**32) * numbers
+    stride *= shape[axis]
+  return 2 * index + 1
 
 
 def _sealed(state: dict[str, Any]) -> dict[str, Any]:
