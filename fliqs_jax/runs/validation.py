@@ -81,6 +81,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   problems += _check_batches(config, num_devices) + _check_fsdp(config, num_devices)
   problems += _check_image(config) + _check_text(config)
   problems += _check_augmentation(config) + _check_latency_table(config)
+  problems += _check_kv_cache(config)
   problems += _check_steps(config)
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
@@ -342,6 +343,16 @@ def _check_latency_table(config):
         'fliqs_jax.measure in search.latency_table'
       ]
   return []
+
+
+def _check_kv_cache(config):
+  search = config.search
+  return [
+    f'search.{field}=kv_cache: expected search.attention_products=True, since keys and '
+    'values are operands of these products'
+    for field in ('cost_model', 'cap_cost_model')
+    if search[field] == 'kv_cache' and not search.attention_products
+  ]
 
 
 def _check_cap(config):

@@ -137,6 +137,16 @@ def peak_activation_bytes(layers: LayerQuantities) -> Array:
   return (elements + layers.second_inputs * layers.weight_bits) / 8
 
 
+@register('kv_cache', unit='bytes')
+def kv_cache(layers: LayerQuantities) -> Array:
+  """Bytes of the keys and values of one text, which a decoder keeps for its next token.
+
+  They are the second inputs of the products inside attention, once for the heads that
+  share them. Where these products are not searched, there are none.
+  """
+  return layers.calls * layers.second_inputs * layers.weight_bits / 8
+
+
 @register('roofline', unit='ms')
 def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
   """Time on a device, `max(2 · MACs / peak rate, bytes / bandwidth)`, for one example.

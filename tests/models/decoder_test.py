@@ -13,6 +13,8 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.models import decoder
 from fliqs_jax.models.decoder import Decoder
 from fliqs_jax.models.experts import Experts
+from fliqs_jax.search.cost_models import get_cost_model
+from fliqs_jax.search.space import build_space
 
 SIZES = {
   'vocabulary_size': 20,
@@ -184,6 +186,21 @@ def test_active_experts_count_and_all_are_stored():
     assert layer.macs == CONTEXT * 2 * one  # of the four experts
     assert layer.params == 4 * one
   assert layers['blocks/1/mlp/router'].macs == CONTEXT * 16 * 4
+
+
+def test_cache_of_keys_and_values_by_hand():
+  layers = tuple(layers_of(attention_products=True).values())
+  values = CONTEXT * 2 * 6  # of the keys of one block, for 2 heads of 6 channels
+  cost_model = get_cost_model('kv_cache')
+  assert cost_model.uniform(layers, 'int4') == 2 * 2 * values * 4 / 8
+  space = build_space(layers, ('int4', 'int8'), operands='separate')
+  choices = np.zeros(len(space.decisions), np.int32)
+  names = [decision.name for decision in space.decisions]
+  choices[names.index('blocks/1/attention/av:weights')] = 1
+  assert cost_model(space, choices) == (3 * values * 4 + values * 8) / 8
+  # The query and the attention's weights are not kept.
+  choices[names.index('blocks/1/attention/av:activations')] = 1
+  assert cost_model(space, choices) == (3 * values * 4 + values * 8) / 8
 
 
 @pytest.mark.parametrize(

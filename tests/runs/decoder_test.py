@@ -54,6 +54,13 @@ def test_networks_without_attention_products(text_config):
     discover_layers(config)
 
 
+def test_no_cache_without_attention_products(decoder_config):
+  config = decoder_config.copy_and_resolve_references()
+  config.search.update(cap_cost_model='kv_cache', attention_products=False)
+  (problem,) = validate(resolve(config), num_devices=1)
+  assert problem.startswith('search.cap_cost_model=kv_cache: expected search.attention')
+
+
 def test_recipes_are_valid():
   assert validate(resolve(load_config('gemma_like', 'tiny')), num_devices=1) == []
 

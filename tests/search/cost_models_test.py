@@ -250,7 +250,8 @@ class TestEveryCostModel:
     for format_name in formats.NAMES:
       space = search_space.uniform_space(resnet18, format_name)
       assert (model.per_layer(space, NO_CHOICES) >= 0).all()
-      assert model(space, NO_CHOICES) > 0
+      # A network without products inside attention keeps no keys and values.
+      assert (model(space, NO_CHOICES) > 0) == (name != 'kv_cache')
 
   @pytest.mark.parametrize('operands', search_space.SEARCHED_OPERANDS)
   def test_more_bits_in_one_decision_never_cost_less(self, name, operands, resnet18):
