@@ -1,16 +1,22 @@
-"""Decoders like Gemma; `:tiny` trains on Python's library, in bytes, on a CPU.
+"""Decoders like Llama and Gemma on lm1b, for a TPU v5e-64; `:tiny`, on a CPU.
 
-python -m fliqs_jax.main --config=configs/gemma_like.py:tiny --workdir=DIR
+    python -m fliqs_jax.main --config=configs/gemma_like.py:1b --workdir=gs://…
+    python -m fliqs_jax.main --config=configs/gemma_like.py:tiny --workdir=DIR
+
+`:1b` has the blocks of Llama 3.2 1B and `:7b` those of Gemma 7B, both on bytes, with
+parameters split over all 64 chips. They have not been run. Sentences of lm1b are padded
+to the context, not packed.
 """
 
 import ml_collections
 
+from fliqs_jax.models import decoder
 from fliqs_jax.runs.config import default_config
 
-VARIANTS = ('tiny',)
+VARIANTS = ('1b', '7b', 'tiny')
 
 
-def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
+def get_config(variant: str = '1b') -> ml_collections.ConfigDict:
   """Returns the config of a variant, one of `VARIANTS`."""
   if variant not in VARIANTS:
     raise ValueError(
@@ -20,8 +26,29 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
   config.num_classes = 256
   config.reward.quality = 'minus_bits_per_byte'
   config.optimizer.name = 'adamw'
-  _tiny(config)
+  if variant == 'tiny':
+    _tiny(config)
+  else:
+    _lm1b(config, decoder.LLAMA_3_2_1B if variant == '1b' else decoder.GEMMA_7B)
   return config
+
+
+def _lm1b(config, sizes):
+  """A published network's blocks on a billion words, over 4 and more bits."""
+  sizes = {name: size for name, size in sizes.items() if name != 'vocabulary_size'}
+  config.model = {'name': 'decoder', 'width': 1.0, **sizes, 'remat': True}
+  config.dataset = 'lm1b'
+  config.input.update(context=256, num_threads=16)
+  config.fsdp = 64
+  config.batch_size = config.eval_batch_size = 1_024
+  config.num_steps = 100_000
+  config.dtype = 'bfloat16'
+  config.checkpoint_every = 2_500
+  config.log_every = 250
+  config.optimizer.update(learning_rate=3e-4, square_decay=0.95, weight_decay=0.1)
+  config.search.update(
+    formats='int_small', num_samples=4, target_format='int4', target_scale=1.5
+  )
 
 
 def _tiny(config):

@@ -6,7 +6,7 @@ import pytest
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import loop
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.runs.network import discover_layers
+from fliqs_jax.runs.network import build_model, discover_layers
 from fliqs_jax.runs.validation import validate
 
 
@@ -61,8 +61,19 @@ def test_no_cache_without_attention_products(decoder_config):
   assert problem.startswith('search.cap_cost_model=kv_cache: expected search.attention')
 
 
-def test_recipes_are_valid():
-  assert validate(resolve(load_config('gemma_like', 'tiny')), num_devices=1) == []
+@pytest.mark.parametrize(
+  'variant, num_devices, params',
+  [
+    ('1b', 64, 1_235_814_400 - (128_256 - 256) * 2_048),
+    ('7b', 64, 7_751_248_896 + 256 * 3_072),
+    ('tiny', 1, None),
+  ],
+)
+def test_recipes_are_valid(variant, num_devices, params):
+  config = resolve(load_config('gemma_like', variant))
+  assert validate(config, num_devices) == []
+  if params:
+    assert build_model(config).model.num_params() == params
 
 
 def test_unknown_variant():
