@@ -12,7 +12,7 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.numerics import quantization_error
-from fliqs_jax.numerics.formats import get_format, parse_names
+from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.reporting import analysis_figures
 from fliqs_jax.reporting.recorded_run import Run, read_run
 from fliqs_jax.reporting.rendering import to_png
@@ -22,6 +22,7 @@ from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.quality import from_evaluation
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.workdir import check_model
+from fliqs_jax.search import options
 from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.training.sharding import make_mesh
 
@@ -64,7 +65,7 @@ def write_figures(
 def _make(name, config, folder, given) -> tuple[Any, Figure]:
   """Returns the numbers of a figure and the figure."""
   if name in ('switching', 'clipping'):
-    names = parse_names(config.search.formats)
+    names = options.format_names(options.parse(config.search.formats))
     weights = network_weights(config, given[0] if given else None)
     if name == 'switching':
       numbers = switching(weights, names)

@@ -13,7 +13,8 @@ import matplotlib
 from matplotlib import patches
 from matplotlib.figure import Figure
 
-from fliqs_jax.numerics.formats import find_format, is_format
+from fliqs_jax.numerics.formats import find_format
+from fliqs_jax.search.options import is_option, split
 
 WIDE, NARROW = 11.2, 3.6  # inches, which a page shows as 96 pixels each
 
@@ -68,10 +69,10 @@ styled = matplotlib.rc_context(STYLE)  # a decorator of what draws
 
 
 def family(name: str) -> str:
-  """Returns what an option is, as `PALETTE` colours it."""
-  if not is_format(name):
+  """Returns what an option is, as `PALETTE` colours it: a pair as its weights."""
+  if not is_option(name):
     return 'architecture'
-  family = find_format(name).family
+  family = find_format(split(name).weights).family
   return {'int': 'integer', 'float': 'float', 'unscaled': 'unquantized'}[family]
 
 

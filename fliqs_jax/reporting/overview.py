@@ -13,11 +13,10 @@ import numpy as np
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics import formats as formats_lib
-from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.reporting import notebook, terminal, units
 from fliqs_jax.runs import builders, network, targets
 from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.search import assignments, devices
+from fliqs_jax.search import assignments, devices, options
 from fliqs_jax.search.budget import cost_range
 from fliqs_jax.search.space import UNQUANTIZED
 
@@ -183,7 +182,10 @@ def describe(
 
 
 def describe_device(name: str) -> dict[str, Any]:
-  """Returns the formats that a device multiplies natively, ready for JSON.
+  """Returns what a device multiplies natively, ready for JSON.
+
+  `native` has formats, each with itself, and `pairs` those of weights' and activations'
+  formats that differ, of the fast ones and bf16; both with their rates.
 
   Raises:
     ConfigError: where there is no such device.
@@ -196,9 +198,14 @@ def describe_device(name: str) -> dict[str, Any]:
   ]
   rates = {format_name: devices.rate(device, format_name) for format_name in native}
   by_rate = sorted(native, key=rates.get, reverse=True)
+  fast = devices.fast_formats(name, required=False)
+  pairs = [pair for pair in devices.native_pairs(name, fast) if ':' in pair]
   return {
     'name': name,
     'native': {format_name: rates[format_name] / 1e12 for format_name in by_rate},
+    'pairs': {
+      pair: devices.rate(device, *options.split(pair)) / 1e12 for pair in pairs
+    },
     'unit': 'TFLOPS',
   }
 
@@ -225,10 +232,15 @@ def _parameters(setup):
 
 
 def _native_formats(device):
-  rates = ', '.join(f'{name} {rate:g}' for name, rate in device['native'].items())
+  formats, pairs = (
+    ', '.join(f'{name} {rate:g}' for name, rate in device[field].items()) or 'none'
+    for field in ('native', 'pairs')
+  )
   return (
-    f'{device["name"]} multiplies natively, in 10¹² operations a second: {rates}; '
-    'search.formats=device takes those that are faster than bf16, and bf16'
+    f'{device["name"]} multiplies natively, in 10¹² operations a second: {formats}; '
+    'search.formats=device takes those that are faster than bf16, and bf16. '
+    f'Pairs of different ones, weights first: {pairs}; '
+    'search.weights_and_activations=pairs adds them; any format can be stored'
   )
 
 
@@ -248,7 +260,7 @@ def _reachable_costs(
   space = builders.build_space(config, searched)
   uniform = {
     name: cost_model.uniform(layers, name)
-    for name in parse_names(config.search.formats)
+    for name in options.parse(config.search.formats)
   }
   limits = [(cost_model, targets.limit(config.search, cost_model, layers))]
   limits += [

@@ -5,11 +5,11 @@ import math
 import shlex
 from typing import Any
 
-from fliqs_jax.numerics.formats import is_format
 from fliqs_jax.reporting.recorded_run import Run, decisions_by_layer
 from fliqs_jax.reporting.training_figures import Milestone
 from fliqs_jax.runs import quality
 from fliqs_jax.runs.workdir import EVALUATED
+from fliqs_jax.search.options import is_option, join, split
 from fliqs_jax.search.quantities import counted_bits
 
 # Scalars of a history that a report draws: title, how a number reads, reference line.
@@ -88,8 +88,8 @@ def decisions(run: Run) -> list[dict[str, Any]]:
 
 def option_order(option: str) -> tuple:
   """Returns what options are sorted by: formats by bits, then sizes, then others."""
-  if is_format(option):
-    return (0, counted_bits(option), option)
+  if is_option(option):
+    return (0, sum(map(counted_bits, split(option))), option)
   try:
     return (1, float(option), option)
   except ValueError:
@@ -100,9 +100,11 @@ def chosen(result: Mapping[str, Any]) -> dict[str, str]:
   """Returns the option that the result has of each decision that governs something."""
   found = {name: str(size) for name, size in result.get('architecture', {}).items()}
   for path, operands in decisions_by_layer(result).items():
+    formats = result['formats'][path]
     for operand, decision in operands.items():
       if decision is not None:
-        found.setdefault(decision, result['formats'][path][operand])
+        both = set(operands.values()) == {decision}
+        found.setdefault(decision, join(**formats) if both else formats[operand])
   return found
 
 

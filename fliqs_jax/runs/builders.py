@@ -10,9 +10,8 @@ import optax
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.numerics import formats
 from fliqs_jax.runs import files
-from fliqs_jax.search import assignments, cost_models, rewards
+from fliqs_jax.search import assignments, cost_models, options, rewards
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import space as search_space
 from fliqs_jax.search.assignments import Assignment
@@ -96,15 +95,15 @@ def _build_space(config, layers, assignment):
     return search_space.uniform_space(layers, assignment)
   if assignment is not None:
     return search_space.fixed_space(layers, assignments.expand(assignment, layers))
-  names = formats.parse_names(config.search.formats)
-  if config.search.decide == 'architecture' and len(names) > 1:
+  found = options.parse(config.search.formats)
+  if config.search.decide == 'architecture' and len(found) > 1:
     raise ConfigError(
       f'search.decide=architecture: expected one format in search.formats, found '
       f'{config.search.formats!r}'
     )
   space = search_space.build_space(
     layers,
-    names,
+    found,
     config.search.weights_and_activations,
     config.search.groups,
     config.search.pins,

@@ -5,7 +5,7 @@ from ml_collections import config_dict
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import targets, validation
-from fliqs_jax.search import devices
+from fliqs_jax.search import devices, options
 from fliqs_jax.search.strategies import (
   FIXED_FORMATS,
   STRATEGIES,
@@ -89,10 +89,11 @@ def default_config() -> ml_collections.ConfigDict:
         # the architecture is decided.
         'strategy': config_dict.placeholder(str),
         'decide': 'formats',  # or architecture (in one format), or both
-        # A space's name, a comma-separated list, or `device`: what search.device runs
-        # natively, and faster than bf16, and bf16.
+        # A space's name, a comma-separated list (of pairs too, WEIGHTS:ACTIVATIONS), or
+        # `device`: what search.device runs natively, and faster than bf16, and bf16.
         'formats': 'int_small',
-        'weights_and_activations': 'tied',  # or separate, or weights
+        # Or separate, weights, or pairs: those that search.device multiplies natively.
+        'weights_and_activations': 'tied',
         # Whether the products inside attention, QKᵀ and AV, are decisions too; of own
         # networks, from Python.
         'attention_products': False,
@@ -115,7 +116,7 @@ def default_config() -> ml_collections.ConfigDict:
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost
         'cap_scale': 1.0,
-        'device': 'tpu_v5e',  # of the cost model roofline, and of formats=device
+        'device': 'tpu_v5e',  # of the cost roofline, formats=device and pairs
         'latency_table': '',  # path, of the cost model latency_table
         # First steps with quantized weights, with quantized activations, and of the
         # policy, and that of the commitment; the defaults are the strategy's.
@@ -162,7 +163,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
   Raises:
     ConfigError: where a field has no value of its type, which a config that was copied
-      or given in Python may not know, or the device has no fast formats.
+      or given in Python may not know, the device has no fast formats, or a pair of
+      formats is none that it multiplies.
   """
   config = config.copy_and_resolve_references()
   if problems := validation.check_types(config, default_config()):
@@ -172,6 +174,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _resolve_target(search)
   if search.formats == 'device':
     search.formats = ','.join(devices.fast_formats(search.device))
+  if search.weights_and_activations == 'pairs':
+    given = options.parse(search.formats)
+    search.formats = ','.join(devices.native_pairs(search.device, given))
   if config.optimizer.warmup_steps is None:
     config.optimizer.warmup_steps = int(0.05 * config.num_steps)
   if search.strategy is None:

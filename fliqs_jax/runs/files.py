@@ -6,8 +6,7 @@ from typing import Any
 from etils import epath
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.numerics import formats
-from fliqs_jax.search import assignments, latency
+from fliqs_jax.search import assignments, latency, options
 from fliqs_jax.search.assignments import Assignment
 
 # Far above the result of any network, far below what would fill the memory.
@@ -27,12 +26,12 @@ def read_formats(spec: str) -> str | Assignment:
   Raises:
     ConfigError: where it is none of them; one line for each problem.
   """
-  if formats.is_format(spec):
+  if options.is_option(spec):
     return spec
   if is_written_out(spec):
     return assignments.parse(assignments.load(spec.encode(), 'formats'), 'formats')
   if not to_path(spec).exists() and os.sep not in spec and '.' not in spec:
-    formats.find_format(spec)  # names the nearest format
+    options.find(spec)  # names the nearest format
   content = read_json(spec)
   return assignments.parse(content.get('formats', content), spec)
 

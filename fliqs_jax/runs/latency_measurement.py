@@ -26,14 +26,13 @@ from fliqs_jax.numerics.formats import (
   NumericFormat,
   find_format,
   get_format,
-  parse_names,
 )
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.runs import files, network
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.validation import validate
-from fliqs_jax.search import devices, latency
+from fliqs_jax.search import devices, latency, options
 from fliqs_jax.search.space import UNQUANTIZED
 
 # Dispatched at once and timed together, so that a device is not waited for.
@@ -117,13 +116,13 @@ def _format_names(config):
   """Returns the formats that the layers can have, and bf16 for unquantized ones."""
   search = config.search
   named = [
-    *parse_names(search.formats),
+    *options.parse(search.formats),
     *(name for _, name in search.pins),
     *([search.target_format] if search.target is None else []),
     *([search.cap_format] if search.cap_cost_model and search.cap is None else []),
     latency.UNQUANTIZED_FORMAT,
   ]
-  return tuple(name for name in dict.fromkeys(named) if name != UNQUANTIZED)
+  return tuple(n for n in options.format_names(named) if n != UNQUANTIZED)
 
 
 def _time_layer(layer, names, batch_size, repeats, dtype):

@@ -12,10 +12,9 @@ import ml_collections
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.runs import files
 from fliqs_jax.runs.setup import Setup
-from fliqs_jax.search import assignments
+from fliqs_jax.search import assignments, options
 from fliqs_jax.search import space as search_space
 from fliqs_jax.search.quantities import counted_bits
 
@@ -42,7 +41,7 @@ def make_result(
   """
   config, space, cost_model = setup.config, setup.space, setup.cost_model
   searched = policy is not None
-  compared = formats_lib.parse_names(config.search.formats) if searched else ()
+  compared = options.parse(config.search.formats) if searched else ()
   return {
     'model': config.model.name,
     'dataset': config.dataset,

@@ -9,12 +9,12 @@ import jax
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, Preempted
-from fliqs_jax.numerics.formats import parse_names
 from fliqs_jax.runs import files, loop, preparation, quality
 from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.pareto import pareto_front
 from fliqs_jax.runs.result import RESULT_FILE, read_result, write_json
+from fliqs_jax.search import options
 
 PARETO_FILE = 'pareto.json'
 
@@ -146,7 +146,7 @@ def plan(
   """
   uniform = dict.fromkeys(
     (
-      *parse_names(resolve(config).search.formats),
+      *options.parse(resolve(config).search.formats),
       *(target['target_format'] for target in targets if 'target_format' in target),
     )
   )

@@ -8,7 +8,7 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.numerics.formats import get_format
+from fliqs_jax.search import options
 from fliqs_jax.search.cost_models import CostModel
 
 
@@ -29,7 +29,7 @@ def parse(text: str) -> dict[str, Any]:
   scale, times, name = map(str.strip, text.rpartition('*'))
   if not times and not name[:1].isalpha():
     return {'target': positive(text)}
-  get_format(name)
+  name = options.find(name)
   target_scale = positive(scale) if times else 1.0
   return {'target': None, 'target_format': name, 'target_scale': target_scale}
 

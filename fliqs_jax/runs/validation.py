@@ -6,8 +6,8 @@ from typing import Any
 import ml_collections
 
 from fliqs_jax.errors import ConfigError, not_among
-from fliqs_jax.numerics import calibration, formats
-from fliqs_jax.search import cost_models, devices
+from fliqs_jax.numerics import calibration
+from fliqs_jax.search import cost_models, devices, options
 from fliqs_jax.search.controller import BASELINES, ENTROPY_SCHEDULES
 from fliqs_jax.search.rewards import REWARDS
 from fliqs_jax.search.space import SEARCHED_OPERANDS
@@ -324,8 +324,8 @@ def _check_formats(config):
   if search.cap_cost_model and search.cap is None:
     named.append(search.cap_format)
   for check, argument in (
-    (formats.parse_names, search.formats),
-    *((formats.get_format, name) for name in named),
+    (options.parse, search.formats),
+    *((options.find, name) for name in named),
   ):
     try:
       check(argument)

@@ -1,6 +1,7 @@
 """The search: what is decided, what it costs, and how formats are chosen.
 
 space        the decisions of a network: grouped, pinned; choices to formats and back
+options      of decisions on formats: formats and pairs of them
 groups       layers that share a decision, by name
 assignments  formats given by hand or by a finished search, for each layer
 quantities   what costs depend on, of each layer under choices

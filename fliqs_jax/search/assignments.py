@@ -18,7 +18,8 @@ from typing import Any
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics.formats import find_format
-from fliqs_jax.search.space import OPERANDS
+from fliqs_jax.search import options
+from fliqs_jax.search.options import OPERANDS
 
 Assignment = Mapping[str, Mapping[str, str]]  # {path or regex: {operand: format name}}
 
@@ -82,7 +83,9 @@ def parse(content: Any, source: str) -> Assignment:
 
 
 def _operands(value):
-  both = dict.fromkeys(OPERANDS, value) if isinstance(value, str) else value
+  both = value
+  if isinstance(value, str):
+    both = options.split(options.find(value))._asdict()
   if not isinstance(both, dict) or set(both) != set(OPERANDS):
     raise ConfigError(
       'expected a format name or {"weights": …, "activations": …}, found '

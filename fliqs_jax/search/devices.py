@@ -6,7 +6,7 @@ or one with blocks whose scales the matrix unit does not apply, is *emulated*: s
 but multiplied in the wider type.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import re
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.numerics.formats import Block, find_format
+from fliqs_jax.search import options
 
 # What matrix units multiply, narrowest first, and the bits that a value is stored in.
 TYPE_BITS = {'int4': 4, 'fp4': 4, 'fp6': 6, 'int8': 8, 'fp8': 8, 'bf16': 16}
@@ -246,13 +247,14 @@ _CANDIDATES = (
 )  # fmt: skip
 
 
-def fast_formats(name: str) -> tuple[str, ...]:
+def fast_formats(name: str, required: bool = True) -> tuple[str, ...]:
   """Returns the formats that a device multiplies natively and faster than bf16, and it.
 
   Formats in blocks stand for those of their elements, which are as fast.
 
   Args:
     name: of the device.
+    required: whether there must be one besides bf16.
 
   Raises:
     ConfigError: where there is no such device, or it has no such format.
@@ -265,12 +267,52 @@ def fast_formats(name: str) -> tuple[str, ...]:
       and candidate not in found.values()
     ):
       found[candidate] = find_format(candidate).element
-  if not found:
+  if required and not found:
     raise ConfigError(
       f'{name} multiplies no format faster than bf16: expected formats by name, or '
       'another device'
     )
   return (*found, 'bf16')
+
+
+def native_pairs(name: str, given: Sequence[str]) -> tuple[str, ...]:
+  """Returns the pairs of weights' and activations' formats that a device multiplies.
+
+  Those of which no activation has fewer bits than the weights: weights are unpacked
+  from what is stored, and activations are written in what is multiplied.
+
+  Args:
+    name: of the device.
+    given: options; formats stand for all of their native pairs.
+
+  Raises:
+    ConfigError: where there is no such device, or a pair that is given is none of
+      them.
+  """
+  device, found = get_device(name), []
+  for option in given:
+    weights, activations = options.split(option)
+    if ':' not in option:
+      found += [
+        options.join(option, other)
+        for other in given
+        if ':' not in other and _is_native_pair(device, option, other)
+      ]
+    elif _is_native_pair(device, weights, activations):
+      found.append(option)
+    else:
+      raise ConfigError(
+        f'{option} is no pair that {name} multiplies natively: it would run in '
+        f'{native_type(device, weights, activations)}; expected weights of no more '
+        'bits than activations, in formats that one type of the device holds, or '
+        'search.weights_and_activations=tied, which takes any pair'
+      )
+  return tuple(dict.fromkeys(found))
+
+
+def _is_native_pair(device, weights, activations):
+  narrow, wide = (find_format(name).bits for name in (weights, activations))
+  return narrow <= wide and is_native(device, weights, activations)
 
 
 def emulated_pairs(

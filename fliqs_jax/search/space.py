@@ -2,8 +2,9 @@
 
 A *layer* is a quantized operator of the network. A *decision* picks one format out of
 several options, for one or more operands (weights or activations) of layers, or one
-size of the network's architecture. *Choices* are one option index for each decision,
-`int32[N]`; the package's docstring explains the letters.
+size of the network's architecture. An option may be a pair of formats
+(`options`). *Choices* are one option index for each decision, `int32[N]`; the package's
+docstring explains the letters.
 
 Examples:
   >>> from flax import linen as nn
@@ -43,17 +44,17 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.numerics.masking import LayerSizes
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.search.groups import expand
+from fliqs_jax.search.options import OPERANDS, format_names, split
 
-OPERANDS = ('weights', 'activations')
 UNQUANTIZED = 'float32'
-SEARCHED_OPERANDS = ('tied', 'separate', 'weights')
+SEARCHED_OPERANDS = ('tied', 'separate', 'weights', 'pairs')
 
 
 class Decision(NamedTuple):
   """A choice of one format, or of one size, out of several."""
 
   name: str
-  options: tuple[str, ...]  # format names, or sizes in decimals
+  options: tuple[str, ...]  # formats, pairs of them, or sizes in decimals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class SearchSpace:
   def format_names(self) -> tuple[str, ...]:
     """The names in `format_table`, which has a row for every format in use."""
     decisions = self.format_decisions
-    searched = [name for decision in decisions for name in decision.options]
+    searched = format_names(o for decision in decisions for o in decision.options)
     fixed = [a for a in self.weights + self.activations if isinstance(a, str)]
     return tuple(dict.fromkeys([*searched, *fixed, UNQUANTIZED]))
 
@@ -100,14 +101,13 @@ class SearchSpace:
     return np.arange(max(sizes, default=0)) < sizes[:, None]
 
   @functools.cached_property
-  def _option_ids(self) -> np.ndarray:
-    """int32[F, K], the row in the format table of each option, 0 where padded."""
-    ids = np.zeros((len(self.format_decisions), *self.valid.shape[1:]), np.int32)
-    for row, decision in zip(ids, self.format_decisions):
-      row[: len(decision.options)] = list(
-        map(self.format_names.index, decision.options)
-      )
-    return ids
+  def _option_ids(self) -> LayerFormats:
+    """int32[F, K] each, the rows in the format table of options, 0 where padded."""
+    ids = np.zeros((2, len(self.format_decisions), *self.valid.shape[1:]), np.int32)
+    for i, decision in enumerate(self.format_decisions):
+      for k, option in enumerate(decision.options):
+        ids[:, i, k] = list(map(self.format_names.index, split(option)))
+    return LayerFormats(*ids)
 
   @functools.cached_property
   def _pairs(self) -> np.ndarray:
@@ -123,21 +123,24 @@ class SearchSpace:
     Returns:
       `LayerFormats` of int32[..., L].
     """
+    return LayerFormats(
+      self._operand_ids(choices, self._option_ids.weights, self.weights),
+      self._operand_ids(choices, self._option_ids.activations, self.activations),
+    )
+
+  def _operand_ids(self, choices, option_ids, assigned):
+    """Returns the row of one operand's format in `format_names`, int32[..., L]."""
     numpy = np if isinstance(choices, np.ndarray) else jnp
     offset = len(self.format_decisions)
-    chosen = numpy.asarray(self._option_ids)[np.arange(offset), choices[..., :offset]]
+    chosen = numpy.asarray(option_ids)[np.arange(offset), choices[..., :offset]]
     fixed = numpy.broadcast_to(
       np.arange(len(self.format_names), dtype=np.int32),
       (*chosen.shape[:-1], len(self.format_names)),
     )
-    ids = numpy.concatenate([chosen, fixed], axis=-1)
-    return LayerFormats(*(
-        ids[..., [
-            a if isinstance(a, int) else offset + self.format_names.index(a)
-            for a in assigned
-        ]]
-        for assigned in (self.weights, self.activations)
-    ))  # fmt: skip
+    places = [
+      a if isinstance(a, int) else offset + self.format_names.index(a) for a in assigned
+    ]
+    return numpy.concatenate([chosen, fixed], axis=-1)[..., places]
 
   def bind(
     self,
@@ -221,7 +224,9 @@ class SearchSpace:
       format_decisions=(),
       **{
         operand: tuple(
-          self.format_decisions[a].options[0] if isinstance(a, int) else a
+          getattr(split(self.format_decisions[a].options[0]), operand)
+          if isinstance(a, int)
+          else a
           for a in getattr(self, operand)
         )
         for operand in OPERANDS
@@ -251,27 +256,29 @@ class SearchSpace:
       ConfigError: where the formats are for other layers or outside the space.
     """
     check_layers(self.layers, formats)
-    choices = np.full(len(self.decisions), -1, np.int32)
+    left = [list(decision.options) for decision in self.decisions]
     for operand in OPERANDS:
       for layer, assigned in zip(self.layers, getattr(self, operand)):
-        name = formats[layer.path][operand]
-        if isinstance(assigned, str):
-          options, previous = (assigned,), -1
-        else:
-          options, previous = self.decisions[assigned].options, choices[assigned]
-        if name not in options:
+        name, fixed = formats[layer.path][operand], isinstance(assigned, str)
+        options = (assigned,) if fixed else self.decisions[assigned].options
+        with_name = [o for o in options if getattr(split(o), operand) == name]
+        if not with_name:
           raise ConfigError(
             f'{layer.path}: {operand} in {name} are outside the search space, '
             f'which has {", ".join(options)}'
           )
-        if previous not in (-1, options.index(name)):
+        if fixed:
+          continue
+        before = left[assigned]
+        left[assigned] = [option for option in before if option in with_name]
+        if not left[assigned]:
           raise ConfigError(
             f'{layer.path}: {operand} in {name}, but the decision '
-            f'{self.decisions[assigned].name!r} already has {options[previous]}'
+            f'{self.decisions[assigned].name!r} already has {" or ".join(before)}'
           )
-        if not isinstance(assigned, str):
-          choices[assigned] = options.index(name)
-    return choices
+    return np.array(
+      [d.options.index(first) for d, (first, *_) in zip(self.decisions, left)], np.int32
+    )
 
 
 def check_layers(
@@ -298,8 +305,8 @@ def check_blocks(space: SearchSpace) -> None:
   unfit = {}  # format name -> layers
   for layer, *assigned in zip(space.layers, space.weights, space.activations):
     for a in assigned:
-      names = (a,) if isinstance(a, str) else space.format_decisions[a].options
-      for name in names:
+      options = (a,) if isinstance(a, str) else space.format_decisions[a].options
+      for name in format_names(options):
         block = formats.find_format(name).block
         if block and block.size > layer.contraction_length:
           unfit.setdefault(name, {})[layer.path] = layer.contraction_length
@@ -332,8 +339,9 @@ def fixed_space(
 
 
 def uniform_space(layers: Sequence[Layer], name: str) -> SearchSpace:
-  """Returns the fixed space in which every layer has one format."""
-  return SearchSpace(tuple(layers), (), (name,) * len(layers), (name,) * len(layers))
+  """Returns the fixed space in which every layer has one format, or one pair."""
+  weights, activations = ((operand,) * len(layers) for operand in split(name))
+  return SearchSpace(tuple(layers), (), weights, activations)
 
 
 def build_space(
@@ -347,24 +355,32 @@ def build_space(
 
   Args:
     layers: from `discover`.
-    options: the names of the formats to choose from.
-    operands: `tied`: a layer's weights and activations share one decision;
-      `separate`: each has its own, as have the two operands of a product of
-      activations; `weights`: activations are not quantized.
+    options: the names of the formats to choose from, or pairs of them.
+    operands: `tied` and `pairs`: a layer's weights and activations share one decision,
+      and may differ where its options are pairs; `separate`: each has its own, as have
+      the two operands of a product of activations; `weights`: activations are not
+      quantized.
     groups: regexes on whole module paths, and names in `groups.GROUPS`. Layers that
       one of them matches share their decisions; if it has capture groups, only those
       that capture the same text do, so `(stage._block.)/.*` makes one decision for each
       block.
-    pins: pairs of a regex on whole module paths and the format that the weights and
-      activations of the matching layers are fixed to.
+    pins: pairs of a regex on whole module paths and the format, or pair of formats,
+      that the weights and activations of the matching layers are fixed to.
 
   Raises:
-    ConfigError: where a regex is invalid or matches nothing, or two match one layer;
-      one line for each problem.
+    ConfigError: where a regex is invalid or matches nothing, two match one layer, or
+      pairs are options of operands that are decided one by one; one line for each
+      problem.
   """
   if operands not in SEARCHED_OPERANDS:
     raise ConfigError(
       f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
+    )
+  paired = [option for option in options if ':' in option]
+  if paired and operands in ('separate', 'weights'):
+    raise ConfigError(
+      f'{paired[0]} is a pair of formats, for weights and activations together: '
+      f'expected search.weights_and_activations=tied or pairs, found {operands}'
     )
   groups = expand(groups, layers)
   owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
@@ -382,8 +398,9 @@ def build_space(
   for layer in layers:
     match = owner.get(layer.path)
     if match and match.re.pattern in pinned:
-      weights.append(pinned[match.re.pattern])
-      activations.append(pinned[match.re.pattern])
+      pair = split(pinned[match.re.pattern])
+      weights.append(pair.weights)
+      activations.append(pair.activations)
       continue
     if layer.kind == PAIR and operands == 'weights':  # it has none
       weights.append(UNQUANTIZED)
@@ -398,7 +415,7 @@ def build_space(
       activations.append(decision(key, name, ':activations'))
     else:
       weights.append(decision(key, name))
-      activations.append(weights[-1] if operands == 'tied' else UNQUANTIZED)
+      activations.append(UNQUANTIZED if operands == 'weights' else weights[-1])
   return SearchSpace(
     layers=tuple(layers),
     format_decisions=tuple(

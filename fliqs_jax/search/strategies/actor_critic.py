@@ -35,6 +35,7 @@ from fliqs_jax.search.controller import (
   policy_entropy,
 )
 from fliqs_jax.search.cost_models import CostModel
+from fliqs_jax.search.options import format_names, split
 from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.search.strategies.problem import Problem
 
@@ -155,12 +156,17 @@ def _annealed(problem, first_budget, step):
 
 
 def _option_errors(space):
-  """Returns the relative error of each option on normal data, float32[N, K]."""
-  names = sorted({name for d in space.format_decisions for name in d.options})
+  """Returns the relative error of each option on normal data, float32[N, K].
+
+  That of a pair is the mean of its two formats'.
+  """
+  found = {option for d in space.format_decisions for option in d.options}
+  names = sorted(format_names(found))
   by_name = dict(zip(names, normal_errors(names)))
+  of_option = {o: np.mean([by_name[name] for name in split(o)]) for o in found}
   errors = np.zeros(space.valid.shape, np.float32)
   for row, decision in zip(errors, space.format_decisions):
-    row[: len(decision.options)] = [by_name[name] for name in decision.options]
+    row[: len(decision.options)] = [of_option[o] for o in decision.options]
   return errors / errors.max()
 
 
