@@ -6,6 +6,7 @@ them, so that a tensor is read once however many sizes there are, and which of t
 format has is data. A last block may be shorter.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -51,14 +52,28 @@ class BlockScales:
   groups: int
   unit: int
 
-  def of_values(self, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the scale of each value of the tensor, which has this shape."""
-    axis, length = self.axis, shape[self.axis] // self.groups
-    scales = jnp.expand_dims(self.of_units, axis + 2)
-    spread = (*scales.shape[: axis + 2], self.unit, *scales.shape[axis + 3 :])
-    scales = _merge(jnp.broadcast_to(scales, spread), axis + 1)
-    scales = lax.slice_in_dim(scales, 0, length, axis=axis + 1)
-    return _merge(scales, axis)
+  def map(
+    self, function: Callable[..., jax.Array], x: jax.Array, scale: jax.Array
+  ) -> jax.Array:
+    """Returns `function(x, scale, block_scale)`, elementwise, in the shape of `x`.
+
+    It is called on values whose blocked axis is split into [groups, units, unit], so
+    that scales are broadcast within it: spread over the tensor, as long as it, they
+    would be written to memory and read again.
+
+    Args:
+      function: of a tensor and of scales that are broadcastable to it.
+      x: the tensor.
+      scale: broadcastable to `x`, of length 1 along the blocked axis.
+    """
+    axis = self.axis
+    values = _split_units(x, axis, self.groups, self.unit)
+    if scale.ndim:
+      scale = jnp.expand_dims(scale, (axis + 1, axis + 2))
+    y = function(values, scale, jnp.expand_dims(self.of_units, axis + 2))
+    y = _merge(y, axis + 1)
+    y = lax.slice_in_dim(y, 0, x.shape[axis] // self.groups, axis=axis + 1)
+    return _merge(y, axis)
 
 
 def block_scales(
@@ -105,9 +120,17 @@ def has_blocks(scaling: BlockScaling) -> jax.Array:
 
 def _absmax_of_units(x, axis, groups, unit):
   """float32, the axis of `x` split into [groups, units]."""
+  values = _split_units(x, axis, groups, unit)
+  return jnp.max(jnp.abs(values.astype(jnp.float32)), axis=axis + 2)
+
+
+def _split_units(x, axis, groups, unit):
+  """Splits an axis into [groups, units, unit], last units filled with zeros."""
   shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-  magnitude = jnp.abs(x.astype(jnp.float32)).reshape(shape)
-  return jnp.max(_split(magnitude, axis + 1, unit), axis=axis + 2)
+  # XLA would move the reshape behind what is computed of its result, and then write
+  # magnitudes and scales to memory, as long as the tensor and in float32, and read
+  # them again. As it stands no byte moves for it.
+  return lax.optimization_barrier(_split(x.reshape(shape), axis + 1, unit))
 
 
 def _absmax_of_blocks(absmax, axis, units):

@@ -127,14 +127,18 @@ class Quantizer(NamedTuple):
 
   def codes(self, x: jax.Array) -> jax.Array:
     """Returns `round_to_format(x / scale, format)` in float32."""
-    return round_to_format(self._in_code_units(x), self.format)
+    if self.blocks is None:
+      return round_to_format(_divided(x, self.scale), self.format)
+    return self.blocks.map(self._codes_in_blocks, x, self.scale)
 
   def multiplicands(self, x: jax.Array) -> jax.Array:
     """Returns `values(x) / scale`: what is multiplied before that scale is applied."""
     if self.blocks is None:
       return self.codes(x)
     # An empty block's scale may be 0, as are its codes.
-    return self.codes(x) * self.blocks.of_values(x.shape)
+    return self.blocks.map(
+      lambda *scaled: self._codes_in_blocks(*scaled) * scaled[-1], x, self.scale
+    )
 
   def values(self, x: jax.Array) -> jax.Array:
     """Returns the values of the format that stand for `x`, in float32."""
@@ -150,17 +154,18 @@ class Quantizer(NamedTuple):
     # Three roundings stand between a threshold and the largest code; what lies at the
     # threshold, as the largest value of a tensor often does, is inside.
     largest = self.format.max * (1 + 2.0**-22)
-    return jnp.abs(self._in_units(x)) <= largest
+    return jnp.abs(_divided(x, self.scale)) <= largest
 
-  def _in_units(self, x):
-    return x.astype(jnp.float32) * (1.0 / self.scale)
+  def _codes_in_blocks(self, x, scale, block_scale):
+    x = _divided(x, scale)
+    divisor = jnp.where(block_scale > 0, block_scale, 1.0)
+    # Divided, since the inverse of a scale with a mantissa is rounded, and by what is
+    # no plain broadcast, which XLA would invert once for all values of a block.
+    return round_to_format(x / jnp.where(jnp.isnan(x), x, divisor), self.format)
 
-  def _in_code_units(self, x):
-    if self.blocks is None:
-      return self._in_units(x)
-    scales = self.blocks.of_values(x.shape)
-    # Divided, since the inverse of a scale with a mantissa is rounded.
-    return self._in_units(x) / jnp.where(scales > 0, scales, 1.0)
+
+def _divided(x, scale):
+  return x.astype(jnp.float32) * (1.0 / scale)
 
 
 def calibrate(

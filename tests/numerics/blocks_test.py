@@ -101,6 +101,20 @@ def test_values_and_scales_are_those_of_the_specification(name):
   assert_same_bits(found, expected)
 
 
+def test_values_are_divided_by_their_scales_exactly():
+  # Not multiplied with the scales' inverses, which are rounded: a tie would be none.
+  multiples = np.tile(np.arange(-7, 8) + 0.5, 2)[:-1]  # ties but for the last, 7.5
+  multiples = np.where(multiples > 7, 7, multiples)
+  rng = np.random.default_rng(0)
+  scales = rng.integers(1025, 2048, 5_000).astype(np.float32) / 1024  # float16's own
+  x = np.concatenate([multiples, [7, -7, 0]]) * scales[:, None]
+  codes, found, _, _ = quantize(x.astype(np.float32), 'int4_b32')
+  np.testing.assert_array_equal(found[:, 0, 0], scales)
+  np.testing.assert_array_equal(
+    codes[:, :29], np.broadcast_to(np.round(multiples), (5_000, 29))
+  )
+
+
 @pytest.mark.parametrize('length', [1, 31, 33, 95])
 @pytest.mark.parametrize('name', ['mxfp4', 'int4_b32'])
 def test_a_last_block_may_be_shorter(name, length):
