@@ -255,13 +255,17 @@ def _check_writable(path):
 
 
 def summary(content: dict[str, Any]) -> str:
-  """Returns a line on measured latencies: how many, where and by which means."""
-  implementations = {
-    timed['implementation']
-    for entry in content['entries']
-    for timed in entry['formats'].values()
-  }
-  return (
-    f'{len(content["entries"])} distinct layers on {content["device"]} '
-    f'({", ".join(sorted(implementations))})'
-  )
+  """Returns a line on measured latencies: how many, where and by which means.
+
+  Formats that no layer was timed in by the device's own type are named.
+  """
+  implementations = {}  # by format
+  for entry in content['entries']:
+    for name, timed in entry['formats'].items():
+      implementations.setdefault(name, set()).add(timed['implementation'])
+  means = ', '.join(sorted(set().union(*implementations.values())))
+  emulated = [name for name, used in implementations.items() if used == {_EMULATED}]
+  if emulated:
+    means += f'; emulated for lack of an operation: {", ".join(emulated)}'
+  layers = len(content['entries'])
+  return f'{layers} distinct layers on {content["device"]} ({means})'

@@ -268,3 +268,25 @@ def test_blocks_are_timed_as_scaled_matrix_products(monkeypatch):
   assert latency_measurement._native(layer, 'int4_b32', x, w) is None
   short = describe('dense', '', product, x[..., :40], w[:40])
   assert latency_measurement._native(short, 'nvfp4', x[..., :40], w[:40]) is None
+
+
+def test_the_summary_names_formats_without_an_operation_of_their_own():
+  timed = lambda **by_name: {  # noqa: E731
+    'formats': {name: {'implementation': how} for name, how in by_name.items()}
+  }
+  content = {
+    'device': 'NVIDIA B200',
+    'entries': [
+      timed(nvfp4='float4_e2m1fn', int4='emulated', bf16='bfloat16'),
+      timed(nvfp4='emulated', int4='emulated', bf16='bfloat16'),
+    ],
+  }
+  assert latency_measurement.summary(content) == (
+    '2 distinct layers on NVIDIA B200 (bfloat16, emulated, float4_e2m1fn; emulated '
+    'for lack of an operation: int4)'
+  )
+  content['entries'] = content['entries'][:1]
+  content['entries'][0]['formats'].pop('int4')
+  assert latency_measurement.summary(content) == (
+    '1 distinct layers on NVIDIA B200 (bfloat16, float4_e2m1fn)'
+  )
