@@ -13,6 +13,7 @@ from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.interception import make_searchable
 from fliqs_jax.numerics import formats
 from fliqs_jax.reporting import figure_style, tables
+from fliqs_jax.reporting.overview import describe_device
 from fliqs_jax.runs import files
 from fliqs_jax.runs.config import default_config, resolve
 from fliqs_jax.search import assignments, devices, options
@@ -178,6 +179,20 @@ def test_the_formats_of_a_device_are_its_pairs():
   resolved = resolve(config)
   assert resolved.search.formats == ('int4,int4:int8,int4:bf16,int8,int8:bf16,bf16')
   assert resolve(resolved).search.formats == resolved.search.formats
+
+
+@pytest.mark.parametrize(
+  ('device', 'pairs'),
+  [
+    ('xeon_8480', {'int8:bf16': 115}),
+    ('tpu_v5e', {'int4:int8': 393, 'int4:bf16': 197, 'int8:bf16': 197}),
+    ('tpu_v4', {}),  # where no format is faster than bf16
+  ],
+)
+def test_the_overview_of_a_device_has_its_pairs(device, pairs):
+  described = describe_device(device)
+  assert described['pairs'] == pairs
+  assert described['native']['bf16'] == min(described['native'].values())
 
 
 def test_reports_know_pairs():
