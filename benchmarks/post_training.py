@@ -4,10 +4,11 @@
 
 For each seed a ResNet-18 is trained for 400 steps in float32. At the cost of uniform
 int3 and int4: the accuracy of the uniform model with these weights, calibrated as the
-search is; that of the formats found without training over {int2, int3, int4, int8}; the
-same after a short training in these formats, from the same weights, without which
---finish_steps=0 does; and the seconds of the search. A workdir that holds some of the
-runs is continued, whose seconds are not known then.
+search is; that of the formats found without training over {int2, int3, int4, int8};
+both with weights rounded by reconstruction; the formats found first after a short
+training in them, from the same weights, without which --finish_steps=0 does; and the
+seconds of the first search. A workdir that holds some of the runs is continued, whose
+seconds are not known then.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from fliqs_jax.runs.result import RESULT_FILE
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'resnet18.py'
 TARGETS = ('int3', 'int4')
-COLUMNS = ('unquantized', 'uniform', 'found', 'finished', 'seconds')
+COLUMNS = (
+  'unquantized', 'uniform', 'found', 'uniform rounded', 'found rounded', 'finished',
+  'seconds',
+)  # fmt: skip
 
 
 def load_config(seed, **fields):
@@ -47,11 +51,11 @@ def run_target(folder, seed, target, finish_steps):
     load_config(seed, mode='train', formats='float32', num_steps=400), start
   )
 
-  def search(name, formats):
+  def search(name, formats, **fields):
     config = load_config(
       seed, num_steps=0, init_from=str(start), search__strategy='sensitivity',
       search__formats=formats, search__target_format=target,
-      search__statistics_batches=20,
+      search__statistics_batches=20, **fields,
     )  # fmt: skip
     path = folder / f'{name}-{target}-{seed}'
     was_there, started = (path / RESULT_FILE).exists(), time.monotonic()
@@ -61,6 +65,12 @@ def run_target(folder, seed, target, finish_steps):
   # At the cost of the cheapest of the formats there is one assignment.
   _, uniform, _ = search('uniform', f'{target},int8')
   path, found, seconds = search('found', 'int2,int3,int4,int8')
+  reconstruction = {
+    'search__rounding': 'reconstruction',
+    'quantizer__calibration': 'rms_absmax',
+  }
+  _, uniform_rounded, _ = search('uniform-rounded', f'{target},int8', **reconstruction)
+  _, rounded, _ = search('rounded', 'int2,int3,int4,int8', **reconstruction)
   finished = math.nan
   if finish_steps:
     config = load_config(
@@ -70,7 +80,8 @@ def run_target(folder, seed, target, finish_steps):
     )  # fmt: skip
     run = loop.run(config, folder / f'finished-{target}-{seed}')
     finished = run['eval']['accuracy']
-  accuracies = [run['eval']['accuracy'] for run in (before, uniform, found)]
+  runs = before, uniform, found, uniform_rounded, rounded
+  accuracies = [run['eval']['accuracy'] for run in runs]
   return dict(zip(COLUMNS, (*accuracies, finished, seconds)))
 
 

@@ -43,7 +43,7 @@ class Deployment(NamedTuple):
     variables: parameters and other collections, in numpy, without formats.
     layers: codes and scales, by path.
     result: what `search_result.json` holds.
-    calibration: one of `calibration.CALIBRATIONS`.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`.
     task: what the outputs are worth.
     batches: for the comparison.
     inputs: what the network is given of each of these batches.

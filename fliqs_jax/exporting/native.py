@@ -12,7 +12,7 @@ import numpy as np
 
 from fliqs_jax.exporting import codes
 from fliqs_jax.exporting.parameters import QuantizedLayer
-from fliqs_jax.numerics.calibration import calibrate, tensor_statistics
+from fliqs_jax.numerics.calibration import calibrate, of_activations, tensor_statistics
 from fliqs_jax.numerics.formats import find_format, get_format
 from fliqs_jax.numerics.products import Product, fake_quantize
 
@@ -112,7 +112,9 @@ def _rounded(layer, calibration, x):
     statistics = tensor_statistics(x)
   elif layer.activations == 'float32':
     return x.astype(jnp.float32)
-  quantizer = calibrate(get_format(layer.activations), *statistics, calibration)
+  quantizer = calibrate(
+    get_format(layer.activations), *statistics, of_activations(calibration)
+  )
   return fake_quantize(x, quantizer)
 
 

@@ -13,7 +13,13 @@ from fliqs_jax.exporting import codes
 from fliqs_jax.layers import products
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variables import QUANT_STATS
-from fliqs_jax.numerics.calibration import Statistics, calibrate, tensor_statistics
+from fliqs_jax.numerics.calibration import (
+  Statistics,
+  calibrate,
+  of_activations,
+  of_weights,
+  tensor_statistics,
+)
 from fliqs_jax.numerics.formats import find_format, get_format
 from fliqs_jax.search.assignments import Assignment
 
@@ -60,7 +66,7 @@ def quantized_parameters(
     layers: of the network, from `discover`.
     variables: `params`, and `quant_stats` with statistics of the layers' inputs.
     formats: `{path: {'weights': name, 'activations': name}}`.
-    calibration: one of `calibration.CALIBRATIONS`, that of the search.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`, that of the search.
 
   Raises:
     ConfigError: where a layer's weights are not one parameter, or it has a block
@@ -129,13 +135,15 @@ def _quantized_layer(layer, kernel, statistics, formats, calibration):
     jnp.asarray(kernel),
     formats['weights'],
     tensor_statistics(kernel, contracted),
-    calibration,
+    of_weights(calibration),
   )
   activations, scale = formats['activations'], None
   if statistics is not None:
     if not statistics.absmax > 0:  # as in training, where nothing was seen yet
       activations = 'float32'
-    quantizer = calibrate(get_format(activations), *statistics, calibration)
+    quantizer = calibrate(
+      get_format(activations), *statistics, of_activations(calibration)
+    )
     scale = np.asarray(quantizer.scale / _unshift(activations, quantizer))
   return QuantizedLayer(
     layer=layer,

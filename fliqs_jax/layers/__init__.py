@@ -4,6 +4,7 @@ layer         shapes, arguments and counts of one layer; formats and sizes bound
 products      the products that Flax's layers compute, from the arguments of lax
 parameter_products  products of parameters in a traced network, found and replaced
 attention     products inside attention, found and replaced
+moments       second moments of layers' inputs, kernels as matrices
 architecture  sizes that are functions of decisions
 variants      the layers that those of a supernet can become
 call_counts   how often a layer computes, counted in a traced network

@@ -43,7 +43,7 @@ class QuantizedOperator(nn.Module):
   Subclasses describe their product and call `compute`, which discovery intercepts.
 
   Attributes:
-    calibration: one of `calibration.CALIBRATIONS`.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`.
     momentum: of the moving averages.
     activation_scale: one of `calibration.ACTIVATION_SCALES`.
     formats: the layer's formats; None reads them from the collection `formats`.

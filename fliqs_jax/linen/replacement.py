@@ -1,4 +1,4 @@
-"""Networks whose quantized layers compute by another function, for deployment."""
+"""Networks whose quantized layers compute by another function, or show their inputs."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -28,6 +28,24 @@ def replaced_layers(compute: Compute) -> Iterator[None]:
     return compute('/'.join(module.path[:-1]), *args)
 
   with intercept_methods(replace):
+    yield
+
+
+# (module path, x, w, product), of what a layer computes
+Observe = Callable[[str, jax.Array, jax.Array, Product], None]
+
+
+@contextlib.contextmanager
+def observed_layers(observe: Observe) -> Iterator[None]:
+  """Shows a function what the quantized layers are given within it."""
+
+  def show(call, args, kwargs, context):
+    module = context.module
+    if isinstance(module, QuantizedOperator) and context.method_name == _COMPUTE:
+      observe('/'.join(module.path[:-1]), *args)
+    return call(*args, **kwargs)
+
+  with intercept_methods(show):
     yield
 
 

@@ -52,7 +52,7 @@ class QuantizedOperator(nnx.Module):
     name: of the layer's attribute that holds the operator.
     stacked: leading axes of the layer's parameters, over which `nnx.scan` and
       `nnx.vmap` run; their elements share the formats.
-    calibration: one of `calibration.CALIBRATIONS`.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`.
     momentum: of the moving averages.
     activation_scale: `tensor` or `token`: what shares a scale of the activations.
     use_running_average: whether a call leaves the moving averages as they are; Flax's
@@ -103,6 +103,8 @@ class QuantizedOperator(nnx.Module):
     """
     if replaced := _replaced.get():
       return replaced(self.path, x, w, product)
+    if observe := _observer.get():
+      observe(self.path, x, w, product)
     if self.discovers:
       layer = describe(self.path, self.name, product, x, w)
       kernels = int(np.prod(self.stacked))
@@ -248,6 +250,21 @@ def replaced_layers(compute: Compute) -> Iterator[None]:
     yield
   finally:
     _replaced.reset(token)
+
+
+# (module path, x, w, product), of what a layer computes
+Observe = Callable[[str, jax.Array, jax.Array, Product], None]
+_observer = contextvars.ContextVar('observer', default=None)
+
+
+@contextlib.contextmanager
+def observed_layers(observe: Observe) -> Iterator[None]:
+  """Shows a function what the quantized layers are given within it."""
+  token = _observer.set(observe)
+  try:
+    yield
+  finally:
+    _observer.reset(token)
 
 
 class QuantizedConv(QuantizedOperator):

@@ -4,6 +4,7 @@ formats             names, families, code ranges; a format as a row that can be 
 rounding            one function that rounds to every format
 blocks              values that share a scale, and these scales
 calibration         statistics of a tensor, clipping thresholds, scales
+reconstruction      rounding of weights that keeps what their layer computes
 masking             parts of operands that a searched architecture leaves unused
 products            what a layer computes with its formats, and its gradient
 quantization_error  errors of rounding, and of switching between formats

@@ -24,6 +24,10 @@ from fliqs_jax.numerics.rounding import is_scaled, power_of_two, round_to_format
 CALIBRATIONS = ('rms', 'absmax')
 """Ways to set a clipping threshold: see `clipping_threshold`."""
 
+LAYER_CALIBRATIONS = (*CALIBRATIONS, 'rms_absmax')
+"""The same for the two operands of a layer; the last is `rms` for activations and
+`absmax` for weights."""
+
 ACTIVATION_SCALES = ('tensor', 'token')
 """What shares a scale of activations: see `products.quantized_layer`."""
 
@@ -166,6 +170,16 @@ class Quantizer(NamedTuple):
 
 def _divided(x, scale):
   return x.astype(jnp.float32) * (1.0 / scale)
+
+
+def of_weights(calibration: str) -> str:
+  """Returns the calibration of weights, of one of `LAYER_CALIBRATIONS`."""
+  return 'absmax' if calibration == 'rms_absmax' else calibration
+
+
+def of_activations(calibration: str) -> str:
+  """Returns the calibration of activations, of one of `LAYER_CALIBRATIONS`."""
+  return 'rms' if calibration == 'rms_absmax' else calibration
 
 
 def calibrate(

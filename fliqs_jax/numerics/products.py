@@ -19,6 +19,8 @@ from fliqs_jax.numerics.calibration import (
   calibrate,
   calibrate_blocks,
   moving_average,
+  of_activations,
+  of_weights,
   tensor_statistics,
 )
 from fliqs_jax.numerics.formats import NumericFormat, find_format
@@ -87,7 +89,7 @@ def quantized_layer(
     statistics: moving averages, of shape `()`; None where none are kept, and the input
       at hand sets its own threshold.
     sizes: those in use, int32[], of an architecture that is searched.
-    calibration: one of `calibration.CALIBRATIONS`.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`.
     momentum: of the moving averages.
     activation_scale: one of `calibration.ACTIVATION_SCALES`. `tensor`: one scale, set
       by the moving averages. `token`: one for each row along the contraction, set by
@@ -165,7 +167,7 @@ def quantized_pair_product(
     w: other activations, in the place of weights.
     formats: that of `weights` is the format of `w`.
     statistics: as in `quantized_layer`, of each operand.
-    calibrations: of each operand, of `calibration.CALIBRATIONS`.
+    calibrations: of each operand, of `calibration.LAYER_CALIBRATIONS`.
     momentum: as in `quantized_layer`.
     activation_scale: as in `quantized_layer`, of `x`.
   """
@@ -201,6 +203,7 @@ def _measured(x, active, axes=None):
 
 
 def _activation_quantizer(formats, x, w, statistics, product, calibration):
+  calibration = of_activations(calibration)
   format = _if_seen(formats.activations, statistics)
   if not _can_have_blocks(format, product, w):
     return calibrate(format._replace(blocks=None), *statistics, calibration)
@@ -209,6 +212,7 @@ def _activation_quantizer(formats, x, w, statistics, product, calibration):
 
 
 def _second_quantizer(formats, w, statistics, product, calibration):
+  calibration = of_activations(calibration)
   format = _if_seen(formats.weights, statistics)
   if not _can_have_blocks(format, product, w):
     return calibrate(format._replace(blocks=None), *statistics, calibration)
@@ -225,7 +229,7 @@ def _if_seen(format, statistics):
 
 def _weight_quantizer(formats, w, product, active, calibration):
   statistics = tensor_statistics(w, product.contracted, active)
-  format = formats.weights
+  format, calibration = formats.weights, of_weights(calibration)
   if not _can_have_blocks(format, product, w):
     return calibrate(format._replace(blocks=None), *statistics, calibration)
   axis = product.contraction.w_axis

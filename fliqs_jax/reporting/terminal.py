@@ -210,8 +210,8 @@ def _post_training_lines(result):
   return [
     f'Unquantized: {before.name} {before}',
     f'Quality on {found["examples"]} examples of training: '
-    f'{found["unquantized"]:.4g} unquantized, {found["predicted"]:.4g} predicted as a '
-    f'sum over layers, {found["measured"]:.4g} measured',
+    f'{found["unquantized"]:.4g} unquantized, {found["measured"]:.4g} measured, '
+    f'{found["predicted"]:.4g} predicted as a sum over layers',
   ]
 
 

@@ -5,6 +5,7 @@ network, builders, setup      what a config names; all that a run needs, in one 
 preparation                   checks before anything is written
 loop, evaluation              the steps, and what they are worth
 post_training, calibration    the search of given weights without a step
+reconstruction                weights rounded to every format by reconstruction
 batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
 workdir, files, result        the files of a run

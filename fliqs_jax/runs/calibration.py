@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import evaluation
+from fliqs_jax.runs import evaluation, reconstruction
 from fliqs_jax.runs.batch_norm import make_reestimate
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import post_training, sharding
@@ -48,6 +48,8 @@ class Calibration:
     self._statistics_step = post_training.make_calibration_step(
       setup.task, setup.space, mesh
     )
+    self._moments_step = post_training.make_moments_step(setup.task, setup.space, mesh)
+    self._space, self._rounded = setup.space, {}
     self._quality_step = post_training.make_quality_step(
       setup.task, setup.space, mesh, held_out
     )
@@ -70,6 +72,25 @@ class Calibration:
     mean = jax.tree.map(lambda a: a / len(self.batches), total)
     return state.replace(quant_stats=mean)
 
+  def reconstruct_weights(self, state: TrainState, choices: np.ndarray) -> None:
+    """Rounds the weights by reconstruction in all that is measured from here on.
+
+    Args:
+      state: with the weights.
+      choices: int32[N], the formats under which the inputs of layers are seen.
+    """
+    choices, total = jax.device_put(choices, self._everywhere), None
+    for batch, key in self._placed_batches(state):
+      found = self._moments_step(state, choices, batch, key)
+      total = found if total is None else jax.tree.map(jnp.add, total, found)
+      jax.block_until_ready(total)
+    mean = jax.tree.map(lambda a: np.asarray(a) / len(self.batches), total)
+    self._rounded = reconstruction.round_kernels(self._space, state, mean)
+
+  def under(self, state: TrainState, choices: np.ndarray) -> TrainState:
+    """Returns the state with weights as they are rounded under choices int32[N]."""
+    return reconstruction.with_rounded(state, self._space, self._rounded, choices)
+
   def qualities(
     self, state: TrainState, candidates: Sequence[np.ndarray]
   ) -> np.ndarray:
@@ -79,12 +100,15 @@ class Calibration:
       state: with the weights and the statistics of activations.
       candidates: which are measured on the same examples.
     """
-    placed = [jax.device_put(choices, self._everywhere) for choices in candidates]
+    placed = [
+      (self.under(state, choices), jax.device_put(choices, self._everywhere))
+      for choices in candidates
+    ]
     total = np.zeros(len(candidates))
     for batch, key in self._placed_batches(state):
       found = []
-      for choices in placed:
-        found.append(self._quality_step(state, choices, batch, key))
+      for rounded, choices in placed:
+        found.append(self._quality_step(rounded, choices, batch, key))
         # Many programs that wait for each other's devices would block them all.
         jax.block_until_ready(found[-_STEPS_AHEAD:][0])
       total += np.array(jax.device_get(found), np.float64)
@@ -95,9 +119,9 @@ class Calibration:
   ) -> tuple[dict[str, float], TrainState]:
     """Returns the evaluation under choices int32[N], and the state that was evaluated.
 
-    It has batch norm's statistics under these choices.
+    It has the weights and batch norm's statistics under these choices.
     """
-    state = self._reestimate(state, choices, self.batches)
+    state = self._reestimate(self.under(state, choices), choices, self.batches)
     return self._evaluate(state, choices), state
 
   def _placed_batches(self, state: TrainState):

@@ -80,7 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
         'auxiliary_weight': 0.4,  # of the loss of a network's auxiliary heads
       },
       'quantizer': {
-        'calibration': 'rms',  # or absmax
+        'calibration': 'rms',  # or absmax, or rms_absmax: of activations and weights
         'momentum': 0.95,  # of the activations' statistics
         'activation_scale': 'tensor',  # or token: for each row along the contraction
       },
@@ -112,6 +112,12 @@ def default_config() -> ml_collections.ConfigDict:
         # Without training, the most quality to lose in place of a target: points of
         # accuracy, bits per byte, or the quality's own unit.
         'max_quality_drop': config_dict.placeholder(float),
+        # Without training, how often formats are swapped as long as that measures
+        # better; each time takes as long as the first measurement of all formats.
+        'refinement_rounds': 2,
+        # Of weights, without training: nearest, or reconstruction of what layers
+        # compute on the calibration batches.
+        'rounding': 'nearest',
         'cap_cost_model': '',  # a second cost that the commitment keeps; empty for none
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost

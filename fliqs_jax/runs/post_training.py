@@ -1,11 +1,14 @@
 """A search without training: the formats of given weights, from calibration batches.
 
-1. The statistics of activations are measured in the unquantized network.
+1. The statistics of activations are measured in the unquantized network; with
+   `search.rounding=reconstruction` weights are rounded to every format then.
 2. Each decision is measured in each of its formats, the others unquantized. What it
    loses is its sensitivity; for an assignment, sensitivities are added.
 3. The integer program takes the assignment within the budget that loses least. A
    uniform model within it that measures better is taken instead.
-4. Batch norm's statistics are estimated under it, and it is evaluated.
+4. Formats are swapped as long as that measures better, but no more than
+   `search.refinement_rounds` times.
+5. Batch norm's statistics are estimated under it, and it is evaluated.
 
 Formats are traced data: each of the few functions is compiled once for all of them.
 """
@@ -30,6 +33,7 @@ from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.calibration import Calibration
 from fliqs_jax.runs.checkpoints import FOLDER, Checkpoints
 from fliqs_jax.runs.setup import Setup
+from fliqs_jax.search.measured_swaps import Measured, refine
 from fliqs_jax.search.single_changes import open_space, single_changes
 from fliqs_jax.search.strategies.uniform import uniform_choices
 from fliqs_jax.training import sharding
@@ -68,6 +72,9 @@ def find(setup: Setup, folder: epath.Path) -> Found:
   calibration = Calibration(setup._replace(space=opened.space), mesh)
   _logger.info('Calibrating on %d examples.', calibration.num_examples)
   state = calibration.with_activation_statistics(state, opened.unquantized)
+  if setup.config.search.rounding == 'reconstruction':
+    _logger.info('Rounding weights by reconstruction.')
+    calibration.reconstruct_weights(state, opened.unquantized)
   losses = _sensitivities(calibration, opened, setup.space, state)
   _logger.info('Evaluating.')
   before, _ = calibration.evaluate(state, opened.unquantized)
@@ -76,15 +83,17 @@ def find(setup: Setup, folder: epath.Path) -> Found:
     return calibration.evaluate(state, opened.choices(choices))
 
   if setup.config.search.max_quality_drop is None:
-    choices, front = _best_measured(calibration, opened, setup, state, losses), {}
+    best, front = _best_measured(calibration, opened, setup, state, losses), {}
   else:
     choices, front = quality_budget.cheapest(setup, losses, evaluate, before)
+    best = _measured(calibration, opened, state, losses, [choices])[0]
+  choices = best.choices
   evaluated, after = evaluate(choices)
   record = {
     'sensitivities': sensitivities.by_name(setup.space, losses),
     'post_training': {
       'examples': calibration.num_examples,
-      **_qualities(calibration, opened, state, losses, choices),
+      **_qualities(calibration, opened, state, best),
       'unquantized_eval': before,
     },
     **front,
@@ -142,22 +151,37 @@ def _sensitivities(calibration, opened, space, state):
 
 
 def _best_measured(calibration, opened, setup, state, losses):
-  """Returns the integer program's choices, or a uniform model that is better measured.
+  """Returns the best of what was measured within the budget, a `Measured`.
 
   What several layers lose is not the sum of what each one loses.
   """
-  candidates = [setup.problem.best_choices(-losses), *uniform_choices(setup.problem)]
-  qualities = calibration.qualities(state, [opened.choices(c) for c in candidates])
-  return candidates[int(np.argmax(np.nan_to_num(qualities, nan=-np.inf)))]
+  problem = setup.problem
+  candidates = [problem.best_choices(-losses), *uniform_choices(problem)]
+  measured = _measured(calibration, opened, state, losses, candidates)
+  start = max(measured, key=lambda m: np.nan_to_num(m.quality, nan=-np.inf))
+
+  def measure(candidates):
+    _logger.info('Measuring %d assignments.', len(candidates))
+    return calibration.qualities(state, [opened.choices(c) for c in candidates])
+
+  return refine(problem, measure, start, setup.config.search.refinement_rounds)
 
 
-def _qualities(calibration, opened, state, losses, choices):
+def _measured(calibration, opened, state, losses, candidates):
+  """Returns a `Measured` of each of the candidates, predicted by sums of losses."""
+  choices = [opened.reference, *(opened.choices(c) for c in candidates)]
+  reference, *qualities = calibration.qualities(state, choices)
+  return [
+    Measured(c, float(quality), float(reference - losses[np.arange(len(c)), c].sum()))
+    for c, quality in zip(candidates, qualities)
+  ]
+
+
+def _qualities(calibration, opened, state, best):
   """Returns the qualities on the calibration batches, before and after, by name."""
-  candidates = [opened.unquantized, opened.reference, opened.choices(choices)]
-  unquantized, reference, measured = calibration.qualities(state, candidates)
-  lost = losses[np.arange(len(choices)), choices].sum()
+  (unquantized,) = calibration.qualities(state, [opened.unquantized])
   return {
     'unquantized': float(unquantized),
-    'predicted': float(reference - lost),
-    'measured': float(measured),
+    'predicted': best.predicted,
+    'measured': best.quality,
   }

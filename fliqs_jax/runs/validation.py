@@ -19,6 +19,8 @@ DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = ('sgd', 'adamw', 'rmsprop')
 POST_TRAINING = 'sensitivity'  # the strategy that can do without training
 
+ROUNDINGS = ('nearest', 'reconstruction')  # of weights, by a search without training
+
 # Fields with a number, by the range that it must be in.
 _POSITIVE = (
     'batch_size', 'eval_batch_size', 'num_classes', 'checkpoint_every', 'fsdp',
@@ -33,7 +35,7 @@ _NOT_NEGATIVE = (
     'input.rand_augment_magnitude', 'input.mixup_alpha',
     'input.cutmix_alpha',
     'search.weight_delay', 'search.activation_delay', 'search.policy_delay',
-    'search.commit_step', 'search.max_quality_drop',
+    'search.commit_step', 'search.max_quality_drop', 'search.refinement_rounds',
     'controller.entropy_weight',
 )  # fmt: skip
 _FRACTIONS = (
@@ -52,8 +54,9 @@ def _names(config):
     'dtype': DTYPES,
     'input.augmentation': ('none', 'crop_flip', 'rand_augment'),
     'optimizer.name': OPTIMIZERS,
-    'quantizer.calibration': calibration.CALIBRATIONS,
+    'quantizer.calibration': calibration.LAYER_CALIBRATIONS,
     'quantizer.activation_scale': calibration.ACTIVATION_SCALES,
+    'search.rounding': ROUNDINGS,
     'search.weights_and_activations': SEARCHED_OPERANDS,
     'search.strategy': tuple(STRATEGIES),
     'search.decide': ('formats', 'architecture', 'both'),
@@ -86,7 +89,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
   if config.mode == 'search':
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config) + _check_decide(config) + _check_targets(config)
-    problems += _check_quality_drop(config)
+    problems += _check_quality_drop(config) + _check_rounding(config)
   return problems
 
 
@@ -212,6 +215,18 @@ def _check_quality_drop(config):
       f'search.max_quality_drop={drop:g} and search.target={search.target:g}: expected '
       'one of them'
     ]
+  return []
+
+
+def _check_rounding(config):
+  if config.search.rounding != 'reconstruction':
+    return []
+  if not trains_nothing(config):
+    return ['search.rounding=reconstruction: expected num_steps=0, a search without '
+            'training, whose weights stay as they are rounded']  # fmt: skip
+  if config.quantizer.calibration == 'rms':
+    return ['search.rounding=reconstruction: expected quantizer.calibration=absmax or '
+            'rms_absmax, which find the scales of rounded weights again']  # fmt: skip
   return []
 
 

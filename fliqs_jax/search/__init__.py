@@ -14,6 +14,7 @@ controller   the interface of what is learned, and REINFORCE
 critic       the additive model of the quality
 strategies   how formats are found, one file each
 single_changes   one decision in each of its formats, the others unquantized
+measured_swaps   changes of an assignment that are measured around it
 cheapest     the cheapest assignment that loses no more quality than it may
 
 Besides the letters of the package's docstring, which hold everywhere: F decisions on

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fliqs_jax.layers import moments
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
+from fliqs_jax.linen.replacement import observed_layers as linen_layers
+from fliqs_jax.nnx.operators import observed_layers as nnx_layers
 from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.training.sharding import batch_sharding, replicated
 from fliqs_jax.training.task import Batch, Task
@@ -43,6 +46,42 @@ def make_calibration_step(
     return updated.get(QUANT_STATS, {})  # none where transformations keep none
 
   return _jit(calibration_step, mesh)
+
+
+def make_moments_step(
+  task: Task, space: SearchSpace, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch, jax.Array], dict[str, jax.Array]]:
+  """Returns the jitted step that measures the second moments of layers' inputs.
+
+  Layers within transformations of the network, as scans and rematerialisation, are
+  left out, since nothing comes out of their traces; so are products that
+  `moments.is_covered` does not cover.
+
+  Args:
+    task: what the network is fed.
+    space: the search space.
+    mesh: from `sharding.make_mesh`.
+
+  Returns:
+    `(state, choices int32[N], batch [S, B, ...], key) -> {path: float32[n, n]}`, means
+    over the rows of inputs; of a layer that is called several times, their sum. The key
+    is consumed.
+  """
+
+  def moments_step(state, choices, batch, key):
+    found = {}
+
+    def observe(path, x, w, product):
+      # JAX tells in no public way which trace a value is of.
+      if getattr(x, '_trace', None) is key._trace and moments.is_covered(product):
+        own = moments.second_moments(product, x, w)
+        found[path] = found[path] + own if path in found else own
+
+    with linen_layers(observe), nnx_layers(observe):
+      _call(state, task, space, choices, _flat(batch), key, False)
+    return found
+
+  return _jit(moments_step, mesh)
 
 
 def make_quality_step(

@@ -5,7 +5,7 @@ import json
 import re
 
 from etils import epath
-from flax import nnx
+from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +46,7 @@ class Network(nnx.Module):
 def search(model=None, **fields):
   arguments = {
     'strategy': 'sensitivity', 'num_steps': 0, 'formats': FORMATS,
-    'target_format': 'int4', 'statistics_batches': 3, **fields,
+    'target_format': 'int4', 'statistics_batches': 3, 'refinement_rounds': 0, **fields,
   }  # fmt: skip
   model = model or Network(nnx.Rngs(0))
   return fliqs_jax.search(model, BATCHES, BATCHES, **arguments)
@@ -78,8 +78,8 @@ def found(tmp_path_factory):
 def test_one_program_measures_all_formats(found):
   _, _, sizes = found
   # Nine changes and the reference, the program's choices and the two uniform models
-  # within the budget, then the network before and after, on each batch.
-  assert len(sizes) == 3 * (10 + 3 + 3) and set(sizes) == {1}
+  # within the budget with the reference, then the network before, on each batch.
+  assert len(sizes) == 3 * (10 + 4 + 1) and set(sizes) == {1}
 
 
 def test_sensitivities_are_what_an_evaluation_under_these_formats_loses(found):
@@ -142,6 +142,60 @@ def test_no_assignment_within_the_budget_loses_less(found):
   )
   record = result.content['post_training']
   assert record['predicted'] == pytest.approx(record['unquantized'] - least)
+
+
+def test_swaps_measure_no_worse_within_the_budget(found):
+  added, swapped = found[0], search(refinement_rounds=3)
+  assert swapped.cost <= swapped.target
+  records = [run.content['post_training'] for run in (added, swapped)]
+  assert records[1]['measured'] >= records[0]['measured']
+  assert -swapped.eval['loss'] == pytest.approx(records[1]['measured'], rel=1e-5)
+
+
+def test_reconstruction_keeps_more_and_is_evaluated_as_it_was_rounded(tmp_path):
+  fields = {
+    'calibration': 'rms_absmax',
+    'target_format': 'int2',
+    'formats': 'int2,int8',
+  }
+  nearest = search(**fields)
+  rounded = search(rounding='reconstruction', workdir=tmp_path / 'run', **fields)
+  assert nearest.formats == rounded.formats  # there is one assignment at this cost
+  lost = [
+    run.content['post_training']['unquantized']
+    - run.content['post_training']['measured']
+    for run in (nearest, rounded)
+  ]
+  assert lost[1] < 0.9 * lost[0]
+  record = rounded.content['post_training']
+  assert -rounded.eval['loss'] == pytest.approx(record['measured'], rel=1e-5)
+  for layer in ('first', 'middle', 'last'):
+    kernel = rounded.variables['params'][layer]['kernel']
+    # All of them lie on the grid of int2.
+    np.testing.assert_allclose(
+      np.abs(kernel),
+      np.where(kernel == 0, 0, np.abs(kernel).max(0, keepdims=True)),
+      1e-6,
+    )
+  evaluated = fliqs_jax.evaluate(Network(nnx.Rngs(1)), BATCHES, tmp_path / 'run')
+  assert evaluated == pytest.approx(dict(rounded.eval))
+  report = rounded.export('stablehlo', tmp_path / 'exported')
+  assert report['examples'] == 24
+
+
+def test_reconstruction_of_convolutions_from_a_checkpoint(config, trained, tmp_path):
+  config.quantizer.calibration = 'rms_absmax'
+  config.search.rounding = 'reconstruction'
+  result = loop.run(config, tmp_path / 'run')
+  setup, state, _ = evaluation.finished_run(epath.Path(tmp_path / 'run'))
+  evaluate = evaluation.make_evaluate(setup, sharding.make_mesh(1))
+  assert evaluate(state, np.zeros(0, np.int32)) == pytest.approx(result['eval'])
+  before = evaluation.restored_state(setup, epath.Path(trained))[0].params
+  kernels = [traverse_util.flatten_dict(p, sep='/') for p in (before, state.params)]
+  for path in result['formats']:
+    old, new = (np.asarray(params[f'{path}/kernel']) for params in kernels)
+    assert len(np.unique(new[..., 0])) < len(np.unique(old[..., 0]))
+    assert 0 < np.abs(new - old).max() < np.abs(old).max()
 
 
 def test_a_result_is_used_as_any_other(found):
@@ -211,6 +265,11 @@ def test_a_run_from_a_checkpoint(config, trained, tmp_path):
     ({'mode': 'train', 'formats': 'int4'}, 'num_steps=0: expected a number above 0'),
     ({'search.target_scale': 0.01}, 'cannot be reached: expected one from'),
     ({'init_from': 'nowhere'}, "init_from='nowhere' does not exist"),
+    (
+      {'search.rounding': 'reconstruction'},
+      'search.rounding=reconstruction: expected quantizer.calibration=absmax or rms_ab',
+    ),
+    ({'search.rounding': 'up'}, "search.rounding='up'"),
     ({'model.width': 0.125}, 'variables to start from: .* expected shape'),
   ],
 )
