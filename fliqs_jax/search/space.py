@@ -372,6 +372,24 @@ def build_space(
       pairs are options of operands that are decided one by one; one line for each
       problem.
   """
+  _check_operands(operands, options)
+  groups = expand(groups, layers)
+  owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
+  decisions = _Decisions(operands)
+  pairs = [
+    _decided(decisions, layer, owner.get(layer.path), dict(pins)) for layer in layers
+  ]
+  return SearchSpace(
+    layers=tuple(layers),
+    format_decisions=tuple(
+      Decision(name, tuple(options)) for name in decisions.names.values()
+    ),
+    weights=tuple(weights for weights, _ in pairs),
+    activations=tuple(activations for _, activations in pairs),
+  )
+
+
+def _check_operands(operands, options):
   if operands not in SEARCHED_OPERANDS:
     raise ConfigError(
       f'unknown operands {operands!r}: expected one of {", ".join(SEARCHED_OPERANDS)}'
@@ -382,48 +400,40 @@ def build_space(
       f'{paired[0]} is a pair of formats, for weights and activations together: '
       f'expected search.weights_and_activations=tied or pairs, found {operands}'
     )
-  groups = expand(groups, layers)
-  owner = _match_all([*groups, *(regex for regex, _ in pins)], layers)
-  pinned = dict(pins)
-  decisions = {}  # what a decision is for -> its name
 
-  def decision(key, name, suffix=''):
-    if (key, suffix) not in decisions:
-      taken = decisions.values()
+
+class _Decisions:
+  """Names of decisions, by what they are for, in the order in which they come."""
+
+  def __init__(self, operands):
+    self.operands = operands
+    self.names = {}
+
+  def index(self, key, name, suffix=''):
+    """Returns the decision's index; it is made where there is none yet."""
+    if (key, suffix) not in self.names:
+      taken = self.names.values()
       unique = name + suffix if name + suffix not in taken else f'{key}{suffix}'
-      decisions[key, suffix] = unique
-    return list(decisions).index((key, suffix))
+      self.names[key, suffix] = unique
+    return list(self.names).index((key, suffix))
 
-  weights, activations = [], []
-  for layer in layers:
-    match = owner.get(layer.path)
-    if match and match.re.pattern in pinned:
-      pair = split(pinned[match.re.pattern])
-      weights.append(pair.weights)
-      activations.append(pair.activations)
-      continue
-    if layer.kind == PAIR and operands == 'weights':  # it has none
-      weights.append(UNQUANTIZED)
-      activations.append(UNQUANTIZED)
-      continue
-    key, name = layer.path, layer.path
-    if match:
-      key = match.re.pattern, *match.groups()
-      name = '/'.join(filter(None, match.groups())) or match.re.pattern
-    if operands == 'separate':
-      weights.append(decision(key, name, ':weights'))
-      activations.append(decision(key, name, ':activations'))
-    else:
-      weights.append(decision(key, name))
-      activations.append(UNQUANTIZED if operands == 'weights' else weights[-1])
-  return SearchSpace(
-    layers=tuple(layers),
-    format_decisions=tuple(
-      Decision(name, tuple(options)) for name in decisions.values()
-    ),
-    weights=tuple(weights),
-    activations=tuple(activations),
-  )
+
+def _decided(decisions, layer, match, pinned):
+  """Returns the decision, or fixed format, of a layer's weights and activations."""
+  if match and match.re.pattern in pinned:
+    pair = split(pinned[match.re.pattern])
+    return pair.weights, pair.activations
+  if layer.kind == PAIR and decisions.operands == 'weights':  # it has none
+    return UNQUANTIZED, UNQUANTIZED
+  key, name = layer.path, layer.path
+  if match:
+    key = match.re.pattern, *match.groups()
+    name = '/'.join(filter(None, match.groups())) or match.re.pattern
+  if decisions.operands == 'separate':
+    weights = decisions.index(key, name, ':weights')
+    return weights, decisions.index(key, name, ':activations')
+  weights = decisions.index(key, name)
+  return weights, UNQUANTIZED if decisions.operands == 'weights' else weights
 
 
 def _match_all(regexes, layers):

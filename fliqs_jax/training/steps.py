@@ -222,13 +222,11 @@ def make_search_step(
     if measures:
       measured = controller.is_measured(state.step)
       outcome = _measured(outcome, measured, measure, state, batch, step_key)
-    controller_state, controller_metrics = controller.update(
-      state.controller, outcome, state.step
-    )
-    new_state = _apply(state, gradients, stats).replace(controller=controller_state)
+    policy, policy_metrics = controller.update(state.controller, outcome, state.step)
+    new_state = _apply(state, gradients, stats).replace(controller=policy)
     if measures:
       new_state = _average_params(new_state, averaged_steps)
-    return new_state, _search_metrics(metrics, outcome, gradients) | controller_metrics
+    return new_state, _search_metrics(metrics, outcome, gradients) | policy_metrics
 
   return _jit_step(search_step, mesh, placed)
 
