@@ -105,7 +105,7 @@ def _parse(argv, required):
       given = flags.FLAGS[name].present and not name.startswith('config.')
       if given and flags.FLAGS[name].value in ('', [], ['']):
         raise ConfigError(f'--{name} is empty: expected --{name}={name.upper()}')
-    if 'config' in flags.FLAGS:
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].present:
       # An error in the config file is kept back until a field is read.
       _ = flags.FLAGS.config.mode
     if rest[1:]:

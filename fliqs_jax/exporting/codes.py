@@ -25,6 +25,13 @@ _FLOATS = (
   ml_dtypes.bfloat16,
 )
 _UNSCALED = {'bf16': ml_dtypes.bfloat16, 'float32': np.float32}
+# Of scales of blocks; numpy has the last itself.
+_SCALES = {
+  'e8m0': ml_dtypes.float8_e8m0fnu,
+  'e4m3': ml_dtypes.float8_e4m3fn,
+  'bf16': ml_dtypes.bfloat16,
+  'float16': np.float16,
+}
 _BYTE = 8
 
 
@@ -41,6 +48,11 @@ def dtype_of(name: str) -> np.dtype:
   values = values_of(name)
   finite = values[np.isfinite(values)]
   return np.dtype(next(dtype for dtype in _FLOATS if _holds(dtype, finite)))
+
+
+def scale_dtype(name: str) -> np.dtype:
+  """Returns the type of the scales of blocks, one of `formats.SCALES`."""
+  return np.dtype(_SCALES[name])
 
 
 def _holds(dtype, values):

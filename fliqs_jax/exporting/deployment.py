@@ -18,9 +18,11 @@ from fliqs_jax.exporting.parameters import (
   quantized_parameters,
   unquantized,
 )
+from fliqs_jax.layers.layer import PAIR, Layer
 from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.linen.replacement import replaced_layers as linen_layers
 from fliqs_jax.nnx.operators import replaced_layers as nnx_layers
+from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.runs import network
 from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.setup import Setup
@@ -42,8 +44,8 @@ class Deployment(NamedTuple):
     arguments: from inputs to the arguments that the network is called with.
     variables: parameters and other collections, in numpy, without formats.
     layers: codes and scales, by path.
+    pairs: the products of two activations, inside attention; computed as in the search.
     result: what `search_result.json` holds.
-    calibration: one of `calibration.LAYER_CALIBRATIONS`.
     task: what the outputs are worth.
     batches: for the comparison.
     inputs: what the network is given of each of these batches.
@@ -54,8 +56,8 @@ class Deployment(NamedTuple):
   arguments: Callable[..., Arguments]
   variables: Mapping[str, Any]
   layers: Mapping[str, QuantizedLayer]
+  pairs: tuple[Layer, ...]
   result: Mapping[str, Any]
-  calibration: str
   task: Task
   batches: tuple[Batch, ...]
   inputs: tuple[Inputs, ...]
@@ -63,56 +65,98 @@ class Deployment(NamedTuple):
   @property
   def unquantized(self) -> dict[str, np.ndarray]:
     """Arrays that are deployed as they are: biases, norms, embeddings."""
-    return unquantized([layer.layer for layer in self.layers.values()], self.variables)
+    return unquantized(self._all_layers, self.variables)
+
+  def uniform(self, name: str) -> 'Deployment':
+    """Returns the same network with one format in all layers.
+
+    Layers that are shorter than the format's blocks keep their own.
+    """
+    block, formats = find_format(name).block, dict(self.result['formats'])
+    for layer in self._all_layers:
+      if not block or block.size <= layer.contraction_length:
+        formats[layer.path] = {'weights': name, 'activations': name}
+    some = next(iter(self.layers.values()))
+    layers = quantized_parameters(
+      self._all_layers, self.variables, formats, some.calibration, some.shared_scale
+    )
+    return self._replace(layers=layers, result={**self.result, 'formats': formats})
 
   def searched(self, *inputs: jax.Array) -> Any:
     """Returns the outputs of the network as it was searched."""
-    layers = [layer.layer for layer in self.layers.values()]
-    bound = fixed_space(layers, self.result['formats']).bind(np.zeros(0, np.int32))
-    variables = {**self.variables, FORMATS: nest(layers, bound)}
-    return self._outputs(variables, inputs)
+    bound = self._formats(self._all_layers)
+    return self._outputs({**self.variables, FORMATS: bound}, inputs)
 
   def deployed(
     self,
     *inputs: jax.Array,
     compute: Callable[..., Any] = native.deployed_layer,
+    others: Mapping[str, jax.Array] | None = None,
   ) -> Any:
     """Returns the outputs of the network that computes with codes.
 
     Args:
       *inputs: `[B, ...]` each.
       compute: what layers compute, with the arguments of `native.deployed_layer`.
+      others: the arrays of `unquantized` by name; by default those of the network.
     """
 
     def layer_outputs(path, x, w, product):
       layer = self.layers[path]
-      if w.shape != layer.codes.shape:
+      if w.shape != layer.layer.kernel_shape:
         raise ConfigError(
           f'layer {path!r} multiplies by a part {w.shape} of its weights '
-          f'{layer.codes.shape}, as in a scan over them: such a network cannot '
-          'be exported'
+          f'{layer.codes.shape}: such a network cannot be exported'
         )
-      return compute(layer, self.calibration, x, product)
+      element = w.ravel()[0].astype(jnp.int32) if layer.stack else None
+      return compute(layer, x, product, element)
 
+    variables = self._without_kernels(others or {})
+    if self.pairs:
+      variables[FORMATS] = self._formats(self.pairs)
     with linen_layers(layer_outputs), nnx_layers(layer_outputs):
-      return self._outputs(self._without_kernels(), inputs)
+      return self._outputs(variables, inputs)
+
+  @property
+  def _all_layers(self):
+    return (*(layer.layer for layer in self.layers.values()), *self.pairs)
+
+  def _formats(self, layers):
+    formats = {layer.path: self.result['formats'][layer.path] for layer in layers}
+    bound = fixed_space(layers, formats).bind(np.zeros(0, np.int32))
+    return nest(layers, bound)
 
   def _outputs(self, variables, inputs):
     arguments = self.arguments(*inputs)
     return self.apply(variables, *arguments.args, **arguments.kwargs)
 
-  def _without_kernels(self):
-    """Variables whose quantized kernels are zeros that no constant is kept for."""
-    layers = {tuple(filter(None, path.split('/'))) for path in self.layers}
+  def _without_kernels(self, others):
+    """Variables whose quantized kernels are numbers that no constant is kept for.
 
-    def blank(path, leaf):
-      *place, name = (key.key for key in path)
-      if name == KERNEL and tuple(place) in layers:
-        return jnp.broadcast_to(jnp.zeros((), leaf.dtype), leaf.shape)
-      return leaf
+    The numbers are those of the elements of a stack, so that a network that scans over
+    it tells by its part of the weights which of them computes; zeros of other layers.
 
-    params = jax.tree_util.tree_map_with_path(blank, self.variables['params'])
-    return {**self.variables, 'params': params}
+    Args:
+      others: arrays in the place of the network's own, by the names of `unquantized`.
+    """
+
+    def place(collection, path, leaf):
+      names = [key.key for key in path]
+      layer = self.layers.get('/'.join(names[:-1])) if collection == 'params' else None
+      if layer is None or names[-1] != KERNEL:
+        prefix = [] if collection == 'params' else [collection]
+        return others.get('/'.join([*prefix, *names]), leaf)
+      stack = layer.stack
+      elements = jnp.arange(np.prod(stack, dtype=int), dtype=leaf.dtype).reshape(stack)
+      missing = tuple(range(len(stack), leaf.ndim))
+      return jnp.broadcast_to(jnp.expand_dims(elements, missing), leaf.shape)
+
+    return {
+      collection: jax.tree_util.tree_map_with_path(
+        functools.partial(place, collection), tree
+      )
+      for collection, tree in self.variables.items()
+    }
 
 
 def make_deployment(
@@ -126,19 +170,18 @@ def make_deployment(
     result: what `search_result.json` holds.
 
   Raises:
-    ConfigError: where the layers cannot be expressed by codes and one scale of each
-      input, or there are no examples.
+    ConfigError: where the layers cannot be expressed by codes and scales, or there are
+      no examples.
   """
-  # Runs of versions before this choice have one scale for each tensor.
-  if setup.config.quantizer.get('activation_scale', 'tensor') != 'tensor':
-    raise ConfigError(
-      'the scales of activations are set for each token: expected a run with '
-      'quantizer.activation_scale=tensor, since no other can be exported'
-    )
   variables = jax.device_get({'params': state.params, **state.model_stats})
-  calibration = setup.config.quantizer.calibration
+  quantizer = setup.config.quantizer
   layers = quantized_parameters(
-    setup.space.layers, variables, result['formats'], calibration
+    setup.space.layers,
+    variables,
+    result['formats'],
+    quantizer.calibration,
+    # Runs of versions before this choice have one scale for each tensor.
+    quantizer.get('activation_scale', 'tensor'),
   )
   batches = tuple(_first_batches(setup))
   if not batches:
@@ -151,8 +194,8 @@ def make_deployment(
     arguments=arguments,
     variables=variables,
     layers=layers,
+    pairs=tuple(layer for layer in setup.space.layers if layer.kind == PAIR),
     result=result,
-    calibration=calibration,
     task=setup.task,
     batches=batches,
     inputs=inputs,

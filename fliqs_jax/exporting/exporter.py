@@ -22,8 +22,7 @@ from fliqs_jax.exporting import (
 )
 from fliqs_jax.exporting.deployment import Deployment
 from fliqs_jax.exporting.parameters import QuantizedLayer
-
-REPORT = 'report.json'
+from fliqs_jax.runs.exports import REPORT_FILE
 
 
 class Target(NamedTuple):
@@ -32,6 +31,7 @@ class Target(NamedTuple):
   file: str  # the name of what is written
   loader: str  # the program of `loaders` that loads it
   packages: tuple[str, ...]  # that are needed besides those of this package
+  takes_pairs: bool  # whether products of two activations can be expressed
   # Why a layer cannot be expressed, one line; None where it can.
   refused: Callable[[QuantizedLayer], str | None]
   write: Callable[[Deployment, pathlib.Path], None]  # files into a folder
@@ -44,6 +44,7 @@ def _of(module):
     module.FILE,
     module.LOADER,
     module.PACKAGES,
+    module.TAKES_PAIRS,
     module.refused,
     module.write,
     module.outputs,
@@ -75,7 +76,7 @@ def export(
   """
   check(target, folder)
   folder, chosen = pathlib.Path(folder), TARGETS[target]
-  _check_layers(deployment, target, chosen)
+  check_layers(deployment, target)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -102,25 +103,40 @@ def check(target: str, folder: os.PathLike | str) -> None:
   """
   if target not in TARGETS:
     raise ConfigError(not_among(f'unknown target {target!r}', target, TARGETS))
+  check_packages(target)
+  folder = pathlib.Path(folder)
+  taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+  if taken and not (folder / REPORT_FILE).is_file():
+    raise ConfigError(f'{str(folder)!r} exists and is no export: expected a new folder')
+
+
+def check_packages(target: str) -> None:
+  """Raises ConfigError where a target needs packages that are not installed."""
   missing = [p for p in TARGETS[target].packages if not importlib.util.find_spec(p)]
   if missing:
     raise ConfigError(
       f'{target} needs {", ".join(missing)}: pip install "fliqs_jax[export]"'
     )
-  folder = pathlib.Path(folder)
-  taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-  if taken and not (folder / REPORT).is_file():
-    raise ConfigError(f'{str(folder)!r} exists and is no export: expected a new folder')
 
 
-def _check_layers(deployment, name, target):
-  problems = [
-    f'layer {path!r}: {reason}: expected another target than {name}'
-    for path, layer in deployment.layers.items()
-    if (reason := target.refused(layer))
-  ]
-  if problems:
+def check_layers(deployment: Deployment, target: str) -> None:
+  """Raises ConfigError where a target cannot express a layer; one line for each."""
+  if problems := refused_layers(deployment, target):
     raise ConfigError(*problems)
+
+
+def refused_layers(deployment: Deployment, target: str) -> list[str]:
+  """Returns a line for each layer that a target cannot express."""
+  chosen = TARGETS[target]
+  reasons = {path: chosen.refused(layer) for path, layer in deployment.layers.items()}
+  if not chosen.takes_pairs:
+    reason = f'it multiplies two activations, for which {target} export has no rule'
+    reasons |= {pair.path: reason for pair in deployment.pairs}
+  return [
+    f'layer {path!r}: {reason}: expected another target than {target}'
+    for path, reason in reasons.items()
+    if reason
+  ]
 
 
 def _write(deployment, name, target, folder):
@@ -137,7 +153,7 @@ def _write(deployment, name, target, folder):
       for path, layer in deployment.layers.items()
     },
   }
-  (folder / REPORT).write_text(json.dumps(report, indent=2) + '\n')
+  (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + '\n')
   return report
 
 

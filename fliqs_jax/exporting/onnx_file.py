@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FILE = 'model.onnx'
 LOADER = 'load_onnx.py'
 PACKAGES = ('onnx', 'onnxruntime')
+TAKES_PAIRS = False
 
 _INTEGERS = ((2, 'INT2'), (4, 'INT4'), (8, 'INT8'))
 _FLOATS = {'e4m3': 'FLOAT8E4M3FN', 'e5m2': 'FLOAT8E5M2', 'e2m1': 'FLOAT4E2M1'}
@@ -32,10 +33,12 @@ def refused(layer: QuantizedLayer) -> str | None:
   """Returns why a layer cannot be written, one line; None where it can."""
   for name in (layer.weights, layer.activations):
     format = find_format(name)
-    if format.family == 'float' and name not in _FLOATS:
-      return f'ONNX has no type for {name}'
+    if format.block or (format.family == 'float' and name not in _FLOATS):
+      return f'ONNX export has no type for {name}'
   if layer.layer.kind not in ('conv', 'dense'):
     return f'it is of kind {layer.layer.kind}, whose operands ONNX export cannot mark'
+  if layer.stack:
+    return 'it is one of a stack that the network scans over'
   if layer.activation_scale is None:
     return 'its input sets its own scale, for which ONNX has no one operation'
   return None
@@ -63,7 +66,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:
   """Returns the outputs that a new process computes with ONNX Runtime."""
-  return loading.run_batches(folder / LOADER, folder / FILE, deployment.inputs)
+  return loading.run_batches(folder / LOADER, folder / FILE, batches=deployment.inputs)
 
 
 # Stands for a layer in a traced network, until it is written.
@@ -90,7 +93,7 @@ def _map_layer(operands, axes, **params):
 batching.primitive_batchers[_layer] = _map_layer
 
 
-def _marked(layer, calibration, x, product):
+def _marked(layer, x, product, element):
   return _layer.bind(x, path=layer.layer.path, layer=layer.layer)
 
 

@@ -11,11 +11,13 @@ import numpy as np
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import codes
 from fliqs_jax.layers import products
-from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.layer import PAIR, Layer
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.calibration import (
+  Quantizer,
   Statistics,
   calibrate,
+  calibrate_blocks,
   of_activations,
   of_weights,
   tensor_statistics,
@@ -27,18 +29,24 @@ KERNEL = 'kernel'  # the parameter of Flax's layers that is quantized
 
 
 class QuantizedLayer(NamedTuple):
-  """Codes and scales of one layer: `codes · weight_scale` are its weights.
+  """Codes and scales of one layer, which decode to its weights.
 
   Attributes:
     layer: its shapes and arguments.
     weights: the name of the format of the weights.
     activations: that of its input; `float32` where nothing is known of the input.
     codes: values of the format in the narrowest type that holds them, of the kernel's
-      shape.
-    weight_scale: float32, one for each output channel, broadcastable to the codes.
-    activation_scale: float32[], 1 for formats that are not scaled; None where the
-      input at hand sets it.
-    statistics: of the input, float32[] each; None where none are kept.
+      shape, before which the axes of a stack stand whose elements a scan computes with.
+    weight_scale: float32, one for each output channel, broadcastable to the codes; of a
+      block format one for each element of a stack.
+    block_scale: in the type of the scales of blocks, of the shape of the codes but for
+      one axis, which has a scale for each block; None without blocks.
+    activation_scale: float32, one for each element of a stack, 1 for formats that are
+      not scaled; None where the input at hand sets it, or those of its tokens or
+      blocks.
+    statistics: of the input, float32 of a stack's shape each; None where none are kept.
+    calibration: one of `calibration.LAYER_CALIBRATIONS`.
+    shared_scale: one of `calibration.ACTIVATION_SCALES`.
   """
 
   layer: Layer
@@ -46,12 +54,30 @@ class QuantizedLayer(NamedTuple):
   activations: str
   codes: np.ndarray
   weight_scale: np.ndarray
+  block_scale: np.ndarray | None
   activation_scale: np.ndarray | None
   statistics: Statistics | None
+  calibration: str = 'rms'
+  shared_scale: str = 'tensor'
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """The lengths of the axes over which a network scans; empty for most layers."""
+    return self.codes.shape[: self.codes.ndim - len(self.layer.kernel_shape)]
+
+  @property
+  def block_axis(self) -> int:
+    """The axis of the codes along which blocks lie, counted from the last."""
+    return self.layer.contraction.w_axis - len(self.layer.kernel_shape)
 
   def decoded(self) -> np.ndarray:
     """Returns the weights, float32."""
-    return self.codes.astype(np.float32) * self.weight_scale
+    values = self.codes.astype(np.float32)
+    if self.block_scale is not None:
+      scales, axis = self.block_scale.astype(np.float32), self.block_axis
+      scales = np.repeat(scales, find_format(self.weights).block.size, axis)
+      values *= scales.take(range(values.shape[axis]), axis)
+    return values * self.weight_scale
 
 
 def quantized_parameters(
@@ -59,46 +85,44 @@ def quantized_parameters(
   variables: Mapping[str, Any],
   formats: Assignment,
   calibration: str = 'rms',
+  shared_scale: str = 'tensor',
 ) -> dict[str, QuantizedLayer]:
-  """Returns codes and scales of every layer, `{path: QuantizedLayer}`.
+  """Returns codes and scales of every layer with weights, `{path: QuantizedLayer}`.
 
   Args:
     layers: of the network, from `discover`.
     variables: `params`, and `quant_stats` with statistics of the layers' inputs.
     formats: `{path: {'weights': name, 'activations': name}}`.
     calibration: one of `calibration.LAYER_CALIBRATIONS`, that of the search.
+    shared_scale: one of `calibration.ACTIVATION_SCALES`, that of the search.
 
   Raises:
-    ConfigError: where a layer's weights are not one parameter, or it has a block
-      format; one line for each.
+    ConfigError: where a layer's weights are not one parameter; one line for each.
   """
   params = traverse_util.flatten_dict(variables['params'], sep='/')
   statistics = traverse_util.flatten_dict(variables.get(QUANT_STATS, {}), sep='/')
   quantized, problems = {}, []
   for layer in layers:
+    if layer.kind == PAIR:
+      continue
     kernel = params.get(_join(layer.path, KERNEL))
-    if kernel is None or np.shape(kernel) != layer.kernel_shape:
+    shape = np.shape(kernel)[-len(layer.kernel_shape) :]
+    if kernel is None or shape != layer.kernel_shape:
       found = 'none' if kernel is None else str(np.shape(kernel))
       problems.append(
         f'layer {layer.path!r} multiplies by weights {layer.kernel_shape} that are not '
         f'its parameter {KERNEL!r} ({found}): expected one, not made from several'
       )
       continue
-    blocked = [name for name in formats[layer.path].values() if _has_blocks(name)]
-    if blocked:
-      problems.append(
-        f'layer {layer.path!r} has the block format {blocked[0]}: expected a format '
-        'with one scale for each channel, since blocks cannot be exported'
-      )
-      continue
     operator = _join(layer.path, layer.operator)
     kept = [statistics.get(f'{operator}/{name}') for name in Statistics._fields]
     quantized[layer.path] = _quantized_layer(
       layer,
-      kernel,
+      np.asarray(kernel),
       None if None in kept else Statistics(*map(np.asarray, kept)),
       formats[layer.path],
       calibration,
+      shared_scale,
     )
   if problems:
     raise ConfigError(*problems)
@@ -121,49 +145,68 @@ def unquantized(
   return {path: np.asarray(leaf) for path, leaf in flat.items()}
 
 
-def _has_blocks(name):
-  return find_format(name).block is not None
-
-
 def _join(*parts):
   return '/'.join(filter(None, parts))
 
 
-def _quantized_layer(layer, kernel, statistics, formats, calibration):
-  contracted = products.rebuilt(layer).contracted
-  values, weight_scale = _encode(
-    jnp.asarray(kernel),
-    formats['weights'],
-    tensor_statistics(kernel, contracted),
-    of_weights(calibration),
+def _quantized_layer(layer, kernel, statistics, formats, calibration, shared_scale):
+  product, name = products.rebuilt(layer), formats['weights']
+  stack = kernel.shape[: kernel.ndim - len(layer.kernel_shape)]
+  elements = [
+    _encode(jnp.asarray(element), name, product, of_weights(calibration))
+    for element in kernel.reshape(-1, *layer.kernel_shape)
+  ]
+  values, weight_scale, block_scale = (
+    None if part[0] is None else np.stack(part).reshape(*stack, *part[0].shape)
+    for part in zip(*elements)
   )
+  if block_scale is not None:
+    block_scale = block_scale.astype(codes.scale_dtype(find_format(name).block.scale))
   activations, scale = formats['activations'], None
   if statistics is not None:
-    if not statistics.absmax > 0:  # as in training, where nothing was seen yet
+    if not np.any(statistics.absmax > 0):  # as in training, where nothing was seen yet
       activations = 'float32'
-    quantizer = calibrate(
-      get_format(activations), *statistics, of_activations(calibration)
-    )
-    scale = np.asarray(quantizer.scale / _unshift(activations, quantizer))
+    one_for_all = shared_scale == 'tensor' and np.all(statistics.absmax > 0)
+    if activations == 'float32' or (one_for_all and not _has_blocks(activations)):
+      quantizer = calibrate(
+        get_format(activations), *statistics, of_activations(calibration)
+      )
+      scale = np.asarray(quantizer.scale / unshift(activations, quantizer))
   return QuantizedLayer(
     layer=layer,
-    weights=formats['weights'],
+    weights=name,
     activations=activations,
-    codes=values.astype(codes.dtype_of(formats['weights'])),
+    codes=values.astype(codes.dtype_of(name)),
     weight_scale=weight_scale,
+    block_scale=block_scale,
     activation_scale=scale,
     statistics=statistics,
+    calibration=calibration,
+    shared_scale=shared_scale,
   )
 
 
-def _encode(x, name, statistics, calibration):
-  """Returns a tensor's values in a format, and their scales, in numpy."""
-  quantizer = calibrate(get_format(name), *statistics, calibration)
-  factor = _unshift(name, quantizer)
-  return jax.device_get((quantizer.codes(x) * factor, quantizer.scale / factor))
+def _has_blocks(name):
+  return find_format(name).block is not None
 
 
-def _unshift(name, quantizer):
+def _encode(x, name, product, calibration):
+  """Returns a tensor's values in a format, their scales and those of blocks, numpy."""
+  statistics = tensor_statistics(x, product.contracted)
+  if not _has_blocks(name):
+    quantizer = calibrate(get_format(name), *statistics, calibration)
+    factor = unshift(name, quantizer)
+    parts = quantizer.codes(x) * factor, quantizer.scale / factor
+    return *jax.device_get(parts), None
+  axis = product.contraction.w_axis
+  quantizer = calibrate_blocks(x, get_format(name), *statistics, calibration, axis)
+  # One scale of the tensor, and a unit for each block.
+  scale = quantizer.scale.ravel()[:1].reshape((1,) * x.ndim)
+  blocks = jnp.squeeze(quantizer.blocks.of_units, axis)
+  return jax.device_get((quantizer.codes(x), scale, blocks))
+
+
+def unshift(name: str, quantizer: Quantizer) -> jax.Array:
   """Returns the power of two between a format's values and a quantizer's codes."""
   if find_format(name).family == 'unscaled':
     return jnp.float32(1)

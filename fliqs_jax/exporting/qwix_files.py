@@ -1,12 +1,11 @@
 """Rules and quantized parameters for Qwix: a layer's rule, its codes and its scales."""
 
-import importlib.util
 import json
 import pathlib
+import pickle
 import re
 import shutil
-import sys
-from typing import Any
+import tempfile
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ from fliqs_jax.numerics.formats import find_format
 
 FILE = safetensors_file.FILE
 LOADER = 'load_qwix.py'
-PACKAGES = ('qwix', *safetensors_file.PACKAGES)
+PACKAGES = ('qwix', 'cloudpickle', *safetensors_file.PACKAGES)
+TAKES_PAIRS = False
 
 _FLOATS = {'e4m3': 'float8_e4m3fn', 'e5m2': 'float8_e5m2', 'e2m1': 'float4_e2m1fn'}
 
@@ -27,8 +27,11 @@ _FLOATS = {'e4m3': 'float8_e4m3fn', 'e5m2': 'float8_e5m2', 'e2m1': 'float4_e2m1f
 def refused(layer: QuantizedLayer) -> str | None:
   """Returns why a layer cannot be written, one line; None where it can."""
   for name in (layer.weights, layer.activations):
-    if find_format(name).family == 'float' and name not in _FLOATS:
-      return f'Qwix has no type for {name}'
+    format = find_format(name)
+    if format.block or (format.family == 'float' and name not in _FLOATS):
+      return f'Qwix export has no type for {name}'
+  if layer.stack:
+    return 'it is one of a stack that the network scans over'
   if layer.layer.kind not in ('conv', 'dense'):
     return f'Qwix quantizes its product, but not a layer of kind {layer.layer.kind}'
   weights, activations = map(_qwix_type, (layer.weights, layer.activations))
@@ -63,42 +66,35 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
 
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:
-  """Returns the outputs of the network in Qwix, with what was written.
+  """Returns the outputs that a new process computes in Qwix with what was written.
 
-  In this process, since no file holds the network.
+  No file holds the network, so that the process is given the module.
   """
-  call = deployment.arguments(*deployment.inputs[0])
-  loader = import_loader(folder / LOADER)
-  model, variables = loader.load(deployment.plain, folder, *call.args, **call.kwargs)
+  # An extra of the package, which exports alone need.
+  import cloudpickle
 
-  @jax.jit
-  def compute(*inputs):
-    call = deployment.arguments(*inputs)
-    return model.apply(variables, *call.args, **call.kwargs)
-
-  try:
-    computed = [jax.device_get(compute(*inputs)) for inputs in deployment.inputs]
-  except jax.errors.JaxRuntimeError as error:
-    # XLA's own limits: on CPUs it has no products of two operands of four bits.
-    raise ConfigError(
-      f'{jax.default_backend()} cannot compute what Qwix does with these formats, so '
-      f'that it cannot be compared: expected a TPU, or formats of 8 bits '
-      f'({str(error).splitlines()[0]})'
-    ) from None
-  return [jax.tree.leaves(batch) for batch in computed]
-
-
-def import_loader(path: pathlib.Path) -> Any:
-  """Returns the module of a loader, which imports another one beside it."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(path.parent))
-  try:
-    spec.loader.exec_module(module)
-  finally:
-    sys.path.remove(str(path.parent))
-    sys.modules.pop(pathlib.Path(safetensors_file.LOADER).stem, None)
-  return module
+  calls = [deployment.arguments(*inputs) for inputs in deployment.inputs]
+  calls = [(jax.device_get(call.args), call.kwargs) for call in calls]
+  with tempfile.TemporaryDirectory() as temporary:
+    pickled = pathlib.Path(temporary, 'calls.pickle')
+    try:
+      pickled.write_bytes(cloudpickle.dumps((deployment.plain, calls)))
+    except (TypeError, pickle.PicklingError) as error:
+      raise ConfigError(
+        f'the network cannot be given to another process: {error}'
+      ) from None
+    script = loading.LOADERS / 'check_qwix.py'
+    try:
+      found = loading.run(script, folder / FILE, pickled, with_own_path=True)
+    except loading.Mismatch as error:
+      if 'JaxRuntimeError' not in str(error):
+        raise
+      # XLA's own limits: on CPUs it has no products of two operands of four bits.
+      raise ConfigError(
+        'the CPU cannot compute what Qwix does with these formats, so that nothing can '
+        f'be compared: expected formats of 8 bits ({error})'
+      ) from None
+  return loading.by_batch(found)
 
 
 def _qwix_type(name):

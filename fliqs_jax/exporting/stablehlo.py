@@ -14,6 +14,7 @@ from fliqs_jax.exporting.parameters import QuantizedLayer
 
 FILE = 'model.stablehlo'
 PACKAGES = ()
+TAKES_PAIRS = True
 LOADER = 'load_stablehlo.py'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -41,4 +42,4 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:
   """Returns the outputs that a new process computes with jax alone."""
-  return loading.run_batches(folder / LOADER, folder / FILE, deployment.inputs)
+  return loading.run_batches(folder / LOADER, folder / FILE, batches=deployment.inputs)

@@ -5,7 +5,7 @@
 An interface of Flax keeps the state; all of its arithmetic is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from fliqs_jax.numerics.calibration import (
 from fliqs_jax.numerics.formats import NumericFormat, find_format
 from fliqs_jax.numerics.masking import (
   ALL_SIZES,
+  ActiveAxis,
   Axes,
   LayerSizes,
   active_axes,
@@ -100,14 +101,15 @@ def quantized_layer(
   if formats is None:
     return product.function(x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
-  given = _given(activation_scale, x, x_active, product, statistics)
   y = quantized_product(
     product.function,
     product.scale_shape,
     product.x_kept,
     x,
     w,
-    _activation_quantizer(formats, x, w, given, product, calibration),
+    activation_quantizer(
+      product, x, w, formats, statistics, x_active, calibration, activation_scale
+    ),
     _weight_quantizer(formats, w, product, w_active, calibration),
   )
   if statistics is None:
@@ -136,8 +138,9 @@ def quantized_operands(
   if formats is None:
     return (x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
-  given = _given(activation_scale, x, x_active, product, statistics)
-  x_quantizer = _activation_quantizer(formats, x, w, given, product, calibration)
+  x_quantizer = activation_quantizer(
+    product, x, w, formats, statistics, x_active, calibration, activation_scale
+  )
   w_quantizer = _weight_quantizer(formats, w, product, w_active, calibration)
   if statistics is not None:
     statistics = moving_average(statistics, measure(), momentum, sizes.present)
@@ -173,7 +176,6 @@ def quantized_pair_product(
   """
   measured = PairStatistics(_measured(x, ()), _measured(w, ()))
   given = measured if statistics is None else statistics
-  x_given = _given(activation_scale, x, (), product, given.x)
   x_calibration, w_calibration = calibrations
   y = quantized_product(
     product.function,
@@ -181,13 +183,46 @@ def quantized_pair_product(
     product.x_kept,
     x,
     w,
-    _activation_quantizer(formats, x, w, x_given, product, x_calibration),
+    activation_quantizer(
+      product, x, w, formats, given.x, (), x_calibration, activation_scale
+    ),
     _second_quantizer(formats, w, given.w, product, w_calibration),
   )
   if statistics is None:
     return y, None
   averages = (moving_average(*pair, momentum) for pair in zip(statistics, measured))
   return y, PairStatistics(*averages)
+
+
+def activation_quantizer(
+  product: Product,
+  x: jax.Array,
+  w: jax.Array,
+  formats: LayerFormats,
+  statistics: Statistics | None,
+  active: Sequence[ActiveAxis] = (),
+  calibration: str = 'rms',
+  activation_scale: str = 'tensor',
+) -> Quantizer:
+  """Returns the quantizer of a layer's input.
+
+  Args:
+    product: what is computed.
+    x: the input.
+    w: the weights, of which only the shape is read.
+    formats: of the layer.
+    statistics: as in `quantized_layer`.
+    active: the parts of the axes of `x` that count.
+    calibration: as in `quantized_layer`.
+    activation_scale: as in `quantized_layer`.
+  """
+  calibration = of_activations(calibration)
+  given = _given(activation_scale, x, active, product, statistics)
+  format = _if_seen(formats.activations, given)
+  if not _can_have_blocks(format, product, w):
+    return calibrate(format._replace(blocks=None), *given, calibration)
+  axis, groups = product.contraction.x_axis, product.contraction.groups
+  return calibrate_blocks(x, format, *given, calibration, axis, groups)
 
 
 def _given(activation_scale, x, active, product, statistics):
@@ -200,15 +235,6 @@ def _given(activation_scale, x, active, product, statistics):
 
 def _measured(x, active, axes=None):
   return tensor_statistics(masked(x, active), axes, active)
-
-
-def _activation_quantizer(formats, x, w, statistics, product, calibration):
-  calibration = of_activations(calibration)
-  format = _if_seen(formats.activations, statistics)
-  if not _can_have_blocks(format, product, w):
-    return calibrate(format._replace(blocks=None), *statistics, calibration)
-  axis, groups = product.contraction.x_axis, product.contraction.groups
-  return calibrate_blocks(x, format, *statistics, calibration, axis, groups)
 
 
 def _second_quantizer(formats, w, statistics, product, calibration):
@@ -276,13 +302,19 @@ def quantized_product(
   q_x = x_quantizer.multiplicands(x).astype(x.dtype)
   q_w = w_quantizer.multiplicands(w).astype(x.dtype)
   y = product(q_x, q_w, preferred_element_type=jnp.float32)
-  x_scale = _against_output(x_quantizer.scale, x_kept, y.ndim)
+  x_scale = against_output(x_quantizer.scale, x_kept, y.ndim)
   scale = x_scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)
 
 
-def _against_output(x_scale, x_kept, ndim):
-  """Returns scales that broadcast against x as such that broadcast against y."""
+def against_output(x_scale: jax.Array, x_kept: tuple[int, ...], ndim: int) -> jax.Array:
+  """Returns scales that broadcast against x as such that broadcast against y.
+
+  Args:
+    x_scale: `()`, or broadcastable to x.
+    x_kept: axes of x with which y begins.
+    ndim: of y.
+  """
   if x_scale.ndim == 0:
     return x_scale
   spanned = [a for a in range(x_scale.ndim) if a not in x_kept]
@@ -311,7 +343,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), q_x)(y_bar)
   x_scale = x_quantizer.scale
   if x_scale.ndim:  # of tokens, over which the gradient of the weights sums
-    y_bar = (y_bar * _against_output(x_scale, x_kept, y_bar.ndim)).astype(dtype)
+    y_bar = (y_bar * against_output(x_scale, x_kept, y_bar.ndim)).astype(dtype)
     x_scale = 1.0
   (w_bar,) = jax.linear_transpose(lambda b: product(q_x, b), w_values)(y_bar)
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)

@@ -29,7 +29,7 @@ from fliqs_jax.reporting import (
   units,
 )
 from fliqs_jax.reporting.recorded_run import Run, read_run
-from fliqs_jax.runs import baseline, files
+from fliqs_jax.runs import baseline, exports, files
 from fliqs_jax.runs import quality as quality_lib
 
 REPORT_FILE = 'report.html'
@@ -87,9 +87,19 @@ def _template():
     lstrip_blocks=True,
   )
   environment.filters['number'] = summary.number
-  environment.globals.update(family=figure_style.family, palette=figure_style.PALETTE)
+  environment.globals.update(
+    family=figure_style.family,
+    palette=figure_style.PALETTE,
+    exported_quality=_exported_quality,
+    arithmetic=exports.arithmetic_text,
+  )
   source = importlib.resources.files('fliqs_jax.reporting').joinpath(_TEMPLATE)
   return environment.from_string(source.read_text(encoding='utf-8'))
+
+
+def _exported_quality(report):
+  counted = {'num_examples': report['examples']}
+  return quality_lib.from_evaluation(report['eval'] | counted)
 
 
 def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from etils import epath
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import units
-from fliqs_jax.runs import files
+from fliqs_jax.runs import exports, files
 from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.quality import Quality, from_evaluation
 from fliqs_jax.runs.result import RESULT_FILE, read_result
@@ -68,6 +68,8 @@ class Run(NamedTuple):
   history: list[dict[str, Any]]
   result: dict[str, Any] | None  # None where the run is not finished
   sessions: list[Session]  # none where a version without them made the run
+  exports: dict[str, dict[str, Any]]  # the report of each, by target
+  speed: dict[str, Any] | None  # None where `measure --end_to_end` was not run
 
   @property
   def kind(self) -> str:
@@ -124,8 +126,16 @@ def read_run(workdir: str) -> Run:
     result = read_result(path)
     _check_fields(result, _RESULT_FIELDS, path)
     _check_tables(result, path)
-  label, sessions = folder.absolute().name, read_sessions(folder)
-  return Run(folder, label, config, history, result, sessions)
+  return Run(
+    workdir=folder,
+    label=folder.absolute().name,
+    config=config,
+    history=history,
+    result=result,
+    sessions=read_sessions(folder),
+    exports=exports.read_reports(folder),
+    speed=exports.read_speed(folder),
+  )
 
 
 def decisions_by_layer(

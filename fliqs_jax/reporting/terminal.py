@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fliqs_jax.reporting import quality_budget, sensitivities, units
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
-from fliqs_jax.runs import quality
+from fliqs_jax.runs import exports, quality
 from fliqs_jax.search import devices
 from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.search.space import OPERANDS
@@ -160,6 +160,31 @@ def print_points(
   for name in failed:
     console.print(f'Failed: {name}', markup=False)
   console.print(f'Files: {folder}', markup=False)
+
+
+def print_speed(speed: Mapping[str, Any], folder: str) -> None:
+  """Prints the times of an exported network beside those of uniform models."""
+  table = Table(box=box.SIMPLE_HEAD)
+  for name in ('model', 'export'):
+    table.add_column(name)
+  for name in ('batch', 'ms', 'of float32'):
+    table.add_column(name, justify='right')
+  table.add_column('layers multiply')
+  for row in speed['rows']:
+    cells = [
+      row['model'],
+      row['target'],
+      str(row['batch_size']),
+      f'{row["ms"]:.4g}',
+      f'{row["of_float32"]:.2f}',
+      exports.arithmetic_text(row),
+    ]
+    table.add_row(*map(Text, cells))
+  lines = [
+    f'Medians of {speed["repeats"]} calls on {speed["device"]}',
+    f'Files: {folder}',
+  ]
+  print(to_text([table], lines))
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:

@@ -4,12 +4,10 @@ Where the device multiplies a format itself, a layer's operands are given in tha
 otherwise the operator that emulates the format is timed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import importlib.metadata
 import logging
-import statistics
-import time
 from typing import Any
 
 import jax
@@ -28,7 +26,7 @@ from fliqs_jax.numerics.formats import (
   get_format,
 )
 from fliqs_jax.numerics.products import LayerFormats
-from fliqs_jax.runs import files, network
+from fliqs_jax.runs import files, network, timing
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import write_json
 from fliqs_jax.runs.validation import validate
@@ -40,8 +38,6 @@ _CALLS = 10
 _EMULATED = 'emulated'
 
 _logger = logging.getLogger(__name__)
-
-Timed = Callable[[], jax.Array]
 
 
 def write_latencies(
@@ -137,23 +133,11 @@ def _time_layer(layer, names, batch_size, repeats, dtype):
       _EMULATED,
       functools.partial(emulated, get_format(name)),
     )
-  seconds = _interleaved([call for _, call in timed.values()], repeats)
+  seconds = timing.medians([call for _, call in timed.values()], repeats, _CALLS)
   return {
     name: {'ms': 1e3 * median, 'implementation': implementation}
     for (name, (implementation, _)), median in zip(timed.items(), seconds)
   }
-
-
-def _interleaved(calls: Sequence[Timed], repeats: int) -> list[float]:
-  """Returns the median seconds of each call, taken in turns after a warm-up."""
-  samples = [[] for _ in calls]
-  for repeat in range(repeats + 1):
-    for call, taken in zip(calls, samples):
-      start = time.perf_counter()
-      jax.block_until_ready([call() for _ in range(_CALLS)])
-      if repeat > 0:
-        taken.append((time.perf_counter() - start) / _CALLS)
-  return [statistics.median(taken) for taken in samples]
 
 
 def _native(layer, name, x, w):

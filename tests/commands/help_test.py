@@ -106,6 +106,22 @@ def test_measure(shell, example):
   assert re.search(r' (ms|µs) \(latency_table\)', shown)
 
 
+@pytest.mark.usefixtures('searched')
+def test_the_network_of_a_run_is_timed(shell):
+  line = 'python -m fliqs_jax.measure --workdir=runs/digits --end_to_end'
+  shown = shell[1](f'{line} --repeats=1 --batch_size=2')
+  names = ['found', 'float32', 'bf16', 'int2', 'int3', 'int4', 'int8']
+  assert re.findall(r'^ +(\w+) +stablehlo +2 ', shown, re.MULTILINE) == names
+  for mistake, expected in (
+    (line.replace('--workdir=runs/digits', ''), '--workdir is missing'),
+    (f'{line} --out=times.json', '--out has no use for --end_to_end'),
+    (line.replace('runs/digits', 'configs'), 'holds no run'),
+    (f'{line} --to=qwix', "no speed of target 'qwix'"),
+  ):
+    (problem,) = shell[1](mistake, 2).strip().splitlines()
+    assert expected in problem
+
+
 def test_sweep(shell):
   # Its runs take a minute; `sweep_test.py` has them.
   text = shell[1]('python -m fliqs_jax.sweep --help')

@@ -44,6 +44,17 @@ def code_values(format):
   return (np.where(codes < half, 1, -1) * significand * 2.0**power).astype(np.float32)
 
 
+def block_scales(stored, block, length):
+  """Returns the scale of each value along the axis of blocks."""
+  if block['scale'] == 'e8m0':  # an exponent alone
+    stored = 2.0 ** (stored.astype(np.float32) - 127)
+  elif block['scale'] == 'e4m3':
+    e4m3 = {'family': 'float', 'bits': 8, 'mantissa_bits': 3, 'exponent_min': -6}
+    stored = code_values(e4m3)[stored]
+  spread = np.repeat(stored.astype(np.float32), block['size'], block['axis'])
+  return spread.take(range(length), block['axis'])
+
+
 def decode(path):
   """Returns every tensor of an exported file by name, weights in float32."""
   tensors, metadata = read_tensors(path)
@@ -53,6 +64,9 @@ def decode(path):
     if format['family'] != 'unscaled':
       codes = unpack(packed, format['bits'], int(np.prod(shape)))
       values = code_values(format)[codes].reshape(shape)
+      if block := format.get('block'):
+        stored = tensors.pop(f'{name}.block_scale')
+        values = values * block_scales(stored, block, shape[block['axis']])
       tensors[name] = values * tensors.pop(f'{name}.scale')
   return tensors
 
