@@ -374,3 +374,23 @@ def test_a_short_training_goes_on_from_what_was_found(found, tmp_path):
     finished.variables['params'],
     result.variables['params'],
   )
+
+
+def test_a_short_training_may_distil_the_float_network():
+  model = Network(nnx.Rngs(0))
+  model.eval()
+  model.dropout.rate = 0.0  # whose noise is larger than what is lost
+  batches = [{**batch, 'float': np.asarray(model(batch['image']))} for batch in BATCHES]
+
+  def divergence(logits, batch):
+    expected = jax.nn.log_softmax(batch['float'])
+    return jnp.sum(jnp.exp(expected) * (expected - jax.nn.log_softmax(logits)), axis=-1)
+
+  before, after = (
+    fliqs_jax.train(
+      model, batches, batches, formats='int2', loss=divergence, weight_delay=0,
+      activation_delay=0, num_steps=steps, learning_rate=rate, weight_decay=0.0,
+    ).eval['loss']
+    for steps, rate in ((1, 1e-9), (60, 0.1))
+  )  # fmt: skip
+  assert after < 0.8 * before
