@@ -116,10 +116,11 @@ def quantized_parameters(
       continue
     operator = _join(layer.path, layer.operator)
     kept = [statistics.get(f'{operator}/{name}') for name in Statistics._fields]
+    has_statistics = all(value is not None for value in kept)
     quantized[layer.path] = _quantized_layer(
       layer,
       np.asarray(kernel),
-      None if None in kept else Statistics(*map(np.asarray, kept)),
+      Statistics(*map(np.asarray, kept)) if has_statistics else None,
       formats[layer.path],
       calibration,
       shared_scale,

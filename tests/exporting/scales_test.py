@@ -1,0 +1,117 @@
+"""Deployed layers with scales of blocks and of tokens, in stacks, in attention."""
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fliqs_jax
+from fliqs_jax.exporting import deployment, loading, safetensors_file
+from fliqs_jax.exporting.parameters import quantized_parameters
+from fliqs_jax.layers.layer import PAIR
+from fliqs_jax.linen.discovery import discover
+
+
+def deployed(network, x, formats, shared_scale='tensor', **attributes):
+  """A network with statistics, with the same formats in all layers."""
+  model = fliqs_jax.make_searchable(
+    network, activation_scale=shared_scale, **attributes
+  )
+  variables = model.init(jax.random.key(1), x)
+  _, updated = model.apply(variables, x, mutable=['quant_stats'])
+  variables = jax.device_get({**variables, **updated})
+  layers = discover(model, x)
+  formats = {layer.path: formats for layer in layers}
+  return deployment.Deployment(
+    apply=model.apply,
+    plain=network,
+    arguments=lambda *args: deployment.Arguments(args, {}),
+    variables=variables,
+    layers=quantized_parameters(layers, variables, formats, shared_scale=shared_scale),
+    pairs=tuple(layer for layer in layers if layer.kind == PAIR),
+    result={'formats': formats, 'model': 'test'},
+    task=None,
+    batches=(),
+    inputs=((np.asarray(x),),),
+  )
+
+
+def both(weights, activations=None):
+  return {'weights': weights, 'activations': activations or weights}
+
+
+def check(given, x):
+  expected = given.searched(x)
+  size = float(jnp.max(jnp.abs(expected)))
+  np.testing.assert_allclose(given.deployed(x), expected, atol=1e-5 * size)
+
+
+BLOCKS = ('mxfp8_e4m3', 'mxfp4', 'nvfp4', 'int4_b32', 'int8_b32')
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_blocks_are_packed_with_their_scales_and_decoded_by_numpy(name, tmp_path):
+  x = jax.random.normal(jax.random.key(0), (2, 72))  # the last block is shorter
+  given = deployed(nn.Dense(3), x, both(name))
+  check(given, x)
+  safetensors_file.write(given, tmp_path)
+  reader = loading.import_loader(loading.LOADERS / 'load_safetensors.py')
+  found = reader.decode(tmp_path / safetensors_file.FILE)
+  np.testing.assert_array_equal(found['kernel'], given.layers[''].decoded())
+  block = given.layers[''].block_scale
+  size = safetensors_file.sizes(given)
+  assert block.shape == (-(-72 // (16 if name == 'nvfp4' else 32)), 3)
+  assert size['block_scales'] == block.nbytes
+  assert size['codes'] == 72 * 3 * (4 if '4' in name[:5] or name == 'mxfp4' else 8) // 8
+
+
+@pytest.mark.parametrize('name', ['int8', 'int4', 'e4m3'])
+def test_each_token_has_a_scale(name):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * jnp.arange(1, 6)[:, None]
+  check(deployed(nn.Dense(3), x, both(name), shared_scale='token'), x)
+
+
+class Body(nn.Module):
+  """One layer of a stack."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.tanh(nn.Dense(8, name='dense')(x)), None
+
+
+class Stack(nn.Module):
+  """Three layers in a scan, whose statistics it carries or not."""
+
+  axes: tuple = ('params', 'quant_stats')
+
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      Body,
+      variable_axes=dict.fromkeys(self.axes, 0),
+      split_rngs={'params': True},
+      length=3,
+    )
+    return scan(name='scan')(x, None)[0]
+
+
+@pytest.mark.parametrize('axes', [('params', 'quant_stats'), ('params',)])
+@pytest.mark.parametrize('name', ['int4', 'e4m3'])
+def test_layers_of_a_scan_have_codes_of_their_own(name, axes):
+  x = jax.random.normal(jax.random.key(0), (4, 8))
+  given = deployed(Stack(axes), x, both(name))
+  assert given.layers['scan/dense'].stack == (3,)
+  check(given, x)
+
+
+def test_products_inside_attention_are_computed_as_in_the_search(tmp_path):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  network = nn.MultiHeadDotProductAttention(num_heads=2)
+  given = deployed(network, x, both('int8'), attention_products=True)
+  assert [pair.path for pair in given.pairs] == ['qk', 'av']
+  assert set(given.layers) == {'query', 'key', 'value', 'out'}
+  check(given, x)
+  kept = traverse_util.flatten_dict(given.unquantized, sep='/')
+  assert set(kept) == {f'{name}/bias' for name in given.layers}
