@@ -37,9 +37,9 @@ def make_searchable(
 
   Args:
     model: an instance of a linen or an NNX module, which is not changed. Searched are
-      the convolutions, the dense layers (so the projections of attention and of LoRA),
-      the einsums and, of NNX, `nnx.Embed.attend`; layers with a hook of their own stay
-      as they are.
+      the convolutions, the dense layers (so the projections of attention), the einsums
+      and all other products of a parameter, as `attend` of an embedding; layers with a
+      hook of their own stay as they are.
     attention_products: whether the products inside attention, QKᵀ and AV, are searched
       too, as `search.attention_products` of a config.
     **attributes: of the quantized operators: calibration, momentum.

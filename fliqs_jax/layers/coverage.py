@@ -1,12 +1,18 @@
 """Coverage of a network: which of its layers are searched, and why others are not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.parameter_products import ParameterProduct, Path
 
 _ENOUGH = 0.9  # of the multiply-accumulates
+_NOT_MULTIPLIED = (
+  'it is in no product that can be searched: its parameters are looked up, as by '
+  'nn.Embed, used elementwise, or multiplied in a custom_vjp, a custom_jvp or a '
+  'loop of unknown length'
+)
 _QWIX_MARK = '_unquantized_type'  # an attribute of the classes that Qwix makes
 
 
@@ -48,6 +54,51 @@ class Coverage(NamedTuple):
         'NOT searched, and count in no cost: see above what is not, and why'
       ]
     return [f'{self.share:.1%} of the multiply-accumulates by parameters are searched']
+
+
+def cover(
+  found: Sequence[ParameterProduct],
+  hooked: Mapping[Path, Layer],
+  bare: Mapping[Path, Layer],
+  ndims: Mapping[Path, int],
+  handled: Mapping[Path, str],
+) -> Coverage:
+  """Returns the coverage of a network.
+
+  Args:
+    found: all products of its parameters.
+    hooked: the layers that have hooks, by module, and products inside attention.
+    bare: those that are products of a parameter, by its path.
+    ndims: of all parameters.
+    handled: the modules of Flax that have hooks, and why those are left alone that are.
+  """
+  searched = {**bare, **hooked}
+  layers, macs = {}, {True: 0, False: 0}
+  for path, layer, *_ in found:
+    own = path if path in searched else path[:-1]
+    macs[own in searched] += layer.macs
+    layers |= {own: searched[own]} if own in searched else {}
+  total = sum(macs.values())
+  return Coverage(
+    layers=tuple({**layers, **hooked}.values() if bare else hooked.values()),
+    skipped=_skipped(found, set(searched), ndims, handled),
+    share=macs[True] / total if total else None,
+  )
+
+
+def _skipped(found, searched, ndims, handled):
+  """Returns why parameters are not searched, by the paths of their modules."""
+  skipped = {}
+  multiplied = {product.path for product in found}
+  modules = searched | {path[:-1] for path in searched & multiplied}
+  for path, ndim in ndims.items():
+    *module, name = path
+    # Biases and scales are no layer alone, nor of two axes beside a product.
+    is_factor = ndim > 1 and name not in ('bias', 'scale')
+    is_one = path in multiplied or (is_factor and path[:-1] not in modules)
+    if is_one and not searched & {path, path[:-1]}:
+      skipped['/'.join(module)] = handled.get(path[:-1]) or _NOT_MULTIPLIED
+  return skipped
 
 
 def check_not_quantized(module: Any, place: str) -> None:

@@ -6,7 +6,7 @@ A network may multiply by a parameter of its own without a layer of Flax, by
 operations, of which one operand follows from parameters alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -84,6 +84,24 @@ def layers(
       kernels = sizes[path] // math.prod(layer.kernel_shape)
       merged[path] = layer._replace(params=sizes[path], kernels=max(kernels, 1))
   return merged
+
+
+def outside_of(
+  found: Sequence[ParameterProduct], modules: Iterable[Path], sizes: Mapping[Path, int]
+) -> dict[Path, Layer]:
+  """Returns a layer for each parameter whose products can be searched by themselves.
+
+  Args:
+    found: from `find`.
+    modules: the paths of layers of Flax, searched or left alone, whose products these
+      are.
+    sizes: of the parameters.
+  """
+  modules = set(modules)
+  bare = [
+    product for product in found if product.is_open and product.path[:-1] not in modules
+  ]
+  return layers(bare, sizes)
 
 
 def _find(jaxpr, origins, add, calls=1, is_open=True, in_scan=False):

@@ -19,8 +19,8 @@ from flax.linen.dtypes import promote_dtype
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.layers import parameter_products
-from fliqs_jax.layers.coverage import Coverage, check_not_quantized
+from fliqs_jax.layers import parameter_products, product_statistics
+from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
@@ -96,9 +96,9 @@ class Searchable:
     self._attention_products = attention_products
     self._marks = False
 
-  @property
-  def own_variables(self) -> None:
-    """None: a linen module has no variables of its own, `init` makes them."""
+  def own_variables(self, *args: Any, **kwargs: Any) -> None:
+    """Returns None: a linen module has no variables of its own, `init` makes them."""
+    del args, kwargs
 
   def merge(self, variables: Mapping[str, Any]) -> 'Searchable':
     """Returns the network that computes with variables: itself, given them."""
@@ -110,8 +110,8 @@ class Searchable:
     with self._hooked({}, {}):
       variables = self.model.init(rngs, *args, **kwargs)
     found, handled = self._products(variables, args, kwargs)
-    bare = bare_products.outside_of(found, handled, variables)
-    return bare_products.with_statistics(variables, found, bare)
+    bare = _outside_of(found, handled, _params(variables))
+    return product_statistics.with_zeros(variables, found, bare)
 
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.apply`."""
@@ -145,18 +145,13 @@ class Searchable:
       for layer in discover_hooked(self._marking(), variables, *inputs, **kwargs)
     }
     found, handled = self._products(variables, inputs, kwargs)
-    bare = bare_products.outside_of(found, handled, variables)
-    layers, macs = {}, {True: 0, False: 0}
-    for path, layer, *_ in found:
-      searched = {**bare, **hooked}
-      own = path if path in searched else path[:-1]
-      macs[own in searched] += layer.macs
-      layers |= {own: searched[own]} if own in searched else {}
-    total = sum(macs.values())
-    return Coverage(
-      layers=tuple({**layers, **hooked}.values() if bare else hooked.values()),
-      skipped=_skipped(variables, found, {*hooked, *bare}, handled),
-      share=macs[True] / total if total else None,
+    params = _params(variables)
+    return cover(
+      found=found,
+      hooked=hooked,
+      bare=_outside_of(found, handled, params),
+      ndims={path: leaf.ndim for path, leaf in params.items()},
+      handled=handled,
     )
 
   def _marking(self):
@@ -182,18 +177,15 @@ class Searchable:
       yield
 
 
-def _skipped(variables, found, searched, handled):
-  """Returns why parameters are not searched, by the paths of their modules."""
-  skipped = {}
-  multiplied = {product.path for product in found}
-  modules = searched | {path[:-1] for path in searched & multiplied}
-  params = traverse_util.flatten_dict(nn.unbox(variables.get('params', {})))
-  for path, leaf in params.items():
-    # Biases and scales are no layer alone, nor of two axes beside a product.
-    is_one = path in multiplied or (leaf.ndim > 1 and path[:-1] not in modules)
-    if is_one and not searched & {path, path[:-1]}:
-      skipped['/'.join(path[:-1])] = handled.get(path[:-1]) or _NOT_MULTIPLIED
-  return skipped
+def _params(variables):
+  """Returns parameters by path."""
+  return traverse_util.flatten_dict(nn.unbox(variables.get('params', {})))
+
+
+def _outside_of(found, handled, params):
+  """Returns the layers that are products of bare parameters."""
+  sizes = {path: leaf.size for path, leaf in params.items()}
+  return parameter_products.outside_of(found, handled, sizes)
 
 
 def _intercept(attributes, formats, handled, call, args, kwargs, context):
@@ -241,11 +233,6 @@ class _NotSearched(Exception):
   """Why a layer stays as it is."""
 
 
-_NOT_MULTIPLIED = (
-  'it is in no product that can be searched: its parameters are looked up, as by '
-  'nn.Embed, used elementwise, or multiplied in a custom_vjp, a custom_jvp or a loop '
-  'of unknown length'
-)
 _LAYERS = nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvTranspose
 
 

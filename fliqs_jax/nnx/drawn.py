@@ -32,11 +32,9 @@ class Drawn(Searchable):
     self._make = make
 
   def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """As `nn.Module.init`, whose key is consumed; no other argument is needed."""
-    del args, kwargs
-    return self.variables_of(self._make(nnx.Rngs(key)))
+    """As `nn.Module.init`, whose key is consumed."""
+    return self.variables_of(self._make(nnx.Rngs(key)), *args, **kwargs)
 
-  @property
-  def own_variables(self) -> None:
-    """None, since it has none before `init`."""
-    return None
+  def own_variables(self, *args: Any, **kwargs: Any) -> None:
+    """Returns None, since there are none before `init`."""
+    del args, kwargs

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.layers import attention
+from fliqs_jax.layers.parameter_products import Path
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.nnx.operators import (
-  QuantizedAttend,
   QuantizedAttention,
   QuantizedConv,
   QuantizedConvTranspose,
   QuantizedDotGeneral,
   QuantizedEinsum,
-  QuantizedLoRA,
   promote_all_but_kernel,
 )
 
@@ -34,36 +33,34 @@ _DEFAULTS = {
   },
   nnx.Einsum: {'einsum_op': (jnp.einsum,)},
   nnx.ConvTranspose: {},
-  nnx.Embed: {},
-  nnx.LoRA: {},
 }
 
 
-def set_hooks(model: nnx.Module, attributes: Mapping[str, Any]) -> dict[str, str]:
-  """Gives the layers of a model their operators; returns why others stay as they are.
+def set_hooks(model: nnx.Module, attributes: Mapping[str, Any]) -> dict[Path, str]:
+  """Gives the layers of a model their operators.
 
   Args:
     model: changed in place.
     attributes: of `QuantizedOperator`.
 
   Returns:
-    `{module path: reason}`.
+    The paths of Flax's layers, and why those stay as they are that do.
   """
-  reasons = {}
+  handled = {}
   # Listed first, since operators are modules too.
   for parts, layer in list(nnx.iter_modules(model)):
     path = '/'.join(map(str, parts))
     kind = next((kind for kind in _DEFAULTS if isinstance(layer, kind)), None)
     if kind is None:
       continue
-    reason = _own_hook(layer, kind) or _unknown_stack(layer, kind)
+    reason = _own_hook(layer, kind) or _unknown_stack(layer, kind) or ''
+    handled[tuple(map(str, parts))] = reason
     if reason:
-      reasons[path] = reason
       continue
     stacked = _stacked_axes(layer, kind)
     for name, hook in _hooks(layer, kind, path, stacked, attributes).items():
       setattr(layer, name, hook)
-  return reasons
+  return handled
 
 
 def hook_attention(model: nnx.Module, attributes: Mapping[str, Any]) -> None:
@@ -142,8 +139,6 @@ def _hooks(layer, kind, path, stacked, attributes):
     nnx.LinearGeneral: ('dot_general', QuantizedDotGeneral),
     nnx.Einsum: ('einsum_op', QuantizedEinsum),
     nnx.ConvTranspose: ('promote_dtype', QuantizedConvTranspose),
-    nnx.Embed: ('promote_dtype', QuantizedAttend),
-    nnx.LoRA: ('promote_dtype', QuantizedLoRA),
   }[kind]
   attributes = {**attributes, 'path': path, 'name': name, 'stacked': stacked}
   if kind is nnx.ConvTranspose:
@@ -153,17 +148,8 @@ def _hooks(layer, kind, path, stacked, attributes):
   return {'promote_dtype': promote_all_but_kernel} | hooks
 
 
-def _kernel(layer, kind):
-  name = {nnx.Embed: 'embedding', nnx.LoRA: 'lora_a'}.get(kind, 'kernel')
-  return getattr(layer, name)
-
-
 def _own_shape(layer, kind):
   """Returns the shape of one kernel, as the layer was made."""
-  if kind is nnx.Embed:
-    return layer.num_embeddings, layer.features
-  if kind is nnx.LoRA:
-    return (layer.in_features, _kernel(layer, kind).shape[-1])
   if kind is nnx.Linear:
     return layer.in_features, layer.out_features
   if kind is nnx.LinearGeneral:
@@ -173,12 +159,12 @@ def _own_shape(layer, kind):
 
 
 def _stacked_axes(layer, kind):
-  shape = _kernel(layer, kind).shape
+  shape = layer.kernel.shape
   return shape[: len(shape) - len(_own_shape(layer, kind))]
 
 
 def _unknown_stack(layer, kind):
-  shape, own = _kernel(layer, kind).shape, _own_shape(layer, kind)
+  shape, own = layer.kernel.shape, _own_shape(layer, kind)
   if shape[len(shape) - len(own) :] != own:
     return (
       f'its kernel {shape} is none of {own} stacked along leading axes: stack with '

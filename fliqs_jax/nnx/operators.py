@@ -3,15 +3,15 @@
 Operators are modules among the layers of a network, so that Flax's transformations
 carry their formats and statistics as they carry the layers' own variables.
 
-`nnx.Einsum`, `nnx.ConvTranspose` and `nnx.Embed.attend` multiply rounded operands, as
-their counterparts of linen do.
+`nnx.Einsum` and `nnx.ConvTranspose` multiply rounded operands, as their counterparts of
+linen do.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
@@ -109,20 +109,38 @@ class QuantizedOperator(nnx.Module):
       layer = describe(self.path, self.name, product, x, w)
       kernels = int(np.prod(self.stacked))
       x = marked(x, w, layer._replace(kernels=kernels))
-    y, updated = self.arithmetic(
+    y, updated = self.quantize(x, w, product, self._statistics(x))
+    if updated is not None:
+      self.keep(updated)
+    return y
+
+  def quantize(
+    self, x: jax.Array, w: jax.Array, product: Product, statistics: Statistics | None
+  ) -> tuple[Any, Statistics | None]:
+    """Returns what `arithmetic` makes of a product, and the new statistics.
+
+    Args:
+      x: activations in the compute dtype.
+      w: weights in the parameters' own dtype.
+      product: what the layer computes.
+      statistics: the moving averages; None lets the input set its own threshold.
+    """
+    return self.arithmetic(
       product,
       x,
       w,
       self.bound_formats,
-      self._statistics(x),
+      statistics,
       calibration=self.calibration,
       momentum=self.momentum,
       activation_scale=self.activation_scale,
     )
-    if updated is not None and not self.use_running_average:
-      for name, value in updated._asdict().items():
+
+  def keep(self, statistics: Statistics) -> None:
+    """Sets the moving averages, in training."""
+    if not self.use_running_average:
+      for name, value in statistics._asdict().items():
         getattr(self, name)[...] = value
-    return y
 
   @property
   def bound_formats(self) -> LayerFormats | None:
@@ -322,57 +340,6 @@ class QuantizedConvTranspose(QuantizedOperator):
     x, w, bias = promote_all_but_kernel(operands, **kwargs)
     product = products.transposed_convolution(w, **dict(self.arguments))
     return *self.compute(x, w, product), bias
-
-
-class QuantizedAttend(QuantizedOperator):
-  """Rounded operands of `nnx.Embed.attend`, for the layer's `promote_dtype`.
-
-  Rows that are looked up stay as they are: that multiplies nothing.
-  """
-
-  arithmetic = staticmethod(quantized_operands)
-
-  def __call__(self, operands, /, *, dtype=None, **kwargs):
-    """The arguments are those of `promote_dtype`."""
-    if len(operands) == 1:
-      return promote_dtype(operands, dtype=dtype, **kwargs)
-    x, w, _ = promote_all_but_kernel((*operands, None), dtype=dtype, **kwargs)
-    axes = ((x.ndim - 1,), (w.ndim - 1,)), ((), ())
-    return self.compute(x, w, products.dot_general(x, w, axes))
-
-
-class QuantizedLoRA(nnx.Module):
-  """The two products of `nnx.LoRA`, for its `promote_dtype`.
-
-  The layer multiplies what this returns by `@`, which computes the quantized product.
-
-  Attributes:
-    lora_a: the operator of the first product.
-    lora_b: that of the second.
-  """
-
-  def __init__(self, path: str, **attributes: Any):
-    """Makes an operator for each of the two parameters of the layer at a path."""
-    for name in ('lora_a', 'lora_b'):
-      own = f'{path}/{name}'.lstrip('/')
-      setattr(self, name, QuantizedDotGeneral(own, **attributes))
-
-  def __call__(self, operands, /, *, dtype=None, **kwargs):
-    """The arguments are those of `promote_dtype`."""
-    x, a, b = operands
-    dtype = canonicalize_dtype(x, a, b, dtype=dtype)
-    (x,) = promote_dtype((x,), dtype=dtype, **kwargs)
-    return x, _Factor(self.lora_a, a), _Factor(self.lora_b, b)
-
-
-class _Factor(NamedTuple):
-  """The second operand of `@`."""
-
-  operator: QuantizedDotGeneral
-  w: jax.Array
-
-  def __rmatmul__(self, x):
-    return self.operator(x, self.w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _is_carried(state, x):

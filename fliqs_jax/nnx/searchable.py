@@ -4,7 +4,7 @@ A network's state is carried by Flax's functional API: it is split into variable
 collection, nested dicts of arrays as linen has them, and merged for the time of a call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import inspect
 from typing import Any
 
@@ -12,18 +12,20 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax.layers import parameter_products
+from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.call_counts import count_layers
-from fliqs_jax.layers.coverage import Coverage, check_not_quantized
+from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
+from fliqs_jax.nnx.bare_products import ATTRIBUTE, add_operators
 from fliqs_jax.nnx.hooks import hook_attention, set_hooks
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 
-_PARAMS, _SOWN, _OTHERS = 'params', 'intermediates', 'others'
+_PARAMS, _BATCH_STATS = 'params', 'batch_stats'
+_SOWN, _OTHERS = 'intermediates', 'others'
 _COLLECTIONS = {
   _PARAMS: nnx.Param,
-  'batch_stats': nnx.BatchStat,
+  _BATCH_STATS: nnx.BatchStat,
   QUANT_STATS: QuantStat,
   _OTHERS: nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate)),  # of the first filters
 }
@@ -59,7 +61,8 @@ class Searchable:
     for path, module in nnx.iter_modules(model):
       check_not_quantized(module, '/'.join(map(str, path)) or type(model).__name__)
     clone = nnx.clone(model)
-    self._reasons = set_hooks(clone, attributes)
+    self._attributes = dict(attributes)
+    self._handled = set_hooks(clone, attributes)
     if attention_products:
       hook_attention(clone, attributes)
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
@@ -68,32 +71,44 @@ class Searchable:
   def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns copies of the model's own variables by collection.
 
-    The arguments are those of `nn.Module.init`, of which an instance needs none.
+    The arguments are those of `nn.Module.init`, of which an instance needs no key.
     """
-    del key, args, kwargs
-    return jax.tree.map(jnp.copy, self._variables)
+    del key
+    return jax.tree.map(jnp.copy, self._variables(*args, **kwargs))
 
-  @property
-  def own_variables(self) -> dict[str, Any] | None:
-    """The model's own variables by collection, from which it trains."""
-    return self._variables
+  def own_variables(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """Returns the model's own variables by collection, from which it trains.
 
-  @property
-  def _variables(self):
-    return {
-      name: _nested(state)
-      for name, state in self._states.items()
-      if name == _PARAMS or state
-    }
+    All moving averages are zeros at first.
 
-  def variables_of(self, model: nnx.Module) -> dict[str, Any]:
+    Args:
+      *args: of the model's call, arrays or their shapes.
+      **kwargs: of the model's call.
+    """
+    return self._variables(*args, **kwargs)
+
+  def _variables(self, *args, **kwargs):
+    _, found, bare = self._products(*args, **kwargs)
+    own = {name: _nested(state) for name, state in self._states.items()}
+    own = product_statistics.with_zeros(own, found, bare)
+    return {name: tree for name, tree in own.items() if tree or name == _PARAMS}
+
+  def variables_of(
+    self, model: nnx.Module, *args: Any, **kwargs: Any
+  ) -> dict[str, Any]:
     """Returns the variables by collection of a network of the same structure.
 
     Statistics of quantized layers, which it lacks, are those of this one.
+
+    Args:
+      model: the network.
+      *args: of its call, arrays or their shapes.
+      **kwargs: of its call.
     """
     _, *states, _ = nnx.split(model, *_COLLECTIONS.values(), ...)
     given = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
-    return self._variables | {name: _nested(s) for name, s in given.items() if s}
+    own = self._variables(*args, **kwargs)
+    return own | {name: _nested(s) for name, s in given.items() if s}
 
   def apply(
     self,
@@ -124,6 +139,10 @@ class Searchable:
     updated = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
     # Formats are among the others; they are bound for this call alone.
     updated[_OTHERS] = _like(updated[_OTHERS], self._states[_OTHERS])
+    updated[QUANT_STATS] = [
+      (path[1:] if path[0] == ATTRIBUTE else path, leaf)
+      for path, leaf in updated[QUANT_STATS]
+    ]
     updated[_SOWN] = sown
     names = [mutable] if isinstance(mutable, str) else mutable
     return outputs, {name: _nested(updated[name]) for name in names}
@@ -148,9 +167,13 @@ class Searchable:
     model = nnx.merge(self._graph, *states, self._rest, copy=True)
     nnx.Module.eval(model)
     bound = traverse_util.flatten_dict(dict(variables.get(FORMATS, {})))
-    bound = {'/'.join(path[:-2]): formats for path, formats in bound.items()}
+    by_path = {'/'.join(path[:-2]): formats for path, formats in bound.items()}
     for operator in _operators(model):
-      operator.bind(bound.get(operator.path))
+      operator.bind(by_path.get(operator.path))
+    formats = {path[:-2]: value for path, value in bound.items() if _is_bare(path)}
+    statistics = product_statistics.read(variables)
+    if formats or statistics:
+      add_operators(model, statistics, formats, self._attributes)
     return model
 
   def coverage(self, *inputs: Any, **kwargs: Any) -> Coverage:
@@ -162,73 +185,61 @@ class Searchable:
       *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
       **kwargs: of the model's call.
     """
-    sizes = {
-      _strings(path): leaf.get_value().size for path, leaf in self._states[_PARAMS]
-    }
-    jaxpr, origins = self._traced(*inputs, **kwargs)
-    found = tuple(
-      layer._replace(params=_own_params(layer, sizes))
-      for layer in count_layers(jaxpr).values()
+    layers, found, bare = self._products(*inputs, **kwargs)
+    return cover(
+      found=found,
+      hooked={_names(path): layer for path, layer in layers.items()},
+      bare=bare,
+      ndims={path: leaf.ndim for path, leaf in self._params.items()},
+      handled=self._handled,
     )
-    multiplied = parameter_products.find(jaxpr, origins)
-    return Coverage(found, self._skipped(found), _share(found, multiplied))
+
+  @property
+  def _params(self):
+    """The model's own parameters by path."""
+    return {_strings(path): leaf.get_value() for path, leaf in self._states[_PARAMS]}
+
+  def _products(self, *inputs, **kwargs):
+    """Returns the layers, the products of parameters, and which of these are bare."""
+    sizes = {path: leaf.size for path, leaf in self._params.items()}
+    jaxpr, origins = self._traced(*inputs, **kwargs)
+    layers = {
+      path: layer._replace(params=_own_params(layer, sizes))
+      for path, layer in count_layers(jaxpr).items()
+    }
+    found = parameter_products.find(jaxpr, origins)
+    return layers, found, parameter_products.outside_of(found, self._handled, sizes)
 
   def _traced(self, *inputs, **kwargs):
     """Returns the jaxpr of a call, and the origins of its arguments."""
+    own = {name: _nested(self._states[name]) for name in (_PARAMS, _BATCH_STATS)}
 
-    def forward(params, *inputs):
-      model = self.merge({_PARAMS: params})
+    def forward(own, *inputs):
+      model = self.merge(own)
       for operator in _operators(model):
         operator.discovers = True
       return jax.tree.leaves(model(*inputs, **kwargs))
 
-    params = self._variables[_PARAMS]
-    jaxpr = jax.make_jaxpr(forward)(params, *inputs)
+    jaxpr = jax.make_jaxpr(forward)(own, *inputs)
     origins = [
-      (leaf.size, tuple(key.key for key in path))
-      for path, leaf in jax.tree.leaves_with_path(params)
+      _origin(*(key.key for key in path), size=leaf.size)
+      for path, leaf in jax.tree.leaves_with_path(own)
     ]
     return jaxpr, origins + [None] * (len(jaxpr.in_avals) - len(origins))
 
-  def _skipped(self, found):
-    searched = {layer.path for layer in found}
-    skipped = {}
-    for path, leaf in self._states[_PARAMS]:
-      *module, name = _strings(path)
-      module = '/'.join(module)
-      layer = {module, f'{module}/{name}'.lstrip('/')}
-      # Biases and scales alone make no layer, stacked ones neither.
-      is_factor = leaf.get_value().ndim > 1 and name not in ('bias', 'scale')
-      if is_factor and not layer & searched:
-        skipped[module] = self._reasons.get(module, self._unknown(path[:-1]))
-    return skipped
 
-  def _unknown(self, path):
-    for place, module in nnx.iter_modules(self.model):
-      if place == path and isinstance(module, nnx.Embed):
-        return 'nnx.Embed looks its rows up, which multiplies nothing'
-    return _UNKNOWN
+def _origin(collection, *path, size):
+  # Statistics of the model follow from no input of the call.
+  return (size, path) if collection == _PARAMS else parameter_products.CONSTANT
 
 
-_UNKNOWN = (
-  'its parameters are used outside of nnx.Conv, nnx.ConvTranspose, nnx.Linear, '
-  'nnx.LinearGeneral, nnx.Einsum, nnx.Embed.attend and nnx.LoRA: write the product '
-  'with one of these'
-)
+def _is_bare(path):
+  return path[-2] == parameter_products.OPERATOR
 
 
-def _share(
-  layers: Sequence[Layer],
-  multiplied: Sequence[parameter_products.ParameterProduct],
-) -> float | None:
-  """Returns what part of the multiply-accumulates by parameters the layers have."""
-  paths = {layer.path for layer in layers}
-  macs = {True: 0, False: 0}
-  for path, layer, *_ in multiplied:
-    own = {'/'.join(path), '/'.join(path[:-1])}
-    macs[bool(own & paths)] += layer.macs
-  total = sum(macs.values())
-  return macs[True] / total if total else None
+def _names(path):
+  """Returns the names in a path with `/`."""
+  return tuple(filter(None, path.split('/')))
 
 
 def _strings(path):
@@ -249,7 +260,7 @@ def _like(state, template):
 
 def _own_params(layer: Layer, sizes: Mapping[tuple[str, ...], int]) -> int:
   """Returns the parameters of a layer's module, or the one that it is named after."""
-  path = tuple(filter(None, layer.path.split('/')))
+  path = _names(layer.path)
   return sum(size for name, size in sizes.items() if path in (name, name[:-1]))
 
 

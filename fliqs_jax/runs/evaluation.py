@@ -62,7 +62,7 @@ def _init(setup):
     )
 
   # A network of NNX has its weights already, which are no constants of a program.
-  return init, network.own_variables(setup.model)
+  return init, network.own_variables(setup.model, setup.example)
 
 
 def restored_state(

@@ -36,13 +36,16 @@ class Network(NamedTuple):
   task: Task
 
 
-def own_variables(model: Any) -> dict[str, Any] | None:
+def own_variables(model: Any, example: Arguments) -> dict[str, Any] | None:
   """Returns the variables that a network has already, None where `init` makes them.
 
   Args:
     model: a linen module, or a `Searchable` of either interface.
+    example: what it is called with.
   """
-  return getattr(model, 'own_variables', None)
+  if isinstance(model, nn.Module):
+    return None
+  return model.own_variables(*example.args, **example.kwargs)
 
 
 def build_network(

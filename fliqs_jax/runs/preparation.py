@@ -91,7 +91,7 @@ def attempt_start(
   if setup and start is not None:
     problems.attempt(pretrained.check, setup.model, setup.example, start)
   named = given is not None or config.init_from
-  without = setup and not named and own_variables(setup.model) is None
+  without = not named and setup and own_variables(setup.model, setup.example) is None
   if without and trains_nothing(config):
     problems.add(
       'num_steps=0: expected trained weights, in init_from=DIR or, in Python, as '

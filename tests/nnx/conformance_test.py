@@ -1,11 +1,14 @@
 """The same networks in NNX and in linen: layers, outputs and searches, bit for bit."""
 
+import copy
 import functools
+import pickle
 import re
 
 from flax import linen as nn
 from flax import nnx
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -87,10 +90,77 @@ class NnxLayers(nnx.Module):
     return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.scan)
 
 
+class LinenProjection(nn.Module):
+  """A projection without a layer of Flax, as that of the widespread Flax GPT-2."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.initializers.ones, (self.features, x.shape[-1]))
+    return lax.dot_general(x, kernel.T, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+class LinenProducts(nn.Module):
+  """Products of parameters by themselves, between and around layers of Flax."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    param = functools.partial(self.param, init_fn=nn.initializers.ones)
+    embed = nn.Embed(7, 4, name='embed')
+    x = nn.Dense(4, name='dense')(embed(tokens))
+    x = nn.relu(LinenProjection(6, name='c_fc')(x))
+    x = jnp.einsum('btd,dnh->btnh', x, param('heads', shape=(6, 2, 3)))
+    x = x.reshape(*tokens.shape, 6) @ param('out', shape=(6, 4))
+    x = lax.conv_general_dilated(
+      x, param('conv', shape=(3, 4, 4)), (1,), 'SAME',
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+    )  # fmt: skip
+    stacked = param('stacked', shape=(3, 4, 4))
+    x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stacked)
+    x = jax.checkpoint(jnp.matmul)(x, param('again', shape=(4, 4)))
+    return embed.attend(x)
+
+
+class NnxProjection(nnx.Module):
+  def __init__(self, inputs, features):
+    self.kernel = nnx.Param(jnp.ones((features, inputs)))
+
+  def __call__(self, x):
+    return lax.dot_general(x, self.kernel[...].T, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+class NnxProducts(nnx.Module):
+  def __init__(self, rngs):
+    normal = lambda *shape: nnx.Param(rngs.params.normal(shape))
+    self.embed = nnx.Embed(7, 4, rngs=rngs)
+    self.dense = nnx.Linear(4, 4, rngs=rngs)
+    self.c_fc = NnxProjection(4, 6)
+    self.heads, self.out = normal(6, 2, 3), normal(6, 4)
+    self.conv, self.stacked = normal(3, 4, 4), normal(3, 4, 4)
+    self.again = normal(4, 4)
+
+  def __call__(self, tokens):
+    x = nnx.relu(self.c_fc(self.dense(self.embed(tokens))))
+    x = jnp.einsum('btd,dnh->btnh', x, self.heads[...])
+    x = x.reshape(*tokens.shape, 6) @ self.out
+    x = lax.conv_general_dilated(
+      x, self.conv[...], (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')
+    )
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    x, _ = lax.scan(step, x, self.stacked[...])
+    x = jax.checkpoint(jnp.matmul)(x, self.again[...])
+    return self.embed.attend(x)
+
+
 PAIRS = {
   'convolution': (NnxNet, LinenNet(), (2, 4, 4, 2), {'train': False}),
   'other layers': (NnxLayers, LinenLayers(), (2, 5, 2), {}),
+  'bare products': (NnxProducts, LinenProducts(), None, {}),
 }
+
+
+TOKENS = np.random.default_rng(0).integers(7, size=(2, 5))
 
 
 def _outputs(network, kwargs, x, variables):
@@ -108,7 +178,8 @@ def _outputs(network, kwargs, x, variables):
 @pytest.mark.parametrize('pair', PAIRS)
 def test_layers_and_outputs_are_the_same(pair):
   make, linen_model, shape, kwargs = PAIRS[pair]
-  x, model = jax.random.normal(jax.random.key(1), shape), make(nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), shape) if shape else TOKENS
+  model = make(nnx.Rngs(0))
   graph = nnx.graphdef(model)
   ours, theirs = map(fliqs_jax.make_searchable, (model, linen_model))
   found, expected = ours.coverage(x[:1]), theirs.coverage(x[:1], **kwargs)
@@ -116,8 +187,7 @@ def test_layers_and_outputs_are_the_same(pair):
   assert neutral(found.layers) == neutral(expected.layers)
   assert found.skipped == expected.skipped == {}
   assert found.share == expected.share == 1
-  assert len(found.layers) == len(ours.init(None)[QUANT_STATS])
-  four, params = get_format('int4'), ours.init(None)['params']
+  four, params = get_format('int4'), ours.init(None, x)['params']
   bound = {layer.path: BoundLayer(LayerFormats(four, four)) for layer in found.layers}
   results = []
   for network, layers, arguments in (
@@ -133,25 +203,95 @@ def test_layers_and_outputs_are_the_same(pair):
   assert nnx.graphdef(model) == graph  # as it was given
 
 
-class NnxBare(nnx.Module):
-  """A product of a bare parameter between layers."""
+class LinenTied(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    embed = nn.Embed(7, 4, name='embed')
+    kernel = self.param('kernel', nn.initializers.ones, (4, 4))
+    return embed.attend(embed(tokens) @ kernel)
+
+
+class NnxTied(nnx.Module):
+  """Tied embeddings around a product of a bare parameter."""
 
   def __init__(self, rngs):
-    self.dense = nnx.Linear(8, 4, rngs=rngs)
-    self.bare = nnx.Param(jnp.ones((4, 6)))
-    self.lora = nnx.LoRA(6, 2, 6, rngs=rngs)
-    self.embed = nnx.Embed(5, 6, rngs=rngs)
+    self.embed = nnx.Embed(7, 4, rngs=rngs)
+    self.kernel = nnx.Param(rngs.params.normal((4, 4)))
 
-  def __call__(self, x):
-    return self.embed.attend(self.lora(self.dense(x) @ self.bare))
+  def __call__(self, tokens):
+    return self.embed.attend(self.embed(tokens) @ self.kernel)
 
 
-def test_the_share_that_is_searched_counts_products_of_bare_parameters():
-  network = fliqs_jax.make_searchable(NnxBare(nnx.Rngs(0)))
-  coverage = network.coverage(jnp.ones((1, 8)))
-  searched = 8 * 4 + 6 * 2 + 2 * 6 + 6 * 5
-  assert coverage.share == pytest.approx(searched / (searched + 4 * 6))
-  assert 'WARNING: 21.8% of the multiply-accumulates' in str(coverage)
+def test_products_of_bare_parameters_are_searched_and_computed_by_the_result():
+  model = NnxTied(nnx.Rngs(0))
+  network = fliqs_jax.make_searchable(model)
+  found = {layer.path: layer.macs for layer in network.coverage(TOKENS[:1]).layers}
+  assert found == {'kernel': 5 * 4 * 4, 'embed/embedding': 5 * 4 * 7}
+  results = [
+    fliqs_jax.search(
+      network, [{'x': TOKENS}], [{'x': TOKENS}], inputs='x', variables=variables,
+      loss=lambda y, batch: optax.softmax_cross_entropy_with_integer_labels(
+        y, batch['x']
+      ),
+      num_steps=4, num_samples=2, formats='int2,int4', target_format='int4',
+    )
+    for network, variables in (
+      (model, None),
+      (LinenTied(), {'params': nnx.to_pure_dict(nnx.state(model, nnx.Param))}),
+    )
+  ]  # fmt: skip
+  for field in ('formats', 'cost', 'eval', 'policy', 'history'):
+    assert getattr(results[0], field) == getattr(results[1], field), field
+  assert set(results[0].formats) == set(found)
+  ours, theirs = results
+  expected = theirs.model.apply(theirs.variables, TOKENS)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  close(jax.jit(lambda x: ours.model(x))(TOKENS), expected)  # closed over
+  close(nnx.jit(lambda model, x: model(x))(ours.model, TOKENS), expected)
+  assert np.abs(expected - model(TOKENS)).max() > 0.01
+  for again in (
+    nnx.merge(*nnx.split(ours.model)),
+    nnx.clone(ours.model),
+    copy.deepcopy(ours.model),
+    pickle.loads(pickle.dumps(ours.model)),
+  ):
+    assert isinstance(again, NnxTied)
+    close(again(TOKENS), expected)
+
+
+class Counting(nnx.Module):
+  """A network that changes itself as it is called, and is given modules."""
+
+  def __init__(self, rngs):
+    self.kernel = nnx.Param(rngs.params.normal((4, 4)))
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5)
+    self.calls = nnx.BatchStat(jnp.zeros(()))
+
+  def __call__(self, x, rngs=None):
+    self.calls[...] += 1
+    x = self.dropout(self.norm(x @ self.kernel), rngs=rngs)
+    self.sow(nnx.Intermediate, 'hidden', x)
+    return x
+
+
+def test_a_call_with_bare_products_changes_the_model_as_its_own_does():
+  own, x = Counting(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (6, 4))
+  network = fliqs_jax.make_searchable(own)
+  (layer,) = network.coverage(x[:1]).layers
+  exact = get_format('float32')
+  bound = {layer.path: BoundLayer(LayerFormats(exact, exact))}
+  variables = network.init(None, x) | {FORMATS: nest([layer], bound)}
+  quantized = network.merge(variables)
+  own.train(), quantized.train()
+  keys = nnx.Rngs(dropout=1), nnx.Rngs(dropout=1)
+  outputs = [model(x, rngs=rngs) for model, rngs in zip((own, quantized), keys)]
+  np.testing.assert_allclose(*outputs, rtol=1e-6)
+  assert [int(rngs.dropout.count[...]) for rngs in keys] == [1, 1]
+  assert float(quantized.quantized_products['kernel']['product'].absmax[...]) > 0
+  for kind in (nnx.BatchStat, nnx.Intermediate):
+    states = [nnx.to_pure_dict(nnx.state(m, kind)) for m in (own, quantized)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *states)
 
 
 def batch(seed):
@@ -234,7 +374,8 @@ def test_weights_are_no_constants_of_the_program_that_makes_the_state():
   create = functools.partial(
     create_train_state, model, Arguments((), {}), optax.sgd(0.1), None
   )
-  program = jax.make_jaxpr(create)(jax.random.key(0), model.own_variables)
+  own = model.own_variables(batch(0)['image'])
+  program = jax.make_jaxpr(create)(jax.random.key(0), own)
   assert not any(map(np.ndim, program.consts))
 
 
@@ -283,7 +424,7 @@ def quantized_by_qwix(model):
   [
     (lambda: NnxNet, 'image', 'found the class NnxNet'),
     (lambda: Lookup(nnx.Rngs(0)), 'label',
-     'no layer of Lookup can be searched\nembed: nnx.Embed looks its rows up'),
+     'no layer of Lookup can be searched\nembed: .*parameters are looked up'),
     (lambda: NnxNet(nnx.Rngs(0)), lambda batch: batch['image'][..., :1],
      r'NnxNet called with \(\(8, 4, 4, 1\),\): conv: .*: expected a batch that fits'),
     (LinenOuter, 'image', r'LinenOuter called with .*: inner: .*: expected a batch'),

@@ -225,7 +225,7 @@ NETWORKS = {
         f'layers/0/mlp/{name}_proj': LENGTH * WIDTH * HIDDEN
         for name in ('gate', 'up', 'down')
       },
-      'embedder': LENGTH * WIDTH * VOCABULARY,
+      'embedder/embedding': LENGTH * WIDTH * VOCABULARY,
     },
   ),
   'mnist': (
@@ -277,7 +277,7 @@ def test_its_layers_are_found_and_counted(name):
   looked_up = {'output_embed'} if name == 'lm1b' else set()
   assert set(coverage.skipped) == looked_up
   # A call in training, with dropout and noise, traces and keeps the shapes.
-  variables = searchable.init(None)
+  variables = searchable.init(None, inputs)
 
   def train(variables, key):
     return searchable.apply(
