@@ -239,7 +239,8 @@ def _loop(
       # little memory and a run that must stop does so soon.
       jax.block_until_ready(pending[-_STEPS_AHEAD:][0])
       done = step + 1
-      stop = preemption.reached(done) and done < end
+      # Steps that are shared end before the run does.
+      stop = preemption.reached(done) and done < config.num_steps
       save = stop or (done % config.checkpoint_every == 0 and done < end)
       # A line before every checkpoint, so that a resumed run writes the same lines.
       meanwhile = config.eval_every and done % config.eval_every == 0

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.errors import ConfigError, Preempted
 from fliqs_jax.reporting import pareto_figure
 from fliqs_jax.runs import evaluation, front, loop, preparation, targets
 from fliqs_jax.runs.config import resolve
@@ -66,6 +66,21 @@ def test_a_finished_front_takes_no_step(found, config, monkeypatch):
   folder, points = found
   monkeypatch.setattr(loop, '_loop', lambda *args: pytest.fail('a step was taken'))
   assert front.run(config, folder, pareto_figure.write_sweep) == points
+
+
+def test_a_signal_at_the_last_shared_step_stops_the_run(config, tmp_path, monkeypatch):
+  steps = []
+
+  def reached(self, step):
+    steps.append(step)
+    return step == config.search.commit_step
+
+  monkeypatch.setattr(loop.Preemption, 'reached', reached)
+  with pytest.raises(Preempted, match='at step 7: start me again'):
+    front.run(config, tmp_path, pareto_figure.write_sweep)
+  assert steps == list(range(1, 8))  # none of a target's own
+  with loop.Checkpoints(tmp_path / 'shared') as checkpoints:
+    assert checkpoints.latest_step() == 7
 
 
 def test_shared_steps_of_another_config_are_left_alone(found, config, tmp_path):
