@@ -154,6 +154,32 @@ class Decoder(nnx.Module):
 
   With tied embeddings the last product, `nnx.Embed.attend`, is a searched layer, while
   rows that are looked up stay as they are, which multiplies nothing.
+
+  Args:
+    vocabulary_size: values of a token.
+    hidden_size: channels of a token.
+    depth: the number of blocks.
+    num_heads: of the queries.
+    num_kv_heads: of keys and values, each for as many of the queries.
+    head_size: channels of a head, an even number.
+    mlp_size: channels within a perceptron, or within one expert.
+    width: multiplies `hidden_size` and `mlp_size`.
+    activation: of the gates, one of `ACTIVATIONS`.
+    rotary_base: of the positions' angles.
+    norm_epsilon: added to the mean squares of the normalisation.
+    tied: whether the last layer multiplies by the embeddings.
+    scales_embedding: whether embeddings are multiplied by √hidden_size, as Gemma's.
+    num_experts: in the place of each perceptron; 0 for one perceptron alone.
+    experts_per_token: those that compute a token.
+    capacity_factor: places of an expert, in multiples of the tokens that it gets on
+      average.
+    remat: whether blocks are computed again for their gradients, which then need the
+      memory of one block.
+    dtype: of the computation.
+    rngs: for the weights.
+
+  Raises:
+    ConfigError: where sizes do not fit together.
   """
 
   def __init__(
@@ -179,50 +205,18 @@ class Decoder(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Draws the weights, float32.
-
-    Args:
-      vocabulary_size: values of a token.
-      hidden_size: channels of a token.
-      depth: the number of blocks.
-      num_heads: of the queries.
-      num_kv_heads: of keys and values, each for as many of the queries.
-      head_size: channels of a head, an even number.
-      mlp_size: channels within a perceptron, or within one expert.
-      width: multiplies `hidden_size` and `mlp_size`.
-      activation: of the gates, one of `ACTIVATIONS`.
-      rotary_base: of the positions' angles.
-      norm_epsilon: added to the mean squares of the normalisation.
-      tied: whether the last layer multiplies by the embeddings.
-      scales_embedding: whether embeddings are multiplied by √hidden_size, as Gemma's.
-      num_experts: in the place of each perceptron; 0 for one perceptron alone.
-      experts_per_token: those that compute a token.
-      capacity_factor: places of an expert, in multiples of the tokens that it gets on
-        average.
-      remat: whether blocks are computed again for their gradients, which then need the
-        memory of one block.
-      dtype: of the computation.
-      rngs: for the weights.
-
-    Raises:
-      ConfigError: where sizes do not fit together.
-    """
+    """Draws the weights, float32; the class describes the arguments."""
     hidden_size, mlp_size = round(width * hidden_size), round(width * mlp_size)
     _check_sizes(hidden_size, mlp_size, num_heads, num_kv_heads, head_size)
-    if activation not in ACTIVATIONS:
-      raise ConfigError(
-        not_among(f'activation={activation!r}', activation, ACTIVATIONS)
-      )
-    function = ACTIVATIONS[activation]
+    function = _activation(activation)
     self.scale = math.sqrt(hidden_size) if scales_embedding else 1.0
     self.remat = remat
     self.embedding = nnx.Embed(
       vocabulary_size,
       hidden_size,
       embedding_init=nnx.initializers.normal(hidden_size**-0.5),
-      dtype=dtype,
-      rngs=rngs,
-    )
+      dtype=dtype, rngs=rngs,
+    )  # fmt: skip
 
     def make_mlp():
       if not num_experts:
@@ -289,6 +283,12 @@ class Decoder(nnx.Module):
         idle = 1 - block.mlp.experts_per_token / block.mlp.num_experts
         total -= round(idle * (sizes(block.mlp) - sizes(block.mlp.router)))
     return total
+
+
+def _activation(name):
+  if name not in ACTIVATIONS:
+    raise ConfigError(not_among(f'activation={name!r}', name, ACTIVATIONS))
+  return ACTIVATIONS[name]
 
 
 def _check_sizes(hidden_size, mlp_size, num_heads, num_kv_heads, head_size):

@@ -172,10 +172,12 @@ def test_layers_and_macs():
     for block in (0, 1)
     for name, count in macs.items()
   }
-  expected['embedding'] = CONTEXT * 16 * 20
+  expected['embedding/embedding'] = CONTEXT * 16 * 20
   assert {path: layer.macs for path, layer in layers_of().items()} == expected
   untied = layers_of(tied=False)
-  assert untied['head'].macs == CONTEXT * 16 * 20 and 'embedding' not in untied
+  assert (
+    untied['head'].macs == CONTEXT * 16 * 20 and 'embedding/embedding' not in untied
+  )
 
 
 def test_active_experts_count_and_all_are_stored():

@@ -32,7 +32,8 @@ def test_search(decoder_config, tmp_path):
   layers = {'attention/query', 'attention/key', 'attention/value', 'attention/out',
             'attention/qk', 'attention/av', 'mlp/router', 'mlp/gate', 'mlp/up',
             'mlp/down'}  # fmt: skip
-  assert set(result['formats']) == {'embedding', *(f'blocks/0/{n}' for n in layers)}
+  paths = (f'blocks/0/{n}' for n in layers)
+  assert set(result['formats']) == {'embedding/embedding', *paths}
   config = decoder_config.copy_and_resolve_references()
   config.mode = 'eval'
   config.formats, config.checkpoint = 'int8', str(tmp_path)
