@@ -1,4 +1,4 @@
-"""What a network costs before it is trained, and what a finished run is worth."""
+"""Costs of a network before it is trained, and the quality of a finished run."""
 
 from collections.abc import Callable, Mapping
 import dataclasses

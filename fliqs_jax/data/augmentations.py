@@ -1,4 +1,4 @@
-"""What training and evaluation do to one image, `uint8[H, W, C]`, on the host.
+"""Augmentations of one image, `uint8[H, W, C]`, for training and evaluation.
 
 An image's place in its batch is filled and then changed there: new memory takes longer
 to get than pixels to write. Random numbers are Python's own: making a generator for

@@ -1,4 +1,4 @@
-"""What a layer computes when it is deployed: products of codes in their own type.
+"""Products of deployed layers: codes multiplied in their own type.
 
 Integers are multiplied as integers, float8 of one type as such in dense layers, bf16 as
 such. Operands of other or of differing formats and those in blocks are decoded to

@@ -1,4 +1,4 @@
-"""What a searched network deploys: codes and scales of each layer, and the rest."""
+"""Deployed parameters: codes and scales of each layer, and all other leaves."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -58,7 +58,7 @@ Size = int | Table  # an integer is a size that nothing is decided about
 
 
 class Choose(Protocol):
-  """How a network of searchable architecture is built: its answers for sizes."""
+  """Answers for the sizes of a network whose architecture can be searched."""
 
   is_standard: bool  # the published network
   is_open: bool  # sizes are tables, left to a search

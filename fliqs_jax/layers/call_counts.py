@@ -1,4 +1,4 @@
-"""How often a layer computes: marks in a traced network, counted in its jaxpr.
+"""Numbers of calls of each layer: marks in a traced network, counted in its jaxpr.
 
 The body of a scan is traced once (or twice) whatever its length, so calls cannot be
 counted while Python runs. A mark is an operation that computes nothing; where it

@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 class BoundLayer(NamedTuple):
-  """What choices mean for one layer, as traced arrays."""
+  """Formats and sizes of one layer under some choices, as traced arrays."""
 
   formats: LayerFormats
   sizes: LayerSizes | None = None  # int32[] each; None where nothing is decided

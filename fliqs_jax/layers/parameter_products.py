@@ -208,7 +208,7 @@ def _bind(jaxpr, equation, inputs):
 
 
 def _lowers_precision(equation):
-  """Whether an equation casts, as `promote_dtype` does before a product."""
+  """Returns whether an equation casts, as `promote_dtype` does before a product."""
   (x, *_), (y, *_) = equation.invars or [None], equation.outvars or [None]
   return equation.primitive.name == 'convert_element_type' and all(
     jnp.issubdtype(atom.aval.dtype, jnp.floating) and not isinstance(atom, core.Literal)

@@ -101,5 +101,5 @@ def create_model(
 
 
 def has_choices(name: str) -> bool:
-  """Whether the architecture of a network of `MODELS` can be chosen."""
+  """Returns whether the architecture of a network of `MODELS` can be chosen."""
   return 'choose' in inspect.signature(MODELS[name]).parameters

@@ -1,4 +1,4 @@
-"""What several families of networks share."""
+"""Parts that several families of networks share."""
 
 from typing import Any
 

@@ -211,12 +211,10 @@ class Decoder(nnx.Module):
     function = _activation(activation)
     self.scale = math.sqrt(hidden_size) if scales_embedding else 1.0
     self.remat = remat
+    initializer = nnx.initializers.normal(hidden_size**-0.5)
     self.embedding = nnx.Embed(
-      vocabulary_size,
-      hidden_size,
-      embedding_init=nnx.initializers.normal(hidden_size**-0.5),
-      dtype=dtype, rngs=rngs,
-    )  # fmt: skip
+      vocabulary_size, hidden_size, embedding_init=initializer, dtype=dtype, rngs=rngs
+    )
 
     def make_mlp():
       if not num_experts:

@@ -343,7 +343,7 @@ class QuantizedConvTranspose(QuantizedOperator):
 
 
 def _is_carried(state, x):
-  """Whether the transformation that runs a layer takes its state in and gives it back.
+  """Returns whether the transformation that runs a layer gives its state back.
 
   State that it broadcasts comes from outside of its trace.
   """

@@ -149,7 +149,7 @@ class Quantizer(NamedTuple):
     return self.multiplicands(x) * self.scale
 
   def inside(self, x: jax.Array) -> jax.Array:
-    """Where the clipped straight-through estimator passes the gradient. bool."""
+    """Returns, as bools, where the clipped straight-through gradient passes."""
     if self.blocks is None:
       return self._inside_threshold(x)
     return self._inside_threshold(x) | has_blocks(self.format.blocks)

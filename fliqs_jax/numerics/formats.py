@@ -30,7 +30,7 @@ FLOAT32_MIN_EXPONENT = -126
 )
 @dataclasses.dataclass(frozen=True)
 class BlockScaling:
-  """How the blocks of a format are scaled, as arrays like those of `NumericFormat`.
+  """Scaling of the blocks of a format, as arrays like those of `NumericFormat`.
 
   Attributes:
     sizes: of the blocks in a table, static.
@@ -47,7 +47,7 @@ class BlockScaling:
 
 
 class NumericFormat(NamedTuple):
-  """How a numeric format rounds, as arrays that can be traced, stacked, gathered.
+  """Numbers by which a format rounds, as arrays that can be traced, stacked, gathered.
 
   The representable values are `±k · 2^(e - mantissa_bits)` for integers `k` with
   `exponent_min <= e <= exponent_max`, up to `max`; an integer format of `b` bits has

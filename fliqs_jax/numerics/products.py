@@ -263,7 +263,7 @@ def _weight_quantizer(formats, w, product, active, calibration):
 
 
 def _can_have_blocks(format, product, w):
-  """Whether a format of this table can have blocks that fit the layer; static."""
+  """Returns whether a format can have blocks that fit the layer; static."""
   if format.blocks is None or product.contraction is None:
     return False
   return w.shape[product.contraction.w_axis] >= min(format.blocks.sizes)

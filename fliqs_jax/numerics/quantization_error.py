@@ -1,4 +1,4 @@
-"""What rounding costs a tensor: clipping thresholds, and switching between formats.
+"""Errors of rounding a tensor: clipping thresholds, and switching between formats.
 
 Errors are mean squares over the mean square of the tensor itself, so that 1 is the
 error of rounding all of it to zero. Channels are along the last axis, each with a

@@ -1,4 +1,4 @@
-"""What the folder of a run records of its exports: reports and times."""
+"""Records of exports in the folder of a run: reports and times."""
 
 from collections.abc import Mapping
 import math

@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
-  """What a search without training found."""
+  """Formats that a search without training found, and their qualities."""
 
   state: TrainState  # with the statistics of activations and of batch norm
   choices: np.ndarray  # int32[N]

@@ -92,7 +92,7 @@ def to_title(name: str) -> str:
 
 
 def lower_is_better(name: str) -> bool:
-  """Whether less of a quality of this name is better."""
+  """Returns whether less of a quality of this name is better."""
   return name in _LOWER_IS_BETTER
 
 

@@ -1,4 +1,4 @@
-"""What the files in `configs/` share: datasets and the training of whole families.
+"""Recipes that files in `configs/` share: datasets and the training of whole families.
 
 A recipe changes a config in place, and whoever calls it may change it further:
 

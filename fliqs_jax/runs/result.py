@@ -75,7 +75,7 @@ def make_result(
 
 
 def _layers(space, cost_model, choices, compared):
-  """What each layer is and costs, and would cost in uniform models, by path."""
+  """Kind and cost of each layer, and its costs in uniform models, by path."""
   layers, no_choices = space.layers_of(choices), np.zeros(0, np.int32)
   decisions = _decisions_by_layer(space)
   found = space.formats_of(choices)

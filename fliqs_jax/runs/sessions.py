@@ -1,4 +1,4 @@
-"""When, how long and on what a run was trained: a line for each start.
+"""Date, duration and device of a run's training: a line for each start.
 
 It is no part of the result, which two equal runs have alike.
 """

@@ -29,7 +29,7 @@ from fliqs_jax.training.train_state import Arguments, Variables
 
 
 class Data(NamedTuple):
-  """Where a run's batches come from, numpy arrays in dicts."""
+  """Sources of a run's batches, numpy arrays in dicts."""
 
   # (seed, sharding) -> this process's part of batches `[S, B, ...]`, in the order that
   # the seed sets. The iterator tells and takes its position. None where nothing trains.

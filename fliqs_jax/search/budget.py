@@ -29,7 +29,7 @@ class Budget(NamedTuple):
 
 
 class Marginals(NamedTuple):
-  """How costs depend on each decision, the others at their first option.
+  """Costs by each decision's option, the others at their first one.
 
   R is any shape of costs, none for a single one.
   """
@@ -138,7 +138,7 @@ def fits(space: SearchSpace, choices: np.ndarray, budgets: Sequence[Budget]) -> 
 
 
 def _bounded(cost_model, space, choices):
-  """What a limit bounds, `[..., R]`: the total, or each layer's cost of a peak."""
+  """Bounded costs, `[..., R]`: the total, or of a peak each layer's."""
   layers = cost_model.per_layer(space, choices)
   return layers if cost_model.combine == 'max' else cost_model.total(layers)[..., None]
 

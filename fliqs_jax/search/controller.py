@@ -51,7 +51,7 @@ ControllerState = Any  # a pytree of arrays, whose structure is the controller's
 
 
 class Outcome(NamedTuple):
-  """What the S samples of one step chose, and what came of it."""
+  """Choices of the S samples of one step, with their qualities and costs."""
 
   choices: jax.Array  # shape=(S, N), int32
   qualities: jax.Array  # shape=(S,), float32

@@ -23,7 +23,7 @@ TYPE_BITS = {'int4': 4, 'fp4': 4, 'fp6': 6, 'int8': 8, 'fp8': 8, 'bf16': 16}
 
 
 class Device(NamedTuple):
-  """What the roofline of a device depends on."""
+  """Rates and bandwidth of a device, on which its roofline depends."""
 
   peaks: Mapping[str, float]  # operations a second by number type; bf16 is a must
   bandwidth: float  # bytes a second between the chip and its memory
@@ -32,7 +32,7 @@ class Device(NamedTuple):
 
 
 class FormatTables(NamedTuple):
-  """How fast and how wide K formats are on a device."""
+  """Rates and widths of K formats on a device."""
 
   rates: np.ndarray  # [K, K] operations a second, by weights' and activations' format
   bits: np.ndarray  # [K] bits in which a value is stored

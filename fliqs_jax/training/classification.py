@@ -25,7 +25,7 @@ def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _are_probabilities(labels, shape):
-  """Whether labels of logits of a shape are those of all classes; whole ones, maybe."""
+  """Returns whether labels of logits of a shape are probabilities of all classes."""
   return labels.ndim == len(shape)
 
 

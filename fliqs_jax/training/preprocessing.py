@@ -1,4 +1,4 @@
-"""What a step does to images before the network sees them, on the device."""
+"""Preprocessing of images in a step, on the device."""
 
 import jax
 import jax.numpy as jnp
