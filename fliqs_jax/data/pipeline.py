@@ -70,9 +70,10 @@ def prepare(config: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder
       name, folder = config.dataset, builder.data_dir
       raise ConfigError(_unusable(name, folder, error)) from None
   settings, problems = config.input, []
-  for split in (settings.train_split, settings.eval_split, settings.reward_split):
+  splits = [settings.train_split, settings.eval_split]
+  for split in splits + [settings.reward_split] * bool(settings.reward_split):
     try:
-      if split and not len(builder.as_data_source(split)):
+      if not len(builder.as_data_source(split)):
         problems.append(f'split {split!r} of {config.dataset!r} has no examples')
     except ValueError as error:
       problems.append(

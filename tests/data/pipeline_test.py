@@ -107,9 +107,11 @@ def test_unusable_dataset(config, changes, expected):
   assert '\n' not in str(error.value)
 
 
-def test_unknown_split(config, builder):
-  config.input.eval_split = 'nonsense'
-  with pytest.raises(ValueError, match="split 'nonsense'"):
+@pytest.mark.parametrize('field', ['train_split', 'eval_split'])
+@pytest.mark.parametrize('split', ['nonsense', ''])
+def test_unknown_split(config, builder, field, split):
+  config.input[field] = split
+  with pytest.raises(ConfigError, match=f"split '{split}'"):
     pipeline.prepare(config, builder)
 
 
