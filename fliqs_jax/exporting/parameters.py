@@ -165,10 +165,14 @@ def _quantized_layer(layer, kernel, statistics, formats, calibration, shared_sca
     block_scale = block_scale.astype(codes.scale_dtype(find_format(name).block.scale))
   activations, scale = formats['activations'], None
   if statistics is not None:
-    if not np.any(statistics.absmax > 0):  # as in training, where nothing was seen yet
+    one_for_all = shared_scale == 'tensor'
+    # As in training, where nothing was seen yet.
+    if one_for_all and not np.any(statistics.absmax > 0):
       activations = 'float32'
-    one_for_all = shared_scale == 'tensor' and np.all(statistics.absmax > 0)
-    if activations == 'float32' or (one_for_all and not _has_blocks(activations)):
+    seen = np.all(statistics.absmax > 0)
+    if activations == 'float32' or (
+      one_for_all and seen and not _has_blocks(activations)
+    ):
       quantizer = calibrate(
         get_format(activations), *statistics, of_activations(calibration)
       )

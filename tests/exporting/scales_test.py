@@ -11,7 +11,9 @@ import fliqs_jax
 from fliqs_jax.exporting import deployment, loading, safetensors_file
 from fliqs_jax.exporting.parameters import quantized_parameters
 from fliqs_jax.layers.layer import PAIR
+from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.linen.discovery import discover
+from fliqs_jax.search.space import fixed_space
 
 
 def deployed(network, x, formats, shared_scale='tensor', **attributes):
@@ -20,10 +22,12 @@ def deployed(network, x, formats, shared_scale='tensor', **attributes):
     network, activation_scale=shared_scale, **attributes
   )
   variables = model.init(jax.random.key(1), x)
-  _, updated = model.apply(variables, x, mutable=['quant_stats'])
-  variables = jax.device_get({**variables, **updated})
   layers = discover(model, x)
   formats = {layer.path: formats for layer in layers}
+  space = fixed_space(layers, formats)
+  bound = nest(layers, space.bind(np.zeros(0, np.int32)))
+  _, updated = model.apply({**variables, FORMATS: bound}, x, mutable=['quant_stats'])
+  variables = jax.device_get({**variables, **updated})
   return deployment.Deployment(
     apply=model.apply,
     plain=network,
