@@ -218,8 +218,10 @@ def test_an_own_network_is_searched_with_the_products_inside_its_attention():
   )
   assert {'attention/qk', 'attention/av'} < set(result.formats)
   assert np.isfinite(result.model(batch['image'])).all()
-  with pytest.raises(ConfigError, match='attention/qk'):
-    result.export('safetensors', f'{result.workdir}/exported')
+  with pytest.raises(ConfigError, match='attention/qk.*multiplies two activations'):
+    result.export('onnx', f'{result.workdir}/onnx')
+  report = result.export('stablehlo', f'{result.workdir}/stablehlo')
+  assert report['agreement'] == 1.0
 
 
 def test_causal_attention_sees_no_later_token():
