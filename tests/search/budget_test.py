@@ -106,7 +106,9 @@ def test_which_costs_are_sums_over_decisions():
     ('bops', 'tied'): True,
     ('bops', 'separate'): False,  # bits times bits
     ('bops', 'weights'): True,
+    ('bops', 'pairs'): True,  # one decision a layer
     ('model_size', 'tied'): True,
+    ('model_size', 'pairs'): True,
     ('model_size', 'separate'): True,
     ('model_size', 'weights'): True,
   }
