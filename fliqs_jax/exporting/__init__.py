@@ -11,5 +11,6 @@ qwix_files        rules and quantized parameters for Qwix
 verification      the comparison with the searched network
 exporter          a folder that is there whole and verified, or not at all
 loading           loaders run in processes of their own
+speed             times of exported networks beside each other
 loaders           these programs, which need nothing of this package
 """

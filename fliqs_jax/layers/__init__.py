@@ -3,6 +3,7 @@
 layer         shapes, arguments and counts of one layer; formats and sizes bound to it
 products      the products that Flax's layers compute, from the arguments of lax
 parameter_products  products of parameters in a traced network, found and replaced
+product_statistics  moving averages of the inputs of these products
 attention     products inside attention, found and replaced
 moments       second moments of layers' inputs, kernels as matrices
 architecture  sizes that are functions of decisions
@@ -10,6 +11,7 @@ variants      the layers that those of a supernet can become
 call_counts   how often a layer computes, counted in a traced network
 variables     names of variable collections, and formats put into one
 coverage      which layers of a network are searched, and why others are not
+array_leaves  arrays among the leaves of any tree
 """
 
 from fliqs_jax.layers.coverage import Coverage

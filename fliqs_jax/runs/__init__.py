@@ -8,12 +8,14 @@ post_training, calibration    the search of given weights without a step
 reconstruction                weights rounded to every format by reconstruction
 batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
+hugging_face                  checkpoints of other programs, started from
 workdir, files, result        the files of a run
 sessions                      when, how long and on what it ran
 sensitivities                 what the quality loses by each format
 quality_budget                the cheapest formats that lose no more than they may
 targets, front                several targets of one supernet
 baseline                      the uniform model beside a search
+exports, latency_measurement, timing  exports of a run, and times on the device at hand
 sweep, pareto, quality        several runs, and how they compare
 distributed, progress         processes that stop together; what a run shows meanwhile
 compilation, promotion        what is set of JAX while a run computes
