@@ -597,7 +597,7 @@ def test_wrong_input_is_named(arguments, expected, tmp_path):
 
 @dataclasses.dataclass
 class Output:
-  """What a network returns that JAX does not know as a tree."""
+  """Outputs of a network, in a class that JAX does not know as a tree."""
 
   logits: jax.Array
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.models.common import config_problems
 from fliqs_jax.models.encoder import Encoder
 
 _SIZES = {
@@ -67,16 +68,9 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     ConfigError: where a size is missing, or the network computes something else; with
       a line for each.
   """
-  problems = [
-    f'config of a BERT: {name} is {config[name]!r}, expected {value!r}'
-    for name, value in _FIXED.items()
-    if config.get(name, value) != value
-  ]
-  problems += [
-    f'config of a BERT: {name} is missing' for name in _SIZES if name not in config
-  ]
+  problems = config_problems(config, _FIXED, _SIZES)
   if problems:
-    raise ConfigError(*problems)
+    raise ConfigError(*(f'config of a BERT: {p}' for p in problems))
   return {ours: config[theirs] for theirs, ours in _SIZES.items()}
 
 

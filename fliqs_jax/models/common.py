@@ -1,5 +1,6 @@
 """Parts that several families of networks share."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -17,3 +18,21 @@ def make_divisible(channels: float) -> int:
   """Rounds to the nearest multiple of 8, but down by no more than a tenth."""
   rounded = max(8, int(channels + 4) // 8 * 8)
   return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+def config_problems(
+  config: Mapping[str, Any], fixed: Mapping[str, Any], needed: Iterable[str]
+) -> list[str]:
+  """Returns what keeps a checkpoint's `config.json` from being a network's, in lines.
+
+  Args:
+    config: its content.
+    fixed: the values that fields must have where they are given.
+    needed: fields that must be given.
+  """
+  differing = [
+    f'{name} is {config[name]!r}, expected {value!r}'
+    for name, value in fixed.items()
+    if config.get(name, value) != value
+  ]
+  return differing + [f'{name} is missing' for name in needed if name not in config]

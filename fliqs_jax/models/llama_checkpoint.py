@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.models.common import config_problems
 from fliqs_jax.models.decoder import Decoder
 
 KINDS = ('llama', 'gemma')  # values of `model_type`
@@ -68,12 +69,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     problems.append(f'model_type is {kind!r}, expected one of {", ".join(KINDS)}')
   if activation not in _ACTIVATIONS:
     problems.append(f'its activation is {activation!r}, expected a gated silu or gelu')
-  problems += [
-    f'{name} is {config[name]!r}, expected {value!r}'
-    for name, value in _FIXED.items()
-    if config.get(name, value) != value
-  ]
-  problems += [f'{name} is missing' for name in _SIZES if name not in config]
+  problems += config_problems(config, _FIXED, _SIZES)
   if problems:
     raise ConfigError(*(f'config of a Llama or Gemma: {p}' for p in problems))
   heads = config['num_attention_heads']

@@ -52,7 +52,7 @@ def example(shell):
 
 @pytest.fixture(scope='module')
 def searched(example, data_dir):
-  """What the example of `main` printed, whose run others read."""
+  """Lines that the example of `main` printed, whose run others read."""
   return example('main', SHORT, f'--config.input.data_dir={data_dir}')[1]
 
 

@@ -29,7 +29,7 @@ def noise(height, width, channels=3, seed=0):
 
 
 def changed(function, image, *args):
-  """What a function that changes an image in place makes of it."""
+  """A copy of an image, changed by a function that works in place."""
   image = image.copy()
   function(image, *args)
   return image

@@ -19,7 +19,7 @@ SMALL_DEIT = {'width': 0.5, 'patch_size': 2}
 
 
 class Network(NamedTuple):
-  """What is published of a network with 1000 classes, and how it takes small images."""
+  """Published counts of a network with 1000 classes, and its small images."""
 
   params: int
   convs: int

@@ -52,7 +52,7 @@ def _all_choices(space):
 
 
 def _log_policy(space, seed, sharpness=3.0):
-  """What is padded holds numbers that a reader would take for the likeliest."""
+  """Log-policy whose padding holds numbers that look like the likeliest."""
   logits = np.random.default_rng(seed).normal(0, sharpness, space.valid.shape)
   masked = np.where(space.valid, logits, -np.inf)
   log_policy = masked - np.log(np.exp(masked).sum(axis=1, keepdims=True))

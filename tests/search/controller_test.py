@@ -75,7 +75,7 @@ def _finite_difference(function, x, h=1e-5):
 
 
 def _gradient_of(state):
-  """What Adam saw in its first update, `m = (1 − 0.9) · g`."""
+  """The gradient of Adam's first update, `m = (1 − 0.9) · g`."""
   return np.asarray(state.opt_state[0].mu, np.float64) / 0.1
 
 
