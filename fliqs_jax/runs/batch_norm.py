@@ -31,20 +31,20 @@ def make_reestimate(setup: Setup, mesh: jax.sharding.Mesh) -> Reestimate:
       return state
     choices = jax.device_put(choices, everywhere)
 
-    def probe_batch(batch, probed):
+    def update(batch, statistics):
       batch = jax.make_array_from_process_local_data(placed, batch)
-      return step(state, choices, batch, jax.device_put(probed, everywhere))
+      statistics = jax.device_put(statistics, everywhere)
+      return jax.device_get(step(state, choices, batch, statistics))
 
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
     if not first:
       _logger.warning('No batches are left: batch norm keeps its moving averages.')
       return state
-    new, kept = moving_averages.reestimate(
-      probe_batch, state.batch_stats, itertools.chain(first, batches)
-    )
+    old = jax.device_get(state.batch_stats)
+    new, kept = moving_averages.reestimate(update, old, itertools.chain(first, batches))
     if kept:
       _logger.info('No finite moving averages, left as they are: %s.', ', '.join(kept))
-    return state.replace(batch_stats=new)
+    return state.replace(batch_stats=jax.device_put(new, everywhere))
 
   return reestimate

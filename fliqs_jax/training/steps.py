@@ -23,7 +23,7 @@ from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.search.controller import Controller, Outcome
 from fliqs_jax.search.cost_models import CostModel
 from fliqs_jax.search.space import SearchSpace
-from fliqs_jax.training import health, moving_averages
+from fliqs_jax.training import health
 from fliqs_jax.training.sharding import batch_sharding, parameter_spec, replicated
 from fliqs_jax.training.task import Batch, Metrics, Task, score_problem
 from fliqs_jax.training.train_state import BATCH_STATS, TrainState
@@ -404,29 +404,23 @@ def skip_unsound(
 
 def make_statistics_step(
   task: Task, space: SearchSpace, mesh: Mesh
-) -> Callable[[TrainState, jax.Array, Batch, jax.Array], moving_averages.Probe]:
-  """Returns the jitted step that measures batch norm's statistics on one batch.
+) -> Callable[[TrainState, jax.Array, Batch, Any], Any]:
+  """Returns the jitted step that updates batch norm's statistics by one batch.
 
   The moving averages of a search are over many assignments; the final one takes its
-  own, the mean over some batches of what this returns.
+  own, the mean over some batches of what `moving_averages` reads from this.
 
   Returns:
-    `(state, choices int32[N], batch, probed bool[leaves]) -> probe` of
-    `batch_stats`, over the batch's S · B examples.
+    `(state, choices int32[N], batch, old) -> new`, where `old` stands in place of
+    the state's `batch_stats`, over the batch's S · B examples.
   """
 
-  def statistics_step(state, choices, batch, probed):
+  def statistics_step(state, choices, batch, old):
     batch = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
     formats = nest(space.layers, space.bind(choices))
-
-    def update(old):
-      _, _, stats = _forward(
-          state.replace(batch_stats=old),
-          task, state.params, formats, batch, state.key,
-      )  # fmt: skip
-      return stats[BATCH_STATS]
-
-    return moving_averages.probe(update, state.batch_stats, probed)
+    state = state.replace(batch_stats=old)
+    _, _, stats = _forward(state, task, state.params, formats, batch, state.key)
+    return stats[BATCH_STATS]
 
   return jax.jit(
     statistics_step,

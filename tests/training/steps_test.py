@@ -291,12 +291,16 @@ def reestimate(search, state, mesh, seeds):
   step = steps.make_statistics_step(classification.classification(), search.space, mesh)
   whole, choices = sharding.replicated(mesh), jnp.zeros(2, jnp.int32)
 
-  def probe_batch(batch, probed):
-    return step(state, *jax.device_put((choices, batch, probed), placements))
+  def update(batch, old):
+    return jax.device_get(
+      step(state, *jax.device_put((choices, batch, old), placements))
+    )
 
   placements = whole, sharding.batch_sharding(mesh), whole
   batches = [make_batch(2, seed) for seed in seeds]
-  new, kept = moving_averages.reestimate(probe_batch, state.batch_stats, batches)
+  new, kept = moving_averages.reestimate(
+    update, jax.device_get(state.batch_stats), batches
+  )
   variables = {
       'params': state.params, FORMATS: bound(search, choices), **state.model_stats,
   }  # fmt: skip
