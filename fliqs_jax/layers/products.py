@@ -11,6 +11,7 @@ import opt_einsum
 
 from fliqs_jax.layers.layer import PAIR, Layer
 from fliqs_jax.numerics.blocks import Contraction
+from fliqs_jax.numerics.convolutions import Convolution
 from fliqs_jax.numerics.masking import Axes
 from fliqs_jax.numerics.products import Product
 
@@ -20,8 +21,7 @@ def convolution(lhs, rhs, window_strides, padding, **kwargs) -> Product:
   dimensions = lax.conv_dimension_numbers(
     lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None)
   )
-  function = functools.partial(
-    lax.conv_general_dilated,
+  function = Convolution(
     window_strides=window_strides,
     padding=padding,
     dimension_numbers=dimensions,

@@ -23,6 +23,7 @@ from fliqs_jax.numerics.calibration import (
   of_weights,
   tensor_statistics,
 )
+from fliqs_jax.numerics.convolutions import transpose
 from fliqs_jax.numerics.formats import NumericFormat, find_format
 from fliqs_jax.numerics.masking import (
   ALL_SIZES,
@@ -340,12 +341,12 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   dtype = x.dtype
   q_x = x_quantizer.multiplicands(x).astype(dtype)
   w_values = w_quantizer.values(w).astype(dtype)
-  (x_bar,) = jax.linear_transpose(lambda a: product(a, w_values), q_x)(y_bar)
+  x_bar = transpose(product, (q_x, w_values), 0, y_bar)
   x_scale = x_quantizer.scale
   if x_scale.ndim:  # of tokens, over which the gradient of the weights sums
     y_bar = (y_bar * against_output(x_scale, x_kept, y_bar.ndim)).astype(dtype)
     x_scale = 1.0
-  (w_bar,) = jax.linear_transpose(lambda b: product(q_x, b), w_values)(y_bar)
+  w_bar = transpose(product, (q_x, w_values), 1, y_bar)
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
   w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_scale, 0)
   return x_bar, w_bar.astype(w.dtype), None, None
