@@ -7,7 +7,7 @@ All variants are compiled first and then timed in turns within one run, so that 
 else the machine does falls on all of them alike; the figures are medians, and ratios to
 the first variant. `search` is the step of `policy_gradient`, `search_default` that of
 the default strategy, and `search_measuring` one of its up to 128 steps that measure;
-these two have two samples, as `float_sampled` has.
+these two take the batch in two samples, one after the other.
 """
 
 import argparse
@@ -23,18 +23,16 @@ import resnet_steps
 from fliqs_jax.training import sharding
 
 SAMPLES = 2  # of the variants of the default strategy
-# A float step that takes its examples in as many parts is beside them.
-SAMPLED = ('float_sampled', *resnet_steps.DEFAULT_STRATEGY)
 QWIX_TYPES = {'qwix_int8': 'int8', 'qwix_fp8': 'float8_e4m3fn'}
-VARIANTS = (*resnet_steps.VARIANTS, *SAMPLED, *QWIX_TYPES)
+VARIANTS = (*resnet_steps.VARIANTS, *QWIX_TYPES)
 
 
 def prepare(variant, mesh, args):
   """Returns `state -> state`, one step of a variant, and its first state."""
   qtype = QWIX_TYPES.get(variant)
-  num_samples = SAMPLES if variant in SAMPLED else 1
+  num_samples = SAMPLES if variant in resnet_steps.DEFAULT_STRATEGY else 1
   step, init = resnet_steps.make_step(
-    'float' if qtype or variant == 'float_sampled' else variant,
+    'float' if qtype else variant,
     mesh,
     args.image_size,
     jnp.dtype(args.dtype),
@@ -60,7 +58,12 @@ def main():
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--rounds', type=int, default=15)
-  parser.add_argument('--variants', nargs='+', default=VARIANTS, choices=VARIANTS)
+  parser.add_argument(
+    '--variants',
+    nargs='+',
+    default=VARIANTS,
+    choices=(*VARIANTS, *resnet_steps.DEFAULT_STRATEGY),
+  )
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
