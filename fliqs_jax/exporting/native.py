@@ -73,6 +73,8 @@ def decoded_layer(
   element: jax.Array | None = None,
 ):
   """Returns the same as `deployed_layer`, computed in float32 from decoded weights."""
+  if element is not None:
+    weights = weights.reshape(-1, *layer.layer.kernel_shape)
   arrays = _at(_arrays(layer) | {'decoded': weights}, element)
   return _decoded_product(layer, arrays, arrays['decoded'], x, product)
 
@@ -120,7 +122,7 @@ def _integer_product(product, x, w):
 
 
 def _arrays(layer) -> dict[str, np.ndarray]:
-  """Returns what a program holds of a layer, the axes of a stack before all others."""
+  """Returns what a program holds of a layer, in the order of a stack's layers."""
   arrays = {'codes': _stored(layer), 'weight_scale': layer.weight_scale}
   if layer.block_scale is not None:
     arrays['block_scale'] = layer.block_scale
@@ -128,7 +130,10 @@ def _arrays(layer) -> dict[str, np.ndarray]:
     arrays['activation_scale'] = layer.activation_scale
   if layer.statistics is not None:
     arrays |= layer.statistics._asdict()
-  return arrays
+  if not layer.stack:
+    return arrays
+  axes = len(layer.stack)
+  return {name: a.reshape(-1, *a.shape[axes:]) for name, a in arrays.items()}
 
 
 def _at(arrays, element):

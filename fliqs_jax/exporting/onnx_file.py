@@ -1,6 +1,7 @@
 """The network as an ONNX file: QuantizeLinear and DequantizeLinear at each layer."""
 
 import functools
+import math
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 import numpy as np
 
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment as deployments
 from fliqs_jax.exporting import loading
 from fliqs_jax.exporting.deployment import Deployment
@@ -18,7 +18,7 @@ from fliqs_jax.layers import products
 from fliqs_jax.numerics.formats import find_format
 
 if TYPE_CHECKING:
-  from fliqs_jax.exporting.onnx_graph import Graph
+  from fliqs_jax.exporting.onnx_graph.graph import Graph
 
 FILE = 'model.onnx'
 LOADER = 'load_onnx.py'
@@ -35,10 +35,6 @@ def refused(layer: QuantizedLayer) -> str | None:
     format = find_format(name)
     if format.block or (format.family == 'float' and name not in _FLOATS):
       return f'ONNX export has no type for {name}'
-  if layer.layer.kind not in ('conv', 'dense'):
-    return f'it is of kind {layer.layer.kind}, whose operands ONNX export cannot mark'
-  if layer.stack:
-    return 'it is one of a stack that the network scans over'
   if layer.activation_scale is None:
     return 'its input sets its own scale, for which ONNX has no one operation'
   return None
@@ -53,13 +49,13 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   # An extra of the package, which exports alone need.
   import onnx
 
-  from fliqs_jax.exporting import onnx_graph
+  from fliqs_jax.exporting.onnx_graph import conversion
 
   function = functools.partial(deployment.deployed, compute=_marked)
   shapes = deployments.symbolic_shapes(deployment.inputs[0])
   function = deployments.of_any_batch(function, shapes)
   own = {_layer.name: functools.partial(_add_layer, deployment)}
-  model = onnx_graph.make_model(function, shapes, own)
+  model = conversion.make_model(function, shapes, own)
   onnx.checker.check_model(model, full_check=True)
   (folder / FILE).write_bytes(model.SerializeToString())
 
@@ -71,66 +67,93 @@ def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarra
 
 # Stands for a layer in a traced network, until it is written.
 _layer = Primitive('deployed_layer')
+_layer.multiple_results = True
+_OF_OPERANDS = (
+  'einsum',
+  'conv_transpose',
+)  # kinds whose products are computed elsewhere
 
 
 @_layer.def_abstract_eval
-def _layer_shape(x, *, path, layer):
+def _layer_shapes(x, *element, path, layer):
+  x = jax.ShapeDtypeStruct(x.shape, x.dtype)
   w = jax.ShapeDtypeStruct(layer.kernel_shape, x.dtype)
-  y = jax.eval_shape(
-    products.rebuilt(layer).function, jax.ShapeDtypeStruct(x.shape, x.dtype), w
-  )
-  return jax.core.ShapedArray(y.shape, y.dtype)
+  if layer.kind in _OF_OPERANDS:
+    results = x, w
+  else:
+    results = [jax.eval_shape(products.rebuilt(layer).function, x, w)]
+  return [jax.core.ShapedArray(a.shape, a.dtype) for a in results]
 
 
 def _map_layer(operands, axes, **params):
   """Examples of a batch of one that are mapped are examples of one batch."""
-  (x,), (axis,) = operands, axes
+  (x, *element), (axis, *_) = operands, axes
+  if params['layer'].kind in _OF_OPERANDS:  # whatever shape it has is rounded
+    return _layer.bind(x, *element, **params), [axis, None]
   x = jax.numpy.moveaxis(x, axis, 0)
-  y = _layer.bind(x.reshape(-1, *x.shape[2:]), **params)
-  return y.reshape(x.shape[0], x.shape[1], *y.shape[1:]), 0
+  (y,) = _layer.bind(x.reshape(-1, *x.shape[2:]), *element, **params)
+  return [y.reshape(x.shape[0], x.shape[1], *y.shape[1:])], [0]
 
 
 batching.primitive_batchers[_layer] = _map_layer
 
 
 def _marked(layer, x, product, element):
-  return _layer.bind(x, path=layer.layer.path, layer=layer.layer)
+  elements = [] if element is None else [element]
+  results = _layer.bind(x, *elements, path=layer.layer.path, layer=layer.layer)
+  return tuple(results) if layer.layer.kind in _OF_OPERANDS else results[0]
 
 
 def _add_layer(deployment, graph: 'Graph', equation, given):
   """Adds a layer: its input rounded, its weights decoded, and their product."""
-  from fliqs_jax.exporting.onnx_graph import Tensor, convolution
+  from fliqs_jax.exporting.onnx_graph.graph import Tensor
 
-  (x,), (aval,) = given, [atom.aval for atom in equation.invars]
+  (x, *element), aval = given, equation.invars[0].aval
   layer = deployment.layers[equation.params['path']]
+  if element:
+    layer = layer.element(int(element[0]))
   x = graph.broadcast(x, aval.shape)
+  if layer.layer.kind in _OF_OPERANDS:
+    results = [_rounded(graph, layer, x, False), _weights(graph, layer)]
+  elif layer.layer.kind == 'conv':
+    results = [_convolution(graph, layer, x, aval.shape)]
+  else:
+    results = [_product(graph, layer, x, aval.shape)]
+  shapes = [tuple(var.aval.shape) for var in equation.outvars]
+  if layer.layer.kind == 'dense':
+    results = [graph.reshaped(results[0], shapes[0])]
+  return list(map(Tensor, results, shapes))
+
+
+def _convolution(graph, layer, x, x_shape):
+  from fliqs_jax.exporting.onnx_graph.products import convolution
+
   params = dict(layer.layer.arguments)
-  shape = tuple(equation.outvars[0].aval.shape)
-  if layer.layer.kind == 'conv':
-    numbers = params['dimension_numbers']
-    params['padding'] = _padding(params, aval.shape, layer.codes.shape)
-    order = numbers.rhs_spec
-    w = _decoded(graph, layer, layer.codes.transpose(order), 0)
-    # Rounded in the order of ONNX's axes, so that nothing stands before the product.
-    x = _rounded(graph, layer, graph.transposed(x, numbers.lhs_spec))
-    y = convolution(graph, params, x, w, in_onnx_order=True)
-    return [Tensor(y, shape)]
-  (x_axes, w_axes), (x_batch, _) = params['dimension_numbers']
-  first, last = len(aval.shape) - len(x_axes), len(w_axes)
-  if (
-    x_batch
-    or x_axes != tuple(range(first, len(aval.shape)))
-    or w_axes != tuple(range(last))
-  ):
-    raise ConfigError(
-      f'layer {layer.layer.path!r} contracts axes {x_axes} and {w_axes}: ONNX export '
-      'takes the last of its input and the first of its weights'
-    )
-  contracted = int(np.prod(layer.codes.shape[:last]))
-  w = _decoded(graph, layer, layer.codes.reshape(contracted, -1), 1)
-  x = graph.reshaped(x, (*aval.shape[:first], contracted))
-  y = graph.node('MatMul', [_rounded(graph, layer, x), w])
-  return [Tensor(graph.reshaped(y, shape), shape)]
+  numbers = params['dimension_numbers']
+  params['padding'] = _padding(params, x_shape, layer.codes.shape)
+  w = _decoded(graph, layer, layer.codes.transpose(numbers.rhs_spec), 0)
+  # Rounded in the order of ONNX's axes, so that nothing stands before the product.
+  x = _rounded(graph, layer, graph.transposed(x, numbers.lhs_spec))
+  return convolution(graph, params, x, w, x_shape, in_onnx_order=True)
+
+
+def _product(graph, layer, x, x_shape):
+  """Adds a product, of which the result has the axes of both flattened or not."""
+  from fliqs_jax.exporting.onnx_graph.products import dot_general
+
+  numbers = dict(layer.layer.arguments)['dimension_numbers']
+  (x_axes, w_axes), (x_batch, _) = numbers
+  if x_batch:
+    x, w = _rounded(graph, layer, x, False), _weights(graph, layer)
+    return dot_general(graph, numbers, (len(x_shape), layer.codes.ndim), [x, w])
+  own = [a for a in range(len(x_shape)) if a not in x_axes]
+  contracted = math.prod(x_shape[a] for a in x_axes)
+  w_own = [a for a in range(layer.codes.ndim) if a not in w_axes]
+  codes = layer.codes.transpose(*w_axes, *w_own).reshape(contracted, -1)
+  x = graph.transposed(x, [*own, *x_axes])
+  x = graph.reshaped(x, (*(x_shape[a] for a in own), contracted))
+  x, w = _rounded(graph, layer, x), _decoded(graph, layer, codes, 1)
+  return graph.node('MatMul', [x, w])
 
 
 def _padding(params, x_shape, w_shape):
@@ -158,8 +181,17 @@ def _onnx_type(name):
   return getattr(TensorProto, _FLOATS[name])
 
 
-def _rounded(graph, layer, x):
-  """Adds the rounding of a layer's input."""
+def _rounded(graph, layer, x, before_product=True):
+  """Adds the rounding of a layer's input.
+
+  Args:
+    graph: grows.
+    layer: the layer.
+    x: the input.
+    before_product: whether its product follows at once. Where it may not, the scale is
+      multiplied by itself: ONNX Runtime 1.32 moves the decoding of int8 behind what
+      else follows, with zero points of another type, and refuses the result.
+  """
   from onnx import TensorProto
 
   format = find_format(layer.activations)
@@ -179,11 +211,32 @@ def _rounded(graph, layer, x):
   scale = graph.constant(scale)
   zero = graph.constant(np.zeros(()), _onnx_type(format.name))
   codes = graph.node('QuantizeLinear', [x, scale, zero])
-  return graph.node('DequantizeLinear', [codes, scale, zero])
+  if before_product:
+    return graph.node('DequantizeLinear', [codes, scale, zero])
+  one = graph.constant(np.float32(1))
+  return graph.node('Mul', [graph.node('DequantizeLinear', [codes, one, zero]), scale])
+
+
+def _weights(graph, layer):
+  """Adds the decoded weights of a layer, whose scales may lie along several axes."""
+  if find_format(layer.weights).family == 'unscaled':
+    return _decoded(graph, layer, layer.codes, 0)
+  dtype = _onnx_type(layer.weights)
+  one, zero = graph.constant(np.float32(1)), graph.constant(np.zeros(()), dtype)
+  codes = graph.constant(layer.codes, dtype)
+  w = graph.node('DequantizeLinear', [codes, one, zero])
+  return graph.node('Mul', [w, graph.constant(layer.weight_scale)])
 
 
 def _decoded(graph, layer, codes, axis):
-  """Adds the codes of a layer's weights and their decoding."""
+  """Adds the codes of a layer's weights and their decoding.
+
+  Args:
+    graph: grows.
+    layer: the layer.
+    codes: its codes.
+    axis: along which the scales lie.
+  """
   from onnx import TensorProto
 
   format = find_format(layer.weights)

@@ -70,6 +70,15 @@ class QuantizedLayer(NamedTuple):
     """The axis of the codes along which blocks lie, counted from the last."""
     return self.layer.contraction.w_axis - len(self.layer.kernel_shape)
 
+  def element(self, index: int) -> 'QuantizedLayer':
+    """Returns one layer of a stack, whose layers are numbered in their order."""
+    axes = len(self.stack)
+    part = lambda array: array.reshape(-1, *array.shape[axes:])[index]
+    return self._replace(**{
+      name: jax.tree.map(part, getattr(self, name))
+      for name in _STACKED
+    })  # fmt: skip
+
   def decoded(self) -> np.ndarray:
     """Returns the weights, float32."""
     values = self.codes.astype(np.float32)
@@ -78,6 +87,10 @@ class QuantizedLayer(NamedTuple):
       scales = np.repeat(scales, find_format(self.weights).block.size, axis)
       values *= scales.take(range(values.shape[axis]), axis)
     return values * self.weight_scale
+
+
+# What of a layer the axes of a stack come before.
+_STACKED = 'codes', 'weight_scale', 'block_scale', 'activation_scale', 'statistics'
 
 
 def quantized_parameters(

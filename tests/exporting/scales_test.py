@@ -6,44 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_deployments import both, deploy
 
-import fliqs_jax
-from fliqs_jax.exporting import deployment, loading, safetensors_file
-from fliqs_jax.exporting.parameters import quantized_parameters
-from fliqs_jax.layers.layer import PAIR
-from fliqs_jax.layers.variables import FORMATS, nest
-from fliqs_jax.linen.discovery import discover
-from fliqs_jax.search.space import fixed_space
-
-
-def deployed(network, x, formats, shared_scale='tensor', **attributes):
-  """A network with statistics, with the same formats in all layers."""
-  model = fliqs_jax.make_searchable(
-    network, activation_scale=shared_scale, **attributes
-  )
-  variables = model.init(jax.random.key(1), x)
-  layers = discover(model, x)
-  formats = {layer.path: formats for layer in layers}
-  space = fixed_space(layers, formats)
-  bound = nest(layers, space.bind(np.zeros(0, np.int32)))
-  _, updated = model.apply({**variables, FORMATS: bound}, x, mutable=['quant_stats'])
-  variables = jax.device_get({**variables, **updated})
-  return deployment.Deployment(
-    apply=model.apply,
-    plain=network,
-    arguments=lambda *args: deployment.Arguments(args, {}),
-    variables=variables,
-    layers=quantized_parameters(layers, variables, formats, shared_scale=shared_scale),
-    pairs=tuple(layer for layer in layers if layer.kind == PAIR),
-    result={'formats': formats, 'model': 'test'},
-    task=None,
-    batches=(),
-    inputs=((np.asarray(x),),),
-  )
-
-
-def both(weights, activations=None):
-  return {'weights': weights, 'activations': activations or weights}
+from fliqs_jax.exporting import loading, safetensors_file
 
 
 def check(given, x):
@@ -58,7 +23,7 @@ BLOCKS = ('mxfp8_e4m3', 'mxfp4', 'nvfp4', 'int4_b32', 'int8_b32')
 @pytest.mark.parametrize('name', BLOCKS)
 def test_blocks_are_packed_with_their_scales_and_decoded_by_numpy(name, tmp_path):
   x = jax.random.normal(jax.random.key(0), (2, 72))  # the last block is shorter
-  given = deployed(nn.Dense(3), x, both(name))
+  given = deploy(nn.Dense(3), x, formats=both(name))
   check(given, x)
   safetensors_file.write(given, tmp_path)
   reader = loading.import_loader(loading.LOADERS / 'load_safetensors.py')
@@ -74,7 +39,7 @@ def test_blocks_are_packed_with_their_scales_and_decoded_by_numpy(name, tmp_path
 @pytest.mark.parametrize('name', ['int8', 'int4', 'e4m3'])
 def test_each_token_has_a_scale(name):
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * jnp.arange(1, 6)[:, None]
-  check(deployed(nn.Dense(3), x, both(name), shared_scale='token'), x)
+  check(deploy(nn.Dense(3), x, formats=both(name), shared_scale='token'), x)
 
 
 class Body(nn.Module):
@@ -105,7 +70,7 @@ class Stack(nn.Module):
 @pytest.mark.parametrize('name', ['int4', 'e4m3'])
 def test_layers_of_a_scan_have_codes_of_their_own(name, axes):
   x = jax.random.normal(jax.random.key(0), (4, 8))
-  given = deployed(Stack(axes), x, both(name))
+  given = deploy(Stack(axes), x, formats=both(name))
   assert given.layers['scan/dense'].stack == (3,)
   check(given, x)
 
@@ -113,7 +78,7 @@ def test_layers_of_a_scan_have_codes_of_their_own(name, axes):
 def test_products_inside_attention_are_computed_as_in_the_search(tmp_path):
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
   network = nn.MultiHeadDotProductAttention(num_heads=2)
-  given = deployed(network, x, both('int8'), attention_products=True)
+  given = deploy(network, x, attention_products=True)
   assert [pair.path for pair in given.pairs] == ['qk', 'av']
   assert set(given.layers) == {'query', 'key', 'value', 'out'}
   check(given, x)
