@@ -7,8 +7,6 @@ import numpy as np
 
 import fliqs_jax
 from fliqs_jax.exporting import deployment
-from fliqs_jax.exporting.parameters import quantized_parameters
-from fliqs_jax.layers.layer import PAIR
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.training.train_state import Arguments
 
@@ -43,17 +41,15 @@ def deploy(
   )
   layers = discover(model, *inputs, **kwargs)
   formats = {layer.path: formats or both('int8') for layer in layers}
-  return deployment.Deployment(
-    apply=model.apply,
-    plain=network,
-    arguments=lambda *args: Arguments(args, kwargs),
-    variables=variables,
-    layers=quantized_parameters(layers, variables, formats, shared_scale=shared_scale),
-    pairs=tuple(layer for layer in layers if layer.kind == PAIR),
-    result={'formats': formats, 'model': 'test'},
-    task=None,
-    batches=(),
-    inputs=(tuple(map(np.asarray, inputs)),),
+  return deployment.deploy(
+    model,
+    network,
+    lambda *args: Arguments(args, kwargs),
+    variables,
+    layers,
+    {'formats': formats, 'model': 'test'},
+    [tuple(map(np.asarray, inputs))],
+    shared_scale=shared_scale,
   )
 
 

@@ -1,6 +1,6 @@
 """The network of a finished search as it is deployed: weights, inputs, examples."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import operator
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from fliqs_jax.exporting.parameters import (
   unquantized,
 )
 from fliqs_jax.layers.layer import PAIR, Layer
+from fliqs_jax.layers.parameter_products import OPERATOR
+from fliqs_jax.layers.replacement import replaced_layers
 from fliqs_jax.layers.variables import FORMATS, nest
-from fliqs_jax.linen.replacement import replaced_layers as linen_layers
-from fliqs_jax.nnx.operators import replaced_layers as nnx_layers
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.runs import network
 from fliqs_jax.runs.config import OWN_BATCHES
@@ -49,6 +49,8 @@ class Deployment(NamedTuple):
     task: what the outputs are worth.
     batches: for the comparison.
     inputs: what the network is given of each of these batches.
+    products_weights: what products of bare parameters multiply by, by path.
+    replaced: the parameters that are nothing but such weights.
   """
 
   apply: Callable[..., Any]
@@ -61,11 +63,13 @@ class Deployment(NamedTuple):
   task: Task
   batches: tuple[Batch, ...]
   inputs: tuple[Inputs, ...]
+  products_weights: Mapping[str, np.ndarray]
+  replaced: frozenset[str] = frozenset()
 
   @property
   def unquantized(self) -> dict[str, np.ndarray]:
     """Arrays that are deployed as they are: biases, norms, embeddings."""
-    return unquantized(self._all_layers, self.variables)
+    return unquantized(self._all_layers, self.variables, self.replaced)
 
   def uniform(self, name: str) -> 'Deployment':
     """Returns the same network with one format in all layers.
@@ -78,7 +82,12 @@ class Deployment(NamedTuple):
         formats[layer.path] = {'weights': name, 'activations': name}
     some = next(iter(self.layers.values()))
     layers = quantized_parameters(
-      self._all_layers, self.variables, formats, some.calibration, some.shared_scale
+      self._all_layers,
+      self.variables,
+      formats,
+      some.calibration,
+      some.shared_scale,
+      self.products_weights,
     )
     return self._replace(layers=layers, result={**self.result, 'formats': formats})
 
@@ -112,9 +121,10 @@ class Deployment(NamedTuple):
       return compute(layer, x, product, element)
 
     variables = self._without_kernels(others or {})
-    if self.pairs:
-      variables[FORMATS] = self._formats(self.pairs)
-    with linen_layers(layer_outputs), nnx_layers(layer_outputs):
+    # Products are known by their formats alone.
+    if named := [layer for layer in self._all_layers if _is_product(layer)]:
+      variables[FORMATS] = self._formats(named)
+    with replaced_layers(layer_outputs):
       return self._outputs(variables, inputs)
 
   @property
@@ -142,6 +152,8 @@ class Deployment(NamedTuple):
 
     def place(collection, path, leaf):
       names = [key.key for key in path]
+      if collection == 'params' and '/'.join(names) in self.replaced:
+        return jnp.zeros_like(leaf)
       layer = self.layers.get('/'.join(names[:-1])) if collection == 'params' else None
       if layer is None or names[-1] != KERNEL:
         prefix = [] if collection == 'params' else [collection]
@@ -174,32 +186,115 @@ def make_deployment(
       no examples.
   """
   variables = jax.device_get({'params': state.params, **state.model_stats})
-  quantizer = setup.config.quantizer
-  layers = quantized_parameters(
-    setup.space.layers,
-    variables,
-    result['formats'],
-    quantizer.calibration,
-    # Runs of versions before this choice have one scale for each tensor.
-    quantizer.get('activation_scale', 'tensor'),
-  )
   batches = tuple(_first_batches(setup))
   if not batches:
     raise ConfigError('no example is left in the evaluation batches to compare on')
   split = _raw_images if _normalizes_images(setup) else _network_arguments
   inputs, arguments = split(setup.task, batches)
-  return Deployment(
-    apply=setup.model.apply,
-    plain=_plain(setup),
-    arguments=arguments,
-    variables=variables,
-    layers=layers,
-    pairs=tuple(layer for layer in setup.space.layers if layer.kind == PAIR),
-    result=result,
+  quantizer = setup.config.quantizer
+  return deploy(
+    setup.model,
+    _plain(setup),
+    arguments,
+    variables,
+    setup.space.layers,
+    result,
+    inputs,
+    calibration=quantizer.calibration,
+    # Runs of versions before this choice have one scale for each tensor.
+    shared_scale=quantizer.get('activation_scale', 'tensor'),
     task=setup.task,
     batches=batches,
-    inputs=inputs,
   )
+
+
+def deploy(
+  model: Any,
+  plain: nn.Module | None,
+  arguments: Callable[..., Arguments],
+  variables: Mapping[str, Any],
+  layers: Sequence[Layer],
+  result: Mapping[str, Any],
+  inputs: Sequence[Inputs],
+  calibration: str = 'rms',
+  shared_scale: str = 'tensor',
+  task: Task | None = None,
+  batches: Sequence[Batch] = (),
+) -> Deployment:
+  """Returns a network with its weights and formats.
+
+  Args:
+    model: the network with quantized layers.
+    plain: as in `Deployment`.
+    arguments: as in `Deployment`.
+    variables: as in `Deployment`.
+    layers: of the network.
+    result: of which the formats are read.
+    inputs: as in `Deployment`.
+    calibration: as in `quantized_parameters`.
+    shared_scale: as in `quantized_parameters`.
+    task: as in `Deployment`; None where nothing is scored.
+    batches: as in `Deployment`.
+
+  Raises:
+    ConfigError: where the layers cannot be expressed by codes and scales.
+  """
+  products_weights = _products_weights(model, layers, variables, arguments(*inputs[0]))
+  given = Deployment(
+    apply=model.apply,
+    plain=plain,
+    arguments=arguments,
+    variables=variables,
+    layers=quantized_parameters(
+      layers, variables, result['formats'], calibration, shared_scale, products_weights
+    ),
+    pairs=tuple(layer for layer in layers if layer.kind == PAIR),
+    result=result,
+    task=task,
+    batches=tuple(batches),
+    inputs=tuple(inputs),
+    products_weights=products_weights,
+  )
+  return given._replace(replaced=_parameters_of_products(given))
+
+
+def _is_product(layer):
+  """Returns whether a layer is a product by itself, and no module of Flax."""
+  return layer.kind == PAIR or layer.operator == OPERATOR
+
+
+def _products_weights(model, layers, variables, arguments):
+  """Returns what products of bare parameters multiply by, by path."""
+  paths = [layer.path for layer in layers if layer.operator == OPERATOR]
+  if not paths:
+    return {}
+  found = model.product_weights(variables, *arguments.args, **arguments.kwargs)
+  found = {'/'.join(path): calls for path, calls in found.items()}
+  problems = []
+  for path in paths:
+    first, *others = found[path]
+    if first is None:
+      problems.append(f'parameter {path!r} is multiplied in a loop')
+    elif not all(np.array_equal(first, w) for w in others):
+      problems.append(f'parameter {path!r} is multiplied in different parts')
+  if problems:
+    raise ConfigError(*(f'{p}: such a network cannot be exported' for p in problems))
+  return {path: np.asarray(found[path][0]) for path in paths}
+
+
+def _parameters_of_products(deployment):
+  """Returns the parameters that the network reads as weights of products alone."""
+  names = sorted(deployment.products_weights)
+  if not names:
+    return frozenset()
+
+  def network(parameters, *inputs):
+    return deployment.deployed(*inputs, others=parameters)
+
+  given = {name: deployment.unquantized[name] for name in names}
+  exported = jax.export.export(jax.jit(network))(given, *deployment.inputs[0])
+  read = {names[i] for i in exported.module_kept_var_idx if i < len(names)}
+  return frozenset(names) - read
 
 
 def _plain(setup):

@@ -159,8 +159,11 @@ def _write(deployment, name, target, folder):
 
 def _sizes(deployment, file):
   """Returns the bytes of the file, and those of the network in wider types."""
-  kernels = sum(layer.codes.size for layer in deployment.layers.values())
   others = {name: a.nbytes for name, a in deployment.unquantized.items()}
+  # An embedding that is looked up too is there once in a network of floats.
+  kernels = sum(
+    layer.codes.size for path, layer in deployment.layers.items() if path not in others
+  )
   return {
     'bytes': file.stat().st_size,
     'bytes_in_float32': 4 * kernels + sum(others.values()),

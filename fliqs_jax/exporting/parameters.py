@@ -1,6 +1,6 @@
 """Deployed parameters: codes and scales of each layer, and all other leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -12,6 +12,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import codes
 from fliqs_jax.layers import products
 from fliqs_jax.layers.layer import PAIR, Layer
+from fliqs_jax.layers.parameter_products import OPERATOR
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.calibration import (
   Quantizer,
@@ -61,6 +62,11 @@ class QuantizedLayer(NamedTuple):
   shared_scale: str = 'tensor'
 
   @property
+  def name(self) -> str:
+    """The name under which its codes are deployed."""
+    return weights_name(self.layer)
+
+  @property
   def stack(self) -> tuple[int, ...]:
     """The lengths of the axes over which a network scans; empty for most layers."""
     return self.codes.shape[: self.codes.ndim - len(self.layer.kernel_shape)]
@@ -99,6 +105,7 @@ def quantized_parameters(
   formats: Assignment,
   calibration: str = 'rms',
   shared_scale: str = 'tensor',
+  products_weights: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, QuantizedLayer]:
   """Returns codes and scales of every layer with weights, `{path: QuantizedLayer}`.
 
@@ -108,6 +115,7 @@ def quantized_parameters(
     formats: `{path: {'weights': name, 'activations': name}}`.
     calibration: one of `calibration.LAYER_CALIBRATIONS`, that of the search.
     shared_scale: one of `calibration.ACTIVATION_SCALES`, that of the search.
+    products_weights: what products of bare parameters multiply by, by path.
 
   Raises:
     ConfigError: where a layer's weights are not one parameter; one line for each.
@@ -118,7 +126,10 @@ def quantized_parameters(
   for layer in layers:
     if layer.kind == PAIR:
       continue
-    kernel = params.get(_join(layer.path, KERNEL))
+    if layer.operator == OPERATOR:
+      kernel = (products_weights or {}).get(layer.path)
+    else:
+      kernel = params.get(weights_name(layer))
     shape = np.shape(kernel)[-len(layer.kernel_shape) :]
     if kernel is None or shape != layer.kernel_shape:
       found = 'none' if kernel is None else str(np.shape(kernel))
@@ -143,15 +154,29 @@ def quantized_parameters(
   return quantized
 
 
+def weights_name(layer: Layer) -> str:
+  """Returns the name under which the weights of a layer are deployed.
+
+  That of its parameter, or, as a product by itself multiplies, below it.
+  """
+  is_product = layer.operator == OPERATOR
+  return _join(layer.path, OPERATOR if is_product else KERNEL)
+
+
 def unquantized(
-  layers: Sequence[Layer], variables: Mapping[str, Any]
+  layers: Sequence[Layer], variables: Mapping[str, Any], replaced: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
   """Returns what an inference needs besides codes and scales, `{path: array}`.
 
   Biases, norms, embeddings and other collections, without statistics of activations.
   Names of parameters are their paths, other names begin with that of the collection.
+
+  Args:
+    layers: of the network.
+    variables: of the network.
+    replaced: the parameters that are nothing but weights of products.
   """
-  kernels = {_join(layer.path, KERNEL) for layer in layers}
+  kernels = {*map(weights_name, layers), *replaced}
   others = {k: v for k, v in variables.items() if k not in ('params', QUANT_STATS)}
   flat = traverse_util.flatten_dict(variables['params'], sep='/')
   flat = {path: leaf for path, leaf in flat.items() if path not in kernels}

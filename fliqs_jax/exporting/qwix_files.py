@@ -14,6 +14,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import loading, safetensors_file
 from fliqs_jax.exporting.deployment import Deployment
 from fliqs_jax.exporting.parameters import QuantizedLayer
+from fliqs_jax.layers.parameter_products import OPERATOR
 from fliqs_jax.numerics.formats import find_format
 
 FILE = safetensors_file.FILE
@@ -30,6 +31,8 @@ def refused(layer: QuantizedLayer) -> str | None:
     format = find_format(name)
     if format.block or (format.family == 'float' and name not in _FLOATS):
       return f'Qwix export has no type for {name}'
+  if layer.layer.operator == OPERATOR:
+    return 'it is a product of a parameter by itself, and Qwix has rules for modules'
   if layer.stack:
     return 'it is one of a stack that the network scans over'
   if layer.layer.kind not in ('conv', 'dense'):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fliqs_jax.exporting import codes, loading, native
 from fliqs_jax.exporting.deployment import Deployment
-from fliqs_jax.exporting.parameters import KERNEL, QuantizedLayer
+from fliqs_jax.exporting.parameters import QuantizedLayer
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.formats import find_format
 
@@ -33,10 +33,9 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   from safetensors.numpy import save
 
   tensors, quantized = dict(deployment.unquantized), {}
-  for path, layer in deployment.layers.items():
-    name = kernel_name(path)
-    tensors |= _tensors(name, layer)
-    quantized[name] = _describe(layer)
+  for layer in deployment.layers.values():
+    tensors |= _tensors(layer.name, layer)
+    quantized[layer.name] = _describe(layer)
   metadata = {
     'quantized': json.dumps(quantized),
     'products': json.dumps(_products(deployment)),
@@ -45,11 +44,6 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   }
   arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   (folder / FILE).write_bytes(save(arrays, metadata))
-
-
-def kernel_name(path: str) -> str:
-  """Returns the name of a layer's weights, the path of the parameter."""
-  return f'{path}/{KERNEL}' if path else KERNEL
 
 
 def sizes(deployment: Deployment) -> dict[str, int]:
@@ -71,15 +65,15 @@ def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarra
 
   def network(decoded, *inputs):
     def compute(layer, *args):
-      return native.decoded_layer(layer, decoded[kernel_name(layer.layer.path)], *args)
+      return native.decoded_layer(layer, decoded[layer.name], *args)
 
     # The reader has no bfloat16, and makes float32 of it.
     others = {name: decoded[name].astype(array.dtype) for name, array in kept.items()}
     return deployment.deployed(*inputs, compute=compute, others=others)
 
   kernels = {
-    kernel_name(path): jax.ShapeDtypeStruct(layer.codes.shape, np.float32)
-    for path, layer in deployment.layers.items()
+    layer.name: jax.ShapeDtypeStruct(layer.codes.shape, np.float32)
+    for layer in deployment.layers.values()
   }
   shapes = kernels | {
     name: jax.ShapeDtypeStruct(array.shape, _decoded_dtype(array.dtype))

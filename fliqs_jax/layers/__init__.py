@@ -5,6 +5,7 @@ products      the products that Flax's layers compute, from the arguments of lax
 parameter_products  products of parameters in a traced network, found and replaced
 product_statistics  moving averages of the inputs of these products
 attention     products inside attention, found and replaced
+replacement   layers that compute by another function, or show their inputs
 moments       second moments of layers' inputs, kernels as matrices
 architecture  sizes that are functions of decisions
 variants      the layers that those of a supernet can become

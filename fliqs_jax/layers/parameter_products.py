@@ -191,6 +191,57 @@ def evaluate(
   return list(map(read, jaxpr.outvars)), state
 
 
+def weights(
+  jaxpr: Any, consts: Sequence[Any], origins: Sequence[Origin], args: Sequence[Any]
+) -> dict[Path, list[jax.Array | None]]:
+  """Returns what products of parameters multiply by, each call of one, in order.
+
+  That follows from parameters alone, whatever lies between: a transposition, say. In a
+  loop it may be another one at each turn, and is None.
+
+  Args:
+    jaxpr: of the network, without its constants.
+    consts: its constants.
+    origins: of its arguments.
+    args: arrays; None for what follows from no parameter.
+  """
+  found: dict[Path, list[jax.Array | None]] = {}
+  _add_weights(jaxpr, consts, origins, args, found)
+  return found
+
+
+def _add_weights(jaxpr, consts, origins, args, found):
+  known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins))
+  values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+  uncast: dict[Any, Any] = {}  # as in `evaluate`
+
+  def read(atom):
+    return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+  for equation in jaxpr.eqns:
+    given, inputs = _read_origins(equation, known), list(map(read, equation.invars))
+    if operands := _operands(equation, given):
+      source = equation.invars[operands.w]
+      w = read(uncast.get(source, source))
+      w = None if w is None else jnp.transpose(w, operands.w_axes)
+      found.setdefault(given[operands.w][1], []).append(w)
+    results = []
+    for inner, inner_origins, _ in _inner(equation, given):
+      own = inputs[len(inputs) - len(inner_origins) :]  # without the index of a branch
+      if equation.primitive.name in ('scan', 'while'):
+        own = [None] * len(own)
+      consts = getattr(inner, 'consts', ())
+      _add_weights(getattr(inner, 'jaxpr', inner), consts, inner_origins, own, found)
+      results.append(_find(inner, inner_origins, lambda _: None))
+    outputs = [None] * len(equation.outvars)
+    if all(value is not None for value in inputs):
+      outputs = _bind(jaxpr, equation, inputs)
+    if _lowers_precision(equation):
+      uncast[equation.outvars[0]] = equation.invars[0]
+    values |= zip(equation.outvars, outputs)
+    known |= zip(equation.outvars, _result_origins(equation, given, results))
+
+
 def _bind(jaxpr, equation, inputs):
   """Returns the results of an equation of a jaxpr."""
   places = {

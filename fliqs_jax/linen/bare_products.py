@@ -14,6 +14,7 @@ import jax
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.array_leaves import flatten, is_array
 from fliqs_jax.layers.parameter_products import CONSTANT, Path
+from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats, quantized_layer
 
@@ -46,6 +47,23 @@ def find(
 
   jaxpr, origins, _ = _trace(apply, *jax.tree.map(_shape, (variables, args, kwargs)))
   return parameter_products.find(jaxpr, origins)
+
+
+def weights(
+  function: Callable[..., Any],
+  variables: Variables,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> dict[Path, list[jax.Array | None]]:
+  """Returns what products of parameters multiply by, each call of one.
+
+  The arguments are those of `find`, and the results those of
+  `parameter_products.weights`.
+  """
+  jaxpr, origins, _ = _trace(function, variables, args, kwargs)
+  arrays, _ = flatten((variables, args, kwargs))
+  known = [None if origin is None else array for origin, array in zip(origins, arrays)]
+  return parameter_products.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
 
 
 def _shape(leaf):
@@ -106,6 +124,8 @@ def apply(
   statistics = product_statistics.read(variables)
 
   def compute(state, path, product, x, w):
+    if replaced := replacement():
+      return replaced('/'.join(path), x, w, product), state
     given = None if state is None else state.get(path)
     y, updated = quantized_layer(product, x, w, formats[path], given, **attributes)
     return y, state if given is None else {**state, path: updated}

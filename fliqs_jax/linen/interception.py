@@ -16,11 +16,13 @@ from typing import Any
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen.dtypes import promote_dtype
+import jax
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
+from fliqs_jax.layers.parameter_products import Path
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products
@@ -153,6 +155,19 @@ class Searchable:
       ndims={path: leaf.ndim for path, leaf in params.items()},
       handled=handled,
     )
+
+  def product_weights(
+    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+  ) -> dict[Path, list[jax.Array | None]]:
+    """Returns what products of bare parameters multiply by, each call of one.
+
+    Args:
+      variables: of the network, arrays.
+      *args: of its call, of which shapes alone are read.
+      **kwargs: of its call.
+    """
+    with self._hooked({}, {}):
+      return bare_products.weights(self.model.apply, variables, args, kwargs)
 
   def _marking(self):
     """Returns the same network, whose products inside attention leave marks."""

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.layers import products
+from fliqs_jax.layers.replacement import observer, replacement
 from fliqs_jax.layers.variables import FORMATS, LAYER_FORMATS, QUANT_STATS, SIZES
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.masking import ALL_SIZES, LayerSizes
@@ -67,6 +68,11 @@ class QuantizedOperator(nn.Module):
       w: weights in the parameters' own dtype.
       product: what the layer computes.
     """
+    path = '/'.join(self.path[:-1])
+    if compute := replacement():
+      return compute(path, x, w, product)
+    if observe := observer():
+      observe(path, x, w, product)
     formats, sizes = self.formats, ALL_SIZES
     if formats is None and self.has_variable(FORMATS, LAYER_FORMATS):
       formats = self.get_variable(FORMATS, LAYER_FORMATS)

@@ -17,6 +17,7 @@ import jax
 from fliqs_jax.layers import parameter_products
 from fliqs_jax.layers.array_leaves import flatten
 from fliqs_jax.layers.parameter_products import CONSTANT, OPERATOR, Origin, Path
+from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.products import LayerFormats
@@ -133,6 +134,8 @@ def _compute(model, call, operators, args, kwargs):
   }
 
   def compute(state, path, product, x, w):
+    if replaced := replacement():
+      return replaced('/'.join(path), x, w, product), state
     given = None if state is None else state.get(path)
     y, updated = operators[path].quantize(x, w, product, given)
     return y, state if given is None else {**state, path: updated}

@@ -7,9 +7,8 @@ carry their formats and statistics as they carry the layers' own variables.
 linen do.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
-import contextvars
 import functools
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from fliqs_jax.layers import attention, products
 from fliqs_jax.layers.call_counts import marked
 from fliqs_jax.layers.layer import describe
+from fliqs_jax.layers.replacement import observer, replacement
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.products import (
   LayerFormats,
@@ -101,9 +101,9 @@ class QuantizedOperator(nnx.Module):
       w: weights in the parameters' own dtype.
       product: what the layer computes.
     """
-    if replaced := _replaced.get():
-      return replaced(self.path, x, w, product)
-    if observe := _observer.get():
+    if compute := replacement():
+      return compute(self.path, x, w, product)
+    if observe := observer():
       observe(self.path, x, w, product)
     if self.discovers:
       layer = describe(self.path, self.name, product, x, w)
@@ -250,39 +250,6 @@ class QuantizedAttention(nnx.Module):
     for name, pair in updated.items():
       operators[name].keep(pair)
     return outputs
-
-
-# (module path, x, w, product) -> what `QuantizedOperator.compute` returns
-Compute = Callable[[str, jax.Array, jax.Array, Product], Any]
-_replaced = contextvars.ContextVar('replaced', default=None)
-
-
-@contextlib.contextmanager
-def replaced_layers(compute: Compute) -> Iterator[None]:
-  """Lets the quantized layers of all networks that are called within it compute so.
-
-  Their formats, weights and statistics are then for the function to know.
-  """
-  token = _replaced.set(compute)
-  try:
-    yield
-  finally:
-    _replaced.reset(token)
-
-
-# (module path, x, w, product), of what a layer computes
-Observe = Callable[[str, jax.Array, jax.Array, Product], None]
-_observer = contextvars.ContextVar('observer', default=None)
-
-
-@contextlib.contextmanager
-def observed_layers(observe: Observe) -> Iterator[None]:
-  """Shows a function what the quantized layers are given within it."""
-  token = _observer.set(observe)
-  try:
-    yield
-  finally:
-    _observer.reset(token)
 
 
 class QuantizedConv(QuantizedOperator):

@@ -16,6 +16,7 @@ from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.call_counts import count_layers
 from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
 from fliqs_jax.layers.layer import Layer
+from fliqs_jax.layers.parameter_products import Path
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
 from fliqs_jax.nnx.bare_products import ATTRIBUTE, add_operators
 from fliqs_jax.nnx.hooks import hook_attention, set_hooks
@@ -193,6 +194,22 @@ class Searchable:
       ndims={path: leaf.ndim for path, leaf in self._params.items()},
       handled=self._handled,
     )
+
+  def product_weights(
+    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+  ) -> dict[Path, list[jax.Array | None]]:
+    """Returns what products of bare parameters multiply by, each call of one.
+
+    Args:
+      variables: of the network, arrays.
+      *args: of its call, of which shapes alone are read.
+      **kwargs: of its call.
+    """
+    jaxpr, origins = self._traced(*args, **kwargs)
+    own = {name: variables.get(name, {}) for name in (_PARAMS, _BATCH_STATS)}
+    known = jax.tree.leaves(own)
+    known += [None] * (len(origins) - len(known))
+    return parameter_products.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
 
   @property
   def _params(self):

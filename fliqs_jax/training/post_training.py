@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fliqs_jax.layers import moments
+from fliqs_jax.layers.replacement import observed_layers
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
-from fliqs_jax.linen.replacement import observed_layers as linen_layers
-from fliqs_jax.nnx.operators import observed_layers as nnx_layers
 from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.training.sharding import batch_sharding, replicated
 from fliqs_jax.training.task import Batch, Task
@@ -77,7 +76,7 @@ def make_moments_step(
         own = moments.second_moments(product, x, w)
         found[path] = found[path] + own if path in found else own
 
-    with linen_layers(observe), nnx_layers(observe):
+    with observed_layers(observe):
       _call(state, task, space, choices, _flat(batch), key, False)
     return found
 

@@ -22,9 +22,9 @@ import fliqs_jax
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment, exporter, loading, native
 from fliqs_jax.exporting.parameters import quantized_parameters
+from fliqs_jax.layers.replacement import replaced_layers
 from fliqs_jax.layers.variables import nest
 from fliqs_jax.linen.discovery import discover
-from fliqs_jax.linen.replacement import replaced_layers
 from fliqs_jax.runs import evaluation
 from fliqs_jax.search.cost_models import get_cost_model
 from fliqs_jax.search.space import fixed_space
