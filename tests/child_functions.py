@@ -4,14 +4,19 @@ Such a process imports them by the name of their module, so that it must be one 
 found beside `conftest.py`: modules of tests in folders are not.
 """
 
+import atexit
+import json
 import os
 import resource
 import time
 
 from etils import epath
+from flax import nnx
 import jax
 import numpy as np
 
+import fliqs_jax
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.checkpoints import Checkpoints
 from fliqs_jax.training import steps
@@ -84,3 +89,74 @@ def hold(workdir, held):
   with workdirs.lock(epath.Path(workdir)):
     held.send(os.getpid())
     held.recv()
+
+
+class Small(nnx.Module):
+  """Two layers with batch norm between them."""
+
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(6, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+    self.head = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(nnx.relu(self.norm(self.hidden(x))))
+
+
+def call_python_together(folder, port, num_processes, process):
+  """Calls Python's functions as one process of several; each writes what it got."""
+  log = os.open(folder / f'log{process}', os.O_WRONLY | os.O_CREAT)
+  os.dup2(log, 1)
+  os.dup2(log, 2)
+  jax.config.update('jax_num_cpu_devices', 1)
+  jax.distributed.initialize(f'localhost:{port}', num_processes, process)
+  found = call_python(folder, process)
+  (folder / f'{process}.json').write_text(json.dumps(found))
+  atexit._run_exitfuncs()  # in which JAX takes leave of the other processes
+
+
+def call_python(folder, process=None):
+  """Searches and evaluates from Python; returns what is found.
+
+  Args:
+    folder: for the workdirs.
+    process: of several, which then make calls that are refused too.
+  """
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(21, 6)).astype(np.float32)
+  label = np.argmax(image[:, :3], axis=1)
+  cut = lambda *cuts: [{'image': image[a:b], 'label': label[a:b]} for a, b in cuts]
+  # Batches that the devices divide, and others.
+  train, evaluation = cut((0, 8), (8, 16)), cut((0, 16), (16, 18), (18, 21))
+  fields = {
+    'num_steps': 4, 'num_samples': 2, 'formats': 'int4,int8', 'target_format': 'int4',
+    'target_scale': 1.5, 'warmup_steps': 0, 'learning_rate': 1e-2, 'log_every': 2,
+  }  # fmt: skip
+  model = Small(nnx.Rngs(0))
+  result = fliqs_jax.search(
+    model, train, evaluation, workdir=folder / 'search', **fields
+  )
+  result.save(folder / 'saved')
+  found = {
+    'formats': dict(result.formats),
+    'eval': dict(result.eval),
+    'history': result.history,
+    'evaluated': fliqs_jax.evaluate(
+      model, evaluation, folder / 'saved', formats='int4'
+    ),
+  }
+  if process is None:
+    return found
+  errors = []
+  other = {'workdir': folder / 'other'}
+  calls = (
+    (cut((process, 8 + process)), other),
+    (train, other | {'seed': process}),
+    (train, {}),
+  )
+  for batches, more in calls:
+    try:
+      fliqs_jax.search(model, batches, evaluation, **fields, **more)
+    except ConfigError as error:
+      errors.append(str(error))
+  return {**found, 'errors': errors}

@@ -23,7 +23,7 @@ from fliqs_jax.api.results import Result
 from fliqs_jax.data import batches
 from fliqs_jax.errors import Problems
 from fliqs_jax.reporting import overview as overview_lib
-from fliqs_jax.runs import evaluation, files
+from fliqs_jax.runs import distributed, evaluation, files
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
@@ -121,11 +121,14 @@ def evaluate(
   formats = problems.attempt(_evaluated_formats, formats, folder)
   problems.raise_any()
   config = complete(config)
+  config.mode, config.fsdp = 'eval', 1  # wherever it was trained
   first, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   scores = Scores(loss, quality, metrics, inputs)
   network, _ = check_network(config, model, scores, first, first)
+  distributed.check_alike({'eval_batches': first, 'formats': formats})
   setup = setup_lib.build(config, jax.device_count(), formats, network)
-  setup = setup._replace(data=Data(None, evaluation_data(setup, eval_batches, first)))
+  data = Data(None, evaluation_data(setup, eval_batches, first), whole=True)
+  setup = setup._replace(data=data)
   state, mesh = evaluation.restored_state(setup, folder)
   return evaluation.make_evaluate(setup, mesh)(state, np.zeros(0, np.int32))
 

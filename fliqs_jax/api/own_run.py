@@ -14,11 +14,12 @@ from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError, Problems
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variables import FORMATS, nest
-from fliqs_jax.runs import evaluation, files, preparation
+from fliqs_jax.runs import distributed, evaluation, files, preparation
+from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES
-from fliqs_jax.runs.network import Network
+from fliqs_jax.runs.network import Network, own_variables
 from fliqs_jax.runs.setup import Data, Setup
 
 
@@ -32,18 +33,28 @@ class OwnRun(NamedTuple):
   temporary: tempfile.TemporaryDirectory | None
 
 
-def own_run(config, model, train_batches, eval_batches, scores, workdir):
+def own_run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Looks at the network and the batches, and writes into the config what they say."""
-  if jax.process_count() > 1:
+  if jax.process_count() > 1 and not workdir:
     raise ConfigError(
-      f'fliqs_jax.{config.mode} runs in one process: use python -m fliqs_jax.main for '
-      'several'
+      f'workdir={workdir!r} in {jax.process_count()} processes: expected a folder that '
+      'all of them see, which process 0 writes'
     )
   first, train_batches = batches.first_batch(train_batches, 'train_batches')
   evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   _describe(config, model, first)
   network, coverage = check_network(config, model, scores, first, evaluated)
-  print(coverage, file=sys.stderr)
+  distributed.check_alike(
+    {
+      'config and arguments': result_lib.config_to_json(config),
+      'train_batches': first,
+      'eval_batches': evaluated,
+      'model': own_variables(network.model, network.example),
+      'variables': variables,
+    }
+  )
+  if jax.process_index() == 0:
+    print(coverage, file=sys.stderr)
   temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
   return OwnRun(
     network=network,
@@ -83,6 +94,7 @@ def _data(setup, train_batches, eval_batches, first, evaluated):
       train_batches, num_samples, size, check
     ),
     evaluation_data(setup, eval_batches, evaluated),
+    whole=True,
   )
 
 
@@ -112,4 +124,5 @@ def _final_variables(setup, folder, formats):
   state, _ = evaluation.restored_state(setup, folder)
   choices = setup.space.choices_of(formats)
   formats = nest(setup.space.layers, setup.space.bind(choices))
-  return jax.device_get({'params': state.params, **state.model_stats, FORMATS: formats})
+  variables = {'params': state.params, **state.model_stats, FORMATS: formats}
+  return distributed.to_host(variables)

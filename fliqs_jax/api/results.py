@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 import dataclasses
 import os
-import shutil
 import tempfile
 from typing import Any
 
 from flax import nnx
+import jax
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment, exporter
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.linen import interception
 from fliqs_jax.reporting import notebook, terminal
-from fliqs_jax.runs import evaluation, files
+from fliqs_jax.runs import distributed, evaluation, files
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.promotion import usual_promotion
 from fliqs_jax.runs.setup import Setup
@@ -84,21 +84,20 @@ class Result:
   def save(self, folder: os.PathLike | str) -> None:
     """Copies the run's files into a new folder, a workdir like any other.
 
+    Of several processes, process 0 does; of them all must call it.
+
     Raises:
-      ConfigError: where the folder exists and is not empty, or cannot be written.
+      ConfigError: where the folder exists and is not empty, or cannot be written;
+        nothing is left of it then.
     """
-    folder = str(files.to_path(folder))
-    if os.path.isfile(folder) or (os.path.isdir(folder) and os.listdir(folder)):
-      raise ConfigError(f'{folder!r} exists: expected a new or empty folder')
-    try:
-      ignored = shutil.ignore_patterns(workdir_lib.LOCK_FILE)
-      # A temporary folder is its owner's alone, and copytree copies the mode.
-      os.makedirs(folder, exist_ok=True)
-      mode = os.stat(folder).st_mode
-      shutil.copytree(self.workdir, folder, ignore=ignored, dirs_exist_ok=True)
-      os.chmod(folder, mode)
-    except OSError as error:
-      raise ConfigError(f'cannot write to {folder!r}: {error}') from None
+    problem = None
+    if jax.process_index() == 0:
+      problem = files.copy_folder(
+        files.to_path(self.workdir),
+        files.to_path(folder),
+        leave_out=(workdir_lib.LOCK_FILE,),
+      )
+    distributed.raise_everywhere(problem)
 
   @usual_promotion()
   def export(self, to: str, folder: os.PathLike | str) -> dict[str, Any]:
@@ -117,6 +116,11 @@ class Result:
         written.
       Mismatch: where what was exported computes something else; no folder is left.
     """
+    if jax.process_count() > 1:
+      raise ConfigError(
+        f'export in {jax.process_count()} processes: expected one, in which the same '
+        'call with this workdir returns the result without a further step'
+      )
     exporter.check(to, folder)
     state, _ = evaluation.restored_state(self._setup, files.to_path(self.workdir))
     deployed = deployment.make_deployment(self._setup, state, self.content)

@@ -125,7 +125,7 @@ def search_front(
     raise ConfigError(f'targets={targets!r}: expected one or more')
   _check_repeatable(train_batches=train_batches, eval_batches=eval_batches)
   scores = Scores(loss, quality, metrics, inputs)
-  own = own_run(config, model, train_batches, eval_batches, scores, workdir)
+  own = own_run(config, model, train_batches, eval_batches, scores, variables, workdir)
   setups = {
     name: prepare(run, own, own.folder / name, variables)
     for name, run in front.plan(config).items()
@@ -197,6 +197,6 @@ def train(
 @usual_promotion()
 def _run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Searches or trains as the config says, and returns the result."""
-  own = own_run(config, model, train_batches, eval_batches, scores, workdir)
+  own = own_run(config, model, train_batches, eval_batches, scores, variables, workdir)
   setup = prepare(resolve(config), own, own.folder, variables)
   return to_result(own, setup, own.folder, loop.train(setup, own.folder))

@@ -7,6 +7,7 @@ import logging
 import jax
 import numpy as np
 
+from fliqs_jax.runs import distributed
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import moving_averages, sharding, steps
 from fliqs_jax.training.task import Batch
@@ -32,7 +33,7 @@ def make_reestimate(setup: Setup, mesh: jax.sharding.Mesh) -> Reestimate:
     choices = jax.device_put(choices, everywhere)
 
     def update(batch, statistics):
-      batch = jax.make_array_from_process_local_data(placed, batch)
+      batch = sharding.place(batch, placed, setup.data.whole)
       statistics = jax.device_put(statistics, everywhere)
       return jax.device_get(step(state, choices, batch, statistics))
 
@@ -41,7 +42,7 @@ def make_reestimate(setup: Setup, mesh: jax.sharding.Mesh) -> Reestimate:
     if not first:
       _logger.warning('No batches are left: batch norm keeps its moving averages.')
       return state
-    old = jax.device_get(state.batch_stats)
+    old = distributed.to_host(state.batch_stats)
     new, kept = moving_averages.reestimate(update, old, itertools.chain(first, batches))
     if kept:
       _logger.info('No finite moving averages, left as they are: %s.', ', '.join(kept))

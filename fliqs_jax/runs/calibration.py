@@ -22,7 +22,7 @@ class Calibration:
   """Measurements on the same batches under any choices, compiled once for all of them.
 
   Attributes:
-    batches: `[S, B, ...]` each, this process's part.
+    batches: `[S, B, ...]` each, this process's part, or whole ones.
     num_examples: in all of them.
   """
 
@@ -38,6 +38,7 @@ class Calibration:
     """
     self._placed = sharding.batch_sharding(mesh)
     self._everywhere = sharding.replicated(mesh)
+    self._whole = setup.data.whole
     batches = setup.data.train(setup.config.seed + 1, self._placed)
     count = setup.config.search.statistics_batches
     self.batches = list(itertools.islice(batches, count))
@@ -127,7 +128,7 @@ class Calibration:
   def _placed_batches(self, state: TrainState):
     """Yields the batches on the devices, each with a key of its own."""
     for index, batch in enumerate(self.batches):
-      placed = jax.make_array_from_process_local_data(self._placed, batch)
+      placed = sharding.place(batch, self._placed, self._whole)
       yield placed, self._key(state, index)
 
   def _key(self, state: TrainState, index: int) -> Any:

@@ -12,8 +12,7 @@ from fliqs_jax.search.strategies import (
   default_strategy,
 )
 
-# The dataset of a run from Python, whose network and data no config can name.
-OWN_BATCHES = 'own batches'
+OWN_BATCHES = validation.OWN_BATCHES
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,10 +1,14 @@
-"""Several processes: how they find each other, and how they stop together."""
+"""Several processes: how they find each other, work on the same, and stop together."""
 
+from collections.abc import Mapping
 import signal
 import threading
+from typing import Any
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 from fliqs_jax.errors import ConfigError
 
@@ -71,6 +75,69 @@ def _problem(detect, coordinator, num_processes, process_id):
     return f'--num_processes={num_processes}: expected 1 or more'
   elif not 0 <= process_id < num_processes:
     return f'--process_id={process_id}: expected one from 0 to {num_processes - 1}'
+
+
+def check_alike(given: Mapping[str, Any]) -> None:
+  """Checks that all processes were given the same, else they would wait for each other.
+
+  Args:
+    given: trees of arrays, or what JSON has, by the names of the arguments.
+
+  Raises:
+    ConfigError: in all processes, with the names of what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  own = np.array([_checksum(tree) for tree in given.values()], np.uint32)
+  everywhere = multihost_utils.process_allgather(own)
+  differing = np.any(everywhere != everywhere[0], axis=0)
+  if names := [name for name, differs in zip(given, differing) if differs]:
+    raise ConfigError(
+      f'{", ".join(names)}: not the same in all {jax.process_count()} processes: '
+      'expected all of a batch and one configuration everywhere; each process takes '
+      'its own part of the examples'
+    )
+
+
+def _checksum(tree):
+  total = 0
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    array = hasattr(leaf, 'dtype')
+    content = np.asarray(leaf).tobytes() if array else repr(leaf).encode()
+    total = zlib.crc32(content, zlib.crc32(str(path).encode(), total))
+  return total
+
+
+def raise_everywhere(problem: str | None) -> None:
+  """Raises the problem of process 0, if it has one, in all processes.
+
+  Args:
+    problem: the line, of process 0.
+
+  Raises:
+    ConfigError: the line; in the others one that says where to look for it.
+  """
+  refused = problem is not None
+  if jax.process_count() > 1:
+    refused = bool(multihost_utils.broadcast_one_to_all(np.array(refused)))
+  if refused:
+    raise ConfigError(problem or 'process 0 cannot use the folder: see its own line')
+
+
+def to_host(tree: Any) -> Any:
+  """Returns arrays in numpy, in every process, wherever their parts are.
+
+  Args:
+    tree: of arrays, on devices of other processes too.
+  """
+
+  def whole(a):
+    is_held = not isinstance(a, jax.Array) or a.is_fully_replicated
+    if is_held or a.is_fully_addressable:
+      return a
+    return multihost_utils.process_allgather(a, tiled=True)
+
+  return jax.device_get(jax.tree.map(whole, tree))
 
 
 class Preemption:

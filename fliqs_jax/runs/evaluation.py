@@ -29,7 +29,10 @@ def initial_state(setup: Setup, mesh: jax.sharding.Mesh, seed: int) -> TrainStat
   compilation.keep_programs(setup.config.compilation_cache)
   init, own = _init(setup)
   init = jax.jit(init, out_shardings=placement(setup, mesh))
-  return init(jax.random.key(seed), jax.device_put(own, sharding.replicated(mesh)))
+  if jax.process_count() > 1:  # arrays of one process are none of all of them
+    own = jax.device_get(own)
+  own = sharding.place(own, sharding.replicated(mesh), whole=True)
+  return init(jax.random.key(seed), own)
 
 
 def placement(setup: Setup, mesh: jax.sharding.Mesh) -> Any:
@@ -107,9 +110,10 @@ def make_evaluate(setup: Setup, mesh: jax.sharding.Mesh) -> Evaluate:
     sums = []
     for batch in setup.data.evaluation(split):
       # A last batch may be too small to be split over the devices.
-      uneven = jax.tree.leaves(batch)[0].shape[0] * jax.process_count() % mesh.size
+      parts = 1 if setup.data.whole else jax.process_count()
+      uneven = jax.tree.leaves(batch)[0].shape[0] * parts % mesh.size
       placed = sharding.replicated(mesh) if uneven else split
-      batch = jax.make_array_from_process_local_data(placed, batch)
+      batch = sharding.place(batch, placed, setup.data.whole)
       sums.append(eval_step(state, choices, batch))
     return means(jax.device_get(sums))
 

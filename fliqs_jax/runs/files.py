@@ -1,5 +1,7 @@
 """Files that a config names: formats, results, latency tables."""
 
+from collections.abc import Collection
+import contextlib
 import os
 from typing import Any
 
@@ -16,6 +18,45 @@ _MAX_BYTES = 2**24
 def to_path(given: os.PathLike | str) -> epath.Path:
   """Returns the path of a file or folder that a user names; `~` is the home folder."""
   return epath.Path(given).expanduser()
+
+
+def copy_folder(
+  source: epath.Path, target: epath.Path, leave_out: Collection[str] = ()
+) -> str | None:
+  """Copies a folder's files into a new or empty one; returns why it cannot, if so.
+
+  Where it cannot, nothing is left of the copy.
+
+  Args:
+    source: the folder.
+    target: to be made, in the source too.
+    leave_out: names of files in the source that stay.
+  """
+  is_new, given = not target.exists(), repr(str(target))
+  if not is_new and (not target.is_dir() or any(target.iterdir())):
+    return f'{given} exists: expected a new or empty folder'
+  kept = [path for path in source.iterdir() if path.name not in leave_out]
+  try:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in kept:
+      _copy(path, target / path.name)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      for path in [target] if is_new else list(target.iterdir()):
+        path.rmtree() if path.is_dir() else path.unlink()
+    if not isinstance(error, OSError):
+      raise
+    return f'cannot write to {given}: {error.strerror or error}'
+
+
+def _copy(source, target):
+  if not source.is_dir():
+    source.copy(target)
+    return
+  content = list(source.iterdir())
+  target.mkdir()
+  for path in content:
+    _copy(path, target / path.name)
 
 
 def read_formats(spec: str) -> str | Assignment:

@@ -228,7 +228,7 @@ def _loop(
     for step in range(start, end):
       if step == setup.commit_step:
         state = _commit(setup, state, mesh)
-      batch = jax.make_array_from_process_local_data(placed, _next(batches, step))
+      batch = sharding.place(_next(batches, step), placed, setup.data.whole)
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, batch)
       pending.append(metrics)

@@ -36,6 +36,8 @@ class Data(NamedTuple):
   train: Callable[[int, jax.sharding.Sharding], BatchIterator] | None
   # (sharding) -> its part of batches `[B, ...]` that have each example once.
   evaluation: Callable[[jax.sharding.Sharding], Iterable[Batch]]
+  # Whether each process yields whole batches, of which its devices take their part.
+  whole: bool = False
 
 
 class Setup(NamedTuple):

@@ -14,6 +14,9 @@ from fliqs_jax.search.space import SEARCHED_OPERANDS
 from fliqs_jax.search.strategies import STRATEGIES
 from fliqs_jax.training import classification, language_modelling
 
+# The dataset of a run from Python, whose network and data no config can name.
+OWN_BATCHES = 'own batches'
+
 MODES = ('search', 'train', 'eval')
 DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = ('sgd', 'adamw', 'rmsprop')
@@ -237,12 +240,13 @@ def _check_batches(config, num_devices):
   # Devices beyond the samples split the examples of a sample.
   parts = math.lcm(num_samples, num_devices)
   problems = []
-  if config.batch_size % parts:
+  if config.mode != 'eval' and config.batch_size % parts:
     problems.append(
       f'batch_size={config.batch_size}: expected a multiple of {parts}, for '
       f'search.num_samples={num_samples} on {num_devices} device(s)'
     )
-  if config.eval_batch_size % num_devices:
+  # Own batches are evaluated as they come.
+  if config.dataset != OWN_BATCHES and config.eval_batch_size % num_devices:
     problems.append(
       f'eval_batch_size={config.eval_batch_size}: expected a multiple of the '
       f'{num_devices} devices'

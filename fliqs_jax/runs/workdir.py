@@ -12,14 +12,12 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
-import numpy as np
 
 from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
 from fliqs_jax.numerics.formats import NAMES
-from fliqs_jax.runs import files, sessions
+from fliqs_jax.runs import distributed, files, sessions
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.config import complete
 
@@ -180,7 +178,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         problem = None if _is_remote(workdir) else _lock(workdir, stack)
       except OSError as error:
         problem = _cannot_write(workdir, error)
-    _raise_everywhere(problem)
+    distributed.raise_everywhere(problem)
     yield
 
 
@@ -199,15 +197,6 @@ def _lock(workdir, stack):
   file.truncate(0)
   file.write(f'process {os.getpid()} on {socket.gethostname()}')
   file.flush()
-
-
-def _raise_everywhere(problem):
-  """Raises the first process's problem in all of them."""
-  refused = problem is not None
-  if jax.process_count() > 1:
-    refused = bool(multihost_utils.broadcast_one_to_all(np.array(refused)))
-  if refused:
-    raise ConfigError(problem or 'the first process cannot use the workdir')
 
 
 def write(workdir: epath.Path, name: str, content: Any) -> None:

@@ -70,6 +70,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def place(batch: Any, placed: NamedSharding, whole: bool = False) -> Any:
+  """Returns a batch in numpy as arrays on the devices.
+
+  Args:
+    batch: the part of it that this process's devices hold.
+    placed: the sharding of its arrays.
+    whole: whether it is all of the batch instead, the same in all processes.
+  """
+  if not whole:
+    return jax.make_array_from_process_local_data(placed, batch)
+  return jax.tree.map(
+    lambda a: jax.make_array_from_process_local_data(placed, a, a.shape), batch
+  )
+
+
 def parameter_spec(array: Any, mesh: Mesh) -> P:
   """Returns how a parameter, or a gradient of it, is split over `fsdp`.
 

@@ -6,7 +6,7 @@ import pytest
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.runs.config import OWN_BATCHES, default_config, resolve
 from fliqs_jax.runs.validation import validate
 
 REINFORCE = {'search.strategy': 'policy_gradient'}
@@ -154,6 +154,13 @@ def test_batches_split_over_samples_and_devices(
     },
   )
   assert (not problems) == valid
+
+
+def test_own_batches_are_evaluated_on_any_number_of_devices():
+  own = {'dataset': OWN_BATCHES, 'batch_size': 24}
+  assert problems_of(3, **own) == []
+  assert problems_of(5, **own | {'mode': 'eval'}) == []
+  assert len(problems_of(5, **own)) == 1
 
 
 def test_placeholders_keep_their_type():

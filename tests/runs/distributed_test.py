@@ -217,6 +217,37 @@ def test_two_processes_stop_and_die_together_and_go_on(
   assert lines[-1]['policy'] == whole_runs.read_history(uninterrupted)[-1]['policy']
 
 
+def test_python_gives_on_two_processes_what_it_gives_on_one(tmp_path):
+  port, processes = whole_runs.free_port(), []
+  for process in range(2):
+    processes.append(
+      whole_runs.CONTEXT.Process(
+        target=child_functions.call_python_together,
+        args=(tmp_path, port, 2, process),
+        name=str(tmp_path / f'log{process}'),
+      )
+    )
+    processes[-1].start()
+  one = child_functions.call_python(tmp_path / 'one')
+  statuses = list(map(whole_runs.finish, processes))
+  assert statuses == [0, 0], (tmp_path / 'log0').read_text()
+  first, second = (json.loads((tmp_path / f'{i}.json').read_text()) for i in range(2))
+  assert first == second
+  expected = (
+    'train_batches: not the same in all 2 processes',
+    'config and arguments: not the same in all 2 processes',
+    'workdir=None in 2 processes: expected a folder that all of them see',
+  )
+  for line, words in zip(first.pop('errors'), expected, strict=True):
+    assert line.startswith(words)
+  names, numbers = zip(*jax.tree.leaves_with_path(one))
+  other_names, other_numbers = zip(*jax.tree.leaves_with_path(first))
+  assert names == other_names
+  for name, number, other in zip(names, numbers, other_numbers):
+    expected = pytest.approx(number, 1e-4) if isinstance(number, float) else number
+    assert other == expected, name
+
+
 @pytest.mark.parametrize(
   'arguments, expected',
   [
