@@ -6,10 +6,11 @@ key and value in the place of parameters. So masks, biases, dropout and grouped 
 are those of the function itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import contextvars
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -28,10 +29,17 @@ from fliqs_jax.numerics.products import (
 OPERATOR = 'attention'  # in the place of a quantized operator's name
 QK, AV = 'qk', 'av'  # the products
 
-# Where networks look the functions up that compute attention.
-_PLACES = (jax.nn, nn, nnx)
-NAME = 'dot_product_attention'
+_NAME = 'dot_product_attention'
+# Where there are functions that compute attention, under this name.
+_PLACES = tuple((vars(place), _NAME) for place in (jax.nn, nn, nnx))
+FUNCTIONS = tuple(content[name] for content, name in _PLACES)
+# Packages whose modules are not looked into.
+_LIBRARIES = ('jax', 'flax')
+# The scope, in a trace, of attention whose products are found.
+SCOPE = 'searched_attention'
 
+# The content of a module, and a name in it.
+Place = tuple[dict[str, Any], str]
 # (function of query, key and value alone, query, key, value) -> its outputs
 Handler = Callable[..., Any]
 _handler = contextvars.ContextVar('handler', default=None)
@@ -44,16 +52,25 @@ def handled_by(handler: Handler) -> Iterator[None]:
   `jax.nn.dot_product_attention`, and those of `flax.linen` and `flax.nnx`, are hooked
   meanwhile.
   """
-  previous = [getattr(place, NAME) for place in _PLACES]
   token = _handler.set(handler)
-  for place, function in zip(_PLACES, previous):
-    setattr(place, NAME, hooked(function))
+  try:
+    with hooked_in(_PLACES):
+      yield
+  finally:
+    _handler.reset(token)
+
+
+@contextlib.contextmanager
+def hooked_in(places: Iterable[Place]) -> Iterator[None]:
+  """Hooks the functions of attention in some places meanwhile."""
+  previous = [(*place, place[0][place[1]]) for place in places]
+  for content, name, function in previous:
+    content[name] = hooked(function)
   try:
     yield
   finally:
-    for place, function in zip(_PLACES, previous):
-      setattr(place, NAME, function)
-    _handler.reset(token)
+    for content, name, function in previous:
+      content[name] = function
 
 
 def hooked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +90,76 @@ def hooked(function: Callable[..., Any]) -> Callable[..., Any]:
       _handler.reset(token)
 
   return attend
+
+
+def is_attention(value: Any) -> bool:
+  """Returns whether a value is one of the functions of attention."""
+  given = value, getattr(value, '__wrapped__', None)  # as of a hooked one
+  return any(one is function for one in given for function in FUNCTIONS)
+
+
+class Uses(NamedTuple):
+  """How the methods of a class come to functions of attention."""
+
+  any: bool  # whether they call one, as far as their code tells
+  places: tuple[Place, ...]  # where one has a name of its own
+
+
+@functools.cache
+def uses_of(kind: type) -> Uses:
+  """Returns how a module's class uses functions of attention.
+
+  Looked into are its methods, and the functions that their code names.
+
+  Args:
+    kind: of either interface.
+  """
+  found, seen, names, places = list(_methods(kind)), set(), set(), {}
+  while found:
+    function = found.pop()
+    if function in seen:
+      continue
+    seen.add(function)
+    for code in _codes(function.__code__):
+      names |= set(code.co_names)
+      for content, name in _named(function.__globals__, code.co_names):
+        value = content[name]
+        if is_attention(value):
+          places[id(content), name] = content, name
+        elif inspect.isfunction(value) and not _is_of_library(value.__module__):
+          found.append(inspect.unwrap(value))
+  return Uses(_NAME in names or bool(places), tuple(places.values()))
+
+
+def _methods(kind):
+  for base in kind.__mro__:
+    if not _is_of_library(base.__module__):
+      for value in vars(base).values():
+        value = inspect.unwrap(getattr(value, '__func__', value))
+        if inspect.isfunction(value):
+          yield value
+
+
+def _named(content, names):
+  """Yields the places that code names, in its module and in those of the user's."""
+  contents = [content]
+  for name in names:
+    value = content.get(name)
+    if inspect.ismodule(value) and not _is_of_library(value.__name__):
+      contents.append(vars(value))
+  for content in contents:
+    yield from ((content, name) for name in names if name in content)
+
+
+def _is_of_library(module):
+  return str(module).partition('.')[0] in _LIBRARIES
+
+
+def _codes(code):
+  yield code
+  for constant in code.co_consts:
+    if inspect.iscode(constant):
+      yield from _codes(constant)
 
 
 class TracedAttention(NamedTuple):

@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers import attention
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.layers.parameter_products import ParameterProduct, Path
+from fliqs_jax.layers.parameter_products import (
+  ActivationProduct,
+  ParameterProduct,
+  Path,
+)
 
 _ENOUGH = 0.9  # of the multiply-accumulates
 _NOT_MULTIPLIED = (
@@ -58,6 +63,7 @@ class Coverage(NamedTuple):
 
 def cover(
   found: Sequence[ParameterProduct],
+  activations: Sequence[ActivationProduct],
   hooked: Mapping[Path, Layer],
   bare: Mapping[Path, Layer],
   ndims: Mapping[Path, int],
@@ -67,6 +73,7 @@ def cover(
 
   Args:
     found: all products of its parameters.
+    activations: those of activations, where these are searched too.
     hooked: the layers that have hooks, by module, and products inside attention.
     bare: those that are products of a parameter, by its path.
     ndims: of all parameters.
@@ -81,7 +88,10 @@ def cover(
   total = sum(macs.values())
   return Coverage(
     layers=tuple({**layers, **hooked}.values() if bare else hooked.values()),
-    skipped=_skipped(found, set(searched), ndims, handled),
+    skipped={
+      **_skipped(found, set(searched), ndims, handled),
+      **_skipped_activations(activations),
+    },
     share=macs[True] / total if total else None,
   )
 
@@ -98,6 +108,23 @@ def _skipped(found, searched, ndims, handled):
     is_one = path in multiplied or (is_factor and path[:-1] not in modules)
     if is_one and not searched & {path, path[:-1]}:
       skipped['/'.join(module)] = handled.get(path[:-1]) or _NOT_MULTIPLIED
+  return skipped
+
+
+def _skipped_activations(found):
+  """Returns why products of activations are not searched, by their place in the code.
+
+  Those of attention that is searched are left out.
+  """
+  skipped = {}
+  for product in found:
+    if attention.SCOPE not in product.scopes:
+      x, y = product.shapes
+      skipped[product.place or 'a product'] = (
+        f'it multiplies activations {x} by activations {y}, and not in '
+        'dot_product_attention of jax.nn, flax.linen or flax.nnx, without sow_weights '
+        'or module=, whose products alone are searched'
+      )
   return skipped
 
 

@@ -8,8 +8,10 @@ operations, of which one operand follows from parameters alone.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
+import os
 from typing import Any, NamedTuple
 
+import flax
 import jax
 from jax import lax
 from jax.extend import core
@@ -41,6 +43,14 @@ class ParameterProduct(NamedTuple):
   in_scan: bool  # where nothing can be kept from one call to the next
 
 
+class ActivationProduct(NamedTuple):
+  """A product of two values that follow from inputs, as it stands in a jaxpr."""
+
+  place: str  # in the user's code: the function, the file and the line
+  scopes: str  # named, around it
+  shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
 class _Operands(NamedTuple):
   """The operands of an equation, in the order (x, w) that Flax's layers have."""
 
@@ -62,6 +72,20 @@ def find(jaxpr: Any, origins: Sequence[Origin]) -> tuple[ParameterProduct, ...]:
   """
   found: list[ParameterProduct] = []
   _find(jaxpr, origins, found.append)
+  return tuple(found)
+
+
+def find_of_activations(
+  jaxpr: Any, origins: Sequence[Origin]
+) -> tuple[ActivationProduct, ...]:
+  """Returns the products of two activations, each call of one, in order.
+
+  Args:
+    jaxpr: as in `find`.
+    origins: as in `find`.
+  """
+  found: list[ActivationProduct] = []
+  _find(jaxpr, origins, lambda _: None, found.append)
   return tuple(found)
 
 
@@ -104,7 +128,15 @@ def outside_of(
   return layers(bare, sizes)
 
 
-def _find(jaxpr, origins, add, calls=1, is_open=True, in_scan=False):
+def _find(
+  jaxpr,
+  origins,
+  add,
+  add_of_activations=lambda _: None,
+  calls=1,
+  is_open=True,
+  in_scan=False,
+):
   """Adds the products of a jaxpr; returns the origins of its results."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins))
@@ -115,6 +147,7 @@ def _find(jaxpr, origins, add, calls=1, is_open=True, in_scan=False):
         inner,
         inner_origins,
         add,
+        add_of_activations,
         calls * times,
         is_open and name in _REBUILT,
         in_scan or name == 'scan',
@@ -128,6 +161,8 @@ def _find(jaxpr, origins, add, calls=1, is_open=True, in_scan=False):
       layer = describe(join_path(path), OPERATOR, operands.product, x, w)
       layer = layer._replace(macs=calls * layer.macs, calls=calls)
       add(ParameterProduct(path, layer, is_open, in_scan))
+    elif name == 'dot_general' and given == [None, None]:
+      add_of_activations(_of_activations(equation))
     known |= zip(equation.outvars, _result_origins(equation, given, results))
   return [_origin(atom, known) for atom in jaxpr.outvars]
 
@@ -359,6 +394,22 @@ def _operands(equation, given) -> _Operands | None:
   if w == 0 or equation.params['batch_group_count'] != 1:
     return None
   return _convolution(equation)
+
+
+def _of_activations(equation):
+  source = equation.source_info
+  frames = source.traceback.frames if source.traceback else ()
+  own = (f for f in frames if not f.file_name.startswith(_LIBRARIES))
+  place = next((f'{f.function_name} in {f.file_name}:{f.line_num}' for f in own), '')
+  shapes = tuple(atom.aval.shape for atom in equation.invars)
+  return ActivationProduct(place, str(source.name_stack), shapes)
+
+
+# The folders of packages whose code is not the user's, this one among them.
+_LIBRARIES = tuple(
+  os.path.dirname(path) + os.sep
+  for path in (jax.__file__, flax.__file__, os.path.dirname(__file__))
+)
 
 
 def _dot_general(equation, w):

@@ -11,6 +11,7 @@ import itertools
 from typing import Any
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 from fliqs_jax.layers import attention
@@ -68,7 +69,8 @@ def searched_attention(
     }
     bound = {name: formats[path] for name, path in paths.items() if path in formats}
     if not bound:
-      return function(query, key, value)
+      with jax.named_scope(attention.SCOPE):
+        return function(query, key, value)
     operands = query, key, value
     outputs, updated = attention.compute(
       traced, operands, bound, statistics, **attributes
@@ -84,17 +86,19 @@ def searched_attention(
 
 @contextlib.contextmanager
 def _hooked(module, method):
-  """Hooks the function of Flax's own attention, which it holds as an attribute."""
-  if not isinstance(module, nn.MultiHeadDotProductAttention) or method != '__call__':
-    yield
-    return
-  function = module.attention_fn
+  """Hooks functions of attention that a module has as attributes or names itself."""
+  held = {n: v for n, v in vars(module).items() if attention.is_attention(v)}
+  if isinstance(module, nn.MultiHeadDotProductAttention) and method == '__call__':
+    held['attention_fn'] = module.attention_fn  # any function
   # Modules are frozen, so that nobody changes them for good.
-  object.__setattr__(module, 'attention_fn', attention.hooked(function))
+  for name, function in held.items():
+    object.__setattr__(module, name, attention.hooked(function))
   try:
-    yield
+    with attention.hooked_in(attention.uses_of(type(module)).places):
+      yield
   finally:
-    object.__setattr__(module, 'attention_fn', function)
+    for name, function in held.items():
+      object.__setattr__(module, name, function)
 
 
 def _statistics(scope, name):

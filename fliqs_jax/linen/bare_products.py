@@ -19,19 +19,18 @@ from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats, quantized_layer
 
 Variables = Mapping[str, Any]
-Found = tuple[parameter_products.ParameterProduct, ...]
 
 # Collections that follow from no input of the call.
 _CONSTANT_COLLECTIONS = ('batch_stats',)
 
 
-def find(
+def trace(
   function: Callable[..., Any],
   variables: Variables,
   args: Sequence[Any],
   kwargs: Mapping[str, Any],
-) -> Found:
-  """Returns the products of a network's parameters, those within its layers too.
+) -> tuple[Any, list[parameter_products.Origin]]:
+  """Returns the jaxpr of a network's call, and the origins of its arguments.
 
   Args:
     function: the network's `apply`.
@@ -46,7 +45,7 @@ def find(
     return function(variables, *args, mutable=mutable, rngs=rngs, **kwargs)
 
   jaxpr, origins, _ = _trace(apply, *jax.tree.map(_shape, (variables, args, kwargs)))
-  return parameter_products.find(jaxpr, origins)
+  return jaxpr, origins
 
 
 def weights(

@@ -50,8 +50,8 @@ def make_searchable(
       products of a parameter, by `lax.dot_general`, `jnp.einsum`, `@` or `attend` of
       `nn.Embed`; layers with a hook of their own stay as they are.
     attention_products: whether the products inside attention, QKᵀ and AV, are searched
-      too: of `nn.MultiHeadDotProductAttention`, and of `dot_product_attention` where
-      the network takes it from `flax.linen`, `flax.nnx` or `jax.nn` when it is called.
+      too: of `nn.MultiHeadDotProductAttention`, and of `dot_product_attention` of
+      `flax.linen`, `flax.nnx` and `jax.nn`.
     **attributes: of `QuantizedOperator`: calibration, momentum, activation_scale.
 
   Raises:
@@ -111,7 +111,8 @@ class Searchable:
     """As `nn.Module.init`."""
     with self._hooked({}, {}):
       variables = self.model.init(rngs, *args, **kwargs)
-    found, handled = self._products(variables, args, kwargs)
+    jaxpr, origins, handled = self._traced(variables, args, kwargs)
+    found = parameter_products.find(jaxpr, origins)
     bare = _outside_of(found, handled, _params(variables))
     return product_statistics.with_zeros(variables, found, bare)
 
@@ -146,10 +147,14 @@ class Searchable:
       tuple(filter(None, layer.path.split('/'))): layer
       for layer in discover_hooked(self._marking(), variables, *inputs, **kwargs)
     }
-    found, handled = self._products(variables, inputs, kwargs)
-    params = _params(variables)
+    jaxpr, origins, handled = self._traced(variables, inputs, kwargs)
+    found, params = parameter_products.find(jaxpr, origins), _params(variables)
+    activations = ()
+    if self._attention_products:
+      activations = parameter_products.find_of_activations(jaxpr, origins)
     return cover(
       found=found,
+      activations=activations,
       hooked=hooked,
       bare=_outside_of(found, handled, params),
       ndims={path: leaf.ndim for path, leaf in params.items()},
@@ -175,12 +180,12 @@ class Searchable:
     marking._marks = True
     return marking
 
-  def _products(self, variables, args, kwargs):
-    """Returns all products of parameters, and the layers of Flax among the modules."""
+  def _traced(self, variables, args, kwargs):
+    """Returns a call's jaxpr, its arguments' origins, and the layers of Flax in it."""
     handled = {}
     with self._hooked({}, handled):
-      found = bare_products.find(self.model.apply, variables, args, kwargs)
-    return found, handled
+      traced = bare_products.trace(self.model.apply, variables, args, kwargs)
+    return *traced, handled
 
   @contextlib.contextmanager
   def _hooked(self, formats, handled):

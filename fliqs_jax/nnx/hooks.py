@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import functools
-import inspect
 from typing import Any
 
 from flax import nnx
@@ -77,7 +76,7 @@ def hook_attention(model: nnx.Module, attributes: Mapping[str, Any]) -> None:
       operator = QuantizedAttention(path, stacked=stacked, **attributes)
       operator.function = module.attention_fn
       module.attention_fn = nnx.data(operator)
-    elif _computes_attention(type(module)):
+    elif _computes_attention(module):
       stacked = next(
         (
           _stacked_axes(layer, kind)
@@ -92,21 +91,19 @@ def hook_attention(model: nnx.Module, attributes: Mapping[str, Any]) -> None:
       object.__setattr__(module, '__class__', _with_own_attention(type(module)))
 
 
-def _computes_attention(kind):
-  """Returns whether a class of the user's calls a function of attention itself."""
-  return not kind.__module__.startswith('flax.') and any(
-    attention.NAME in code.co_names
-    for value in vars(kind).values()
-    if inspect.isfunction(value)
-    for code in _codes(value.__code__)
-  )
+def _computes_attention(module):
+  """Returns whether a module of the user's calls a function of attention itself.
 
-
-def _codes(code):
-  yield code
-  for constant in code.co_consts:
-    if inspect.iscode(constant):
-      yield from _codes(constant)
+  One that it has as an attribute is hooked, in place.
+  """
+  kind, has_own = type(module), False
+  if kind.__module__.startswith('flax.'):
+    return False
+  for name, value in list(vars(module).items()):
+    if attention.is_attention(value):
+      setattr(module, name, attention.hooked(value))
+      has_own = True
+  return has_own or attention.uses_of(kind).any
 
 
 @functools.cache
@@ -114,7 +111,8 @@ def _with_own_attention(kind):
   """Returns a class whose calls let `quantized_attention` compute attention."""
 
   def call(self, *args, **kwargs):
-    with self.quantized_attention.computes():
+    places = attention.uses_of(kind).places
+    with self.quantized_attention.computes(), attention.hooked_in(places):
       return kind.__call__(self, *args, **kwargs)
 
   own = {

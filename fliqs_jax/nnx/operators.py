@@ -232,7 +232,8 @@ class QuantizedAttention(nnx.Module):
       if (found := operator.bound_formats)
     }
     if not formats:
-      return function(query, key, value)
+      with jax.named_scope(attention.SCOPE):
+        return function(query, key, value)
     statistics = {
       name: found
       for name, operator in operators.items()

@@ -63,6 +63,7 @@ class Searchable:
       check_not_quantized(module, '/'.join(map(str, path)) or type(model).__name__)
     clone = nnx.clone(model)
     self._attributes = dict(attributes)
+    self._attention_products = attention_products
     self._handled = set_hooks(clone, attributes)
     if attention_products:
       hook_attention(clone, attributes)
@@ -89,7 +90,7 @@ class Searchable:
     return self._variables(*args, **kwargs)
 
   def _variables(self, *args, **kwargs):
-    _, found, bare = self._products(*args, **kwargs)
+    _, found, bare = self._products(*self._traced(*args, **kwargs))
     own = {name: _nested(state) for name, state in self._states.items()}
     own = product_statistics.with_zeros(own, found, bare)
     return {name: tree for name, tree in own.items() if tree or name == _PARAMS}
@@ -186,9 +187,14 @@ class Searchable:
       *inputs: one example in a batch of one, as arrays or `jax.ShapeDtypeStruct`.
       **kwargs: of the model's call.
     """
-    layers, found, bare = self._products(*inputs, **kwargs)
+    jaxpr, origins = self._traced(*inputs, **kwargs)
+    layers, found, bare = self._products(jaxpr, origins)
+    activations = ()
+    if self._attention_products:
+      activations = parameter_products.find_of_activations(jaxpr, origins)
     return cover(
       found=found,
+      activations=activations,
       hooked={_names(path): layer for path, layer in layers.items()},
       bare=bare,
       ndims={path: leaf.ndim for path, leaf in self._params.items()},
@@ -216,10 +222,9 @@ class Searchable:
     """The model's own parameters by path."""
     return {_strings(path): leaf.get_value() for path, leaf in self._states[_PARAMS]}
 
-  def _products(self, *inputs, **kwargs):
+  def _products(self, jaxpr, origins):
     """Returns the layers, the products of parameters, and which of these are bare."""
     sizes = {path: leaf.size for path, leaf in self._params.items()}
-    jaxpr, origins = self._traced(*inputs, **kwargs)
     layers = {
       path: layer._replace(params=_own_params(layer, sizes))
       for path, layer in count_layers(jaxpr).items()

@@ -1,8 +1,11 @@
 """Products inside attention: found, counted, quantized."""
 
+from collections.abc import Callable
+
 from flax import linen as nn
 from flax import nnx
 import jax
+from jax.nn import dot_product_attention as named_otherwise
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,6 +159,78 @@ def test_products_inside_attention_are_searched(name):
   _, updated = step(variables, formats)
   changed, _ = step({**variables, **updated}, formats)
   assert 0 < np.abs(changed - own).max() < errors[2]
+
+
+def attend(query, key, value):
+  return named_otherwise(query, key, value)
+
+
+class LinenNamed(nn.Module):
+  """Attention by names of the user's: imported, in a function, in an attribute."""
+
+  function: Callable = nn.dot_product_attention
+
+  @nn.compact
+  def __call__(self, x):
+    q, k, v = jnp.moveaxis(nn.DenseGeneral((3, HEADS, DEPTH), name='qkv')(x), -3, 0)
+    return attend(q, named_otherwise(q, k, v), self.function(q, k, v))
+
+
+class NnxNamed(nnx.Module):
+  def __init__(self, function):
+    self.qkv = nnx.LinearGeneral(FEATURES, (3, HEADS, DEPTH), rngs=nnx.Rngs(0))
+    self.function = function
+
+  def __call__(self, x):
+    return self.function(*jnp.moveaxis(self.qkv(x), -3, 0))
+
+
+class NnxCalling(NnxNamed):
+  def __call__(self, x):
+    return attend(*jnp.moveaxis(self.qkv(x), -3, 0))
+
+
+@pytest.mark.parametrize(
+  'plain, expected',
+  [
+    (LinenNamed(), ['qk', 'av', 'qk_1', 'av_1', 'qk_2', 'av_2']),
+    (NnxNamed(nnx.dot_product_attention), ['qk', 'av']),
+    (NnxCalling(None), ['qk', 'av']),
+  ],
+)
+def test_functions_of_attention_are_found_by_any_name(plain, expected):
+  x, model = inputs(1), make_searchable(plain, True)
+  coverage = model.coverage(x)
+  assert [layer.path for layer in coverage.layers] == ['qkv', *expected]
+  assert not coverage.skipped
+  names = {
+    layer.path: dict.fromkeys(OPERANDS, 'float32' if layer.params else 'int3')
+    for layer in coverage.layers
+  }
+  variables = model.init(jax.random.key(0), x)
+  formats = bound_by(fixed_space(coverage.layers, names))
+  outputs = model.apply({**variables, **formats}, x)
+  assert 0 < np.abs(outputs - model.apply(variables, x)).max() < 1
+  assert named_otherwise is jax.nn.dot_product_attention
+
+
+def written_out(query, key, value):
+  weights = jax.nn.softmax(jnp.einsum('bqhd,bkhd->bhqk', query, key))
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+
+
+def test_other_products_of_activations_are_named():
+  model = NnxNamed(written_out)
+  assert not make_searchable(model).coverage(inputs(1)).skipped
+  coverage = make_searchable(model, True).coverage(inputs(1))
+  assert [layer.path for layer in coverage.layers] == ['qkv']
+  first = written_out.__code__.co_firstlineno + 1
+  assert [place.rpartition(':')[2] for place in coverage.skipped] == [
+    str(first), str(first + 1),
+  ]  # fmt: skip
+  for place, why in coverage.skipped.items():
+    assert place.startswith(f'written_out in {__file__}')
+    assert 'it multiplies activations (1, 5, 2, 3) by activations (1, ' in why
 
 
 @pytest.mark.parametrize('scale', ['tensor', 'token'])
