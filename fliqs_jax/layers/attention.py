@@ -176,7 +176,9 @@ def trace(
 ) -> TracedAttention:
   """Returns a traced call, and the products of activations in it that are searched."""
   jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(query, key, value)
-  origins = [None, (key.size, (QK,)), (value.size, (AV,))]
+  named = ((QK, key), (AV, value))
+  parameters = (parameter_products.Parameters(a.size, (name,)) for name, a in named)
+  origins = [None, *parameters]
   found = [p for p in parameter_products.find(jaxpr, origins) if p.is_open]
   sizes = {product.path: math.prod(product.layer.kernel_shape) for product in found}
   layers = {
@@ -220,12 +222,11 @@ def compute(
   calibrations = {QK: (calibration, calibration), AV: ('absmax', calibration)}
 
   def quantized(state, path, product, x, w):
-    (name,) = path
-    given = None if state is None else state.get(name)
+    (name,), given = path, state.get(path)
     y, updated = quantized_pair_product(
       product, x, w, formats[name], given, calibrations[name], **attributes
     )
-    return y, state if given is None else {**state, name: updated}
+    return y, state if given is None else {**state, path: updated}
 
   outputs, updated = parameter_products.evaluate(
     traced.jaxpr.jaxpr,
@@ -234,6 +235,6 @@ def compute(
     operands,
     frozenset((name,) for name in formats),
     quantized,
-    dict(statistics),
+    {(name,): pair for name, pair in statistics.items()},
   )
-  return traced.outputs.unflatten(outputs), updated
+  return traced.outputs.unflatten(outputs), {n: pair for (n,), pair in updated.items()}

@@ -28,6 +28,7 @@ class Coverage(NamedTuple):
   skipped: Mapping[str, str]  # module path -> why its parameters are not searched
   # What part of all multiply-accumulates by parameters they have; None: not known.
   share: float | None = None
+  notes: tuple[str, ...] = ()  # what else is to be known of the searched layers
 
   def __str__(self) -> str:
     found = [
@@ -46,6 +47,7 @@ class Coverage(NamedTuple):
     """Returns lines on the layers that are not searched, and on the searched share."""
     skipped = self.skipped.items()
     return [
+      *self.notes,
       *(f'not searched: {path or "."}: {why}' for path, why in skipped),
       *self._share_line(),
     ]
@@ -99,15 +101,22 @@ def cover(
 def _skipped(found, searched, ndims, handled):
   """Returns why parameters are not searched, by the paths of their modules."""
   skipped = {}
-  multiplied = {product.path for product in found}
-  modules = searched | {path[:-1] for path in searched & multiplied}
+  # The parameters, each with those whose products it is a part of.
+  multiplied = {product.path: {product.path} for product in found}
+  for product in found:
+    for part in product.others:
+      multiplied.setdefault(part, set()).add(product.path)
+  modules = searched | {path[:-1] for path in searched & set(multiplied)}
   for path, ndim in ndims.items():
     *module, name = path
     # Biases and scales are no layer alone, nor of two axes beside a product.
     is_factor = ndim > 1 and name not in ('bias', 'scale')
     is_one = path in multiplied or (is_factor and path[:-1] not in modules)
-    if is_one and not searched & {path, path[:-1]}:
-      skipped['/'.join(module)] = handled.get(path[:-1]) or _NOT_MULTIPLIED
+    wholes = multiplied.get(path, {path})
+    if is_one and not searched & {*wholes, *(whole[:-1] for whole in wholes)}:
+      # Parameters of the network itself, outside of its layers, have no other name.
+      place = '/'.join(module) or ('' if () in handled else name)
+      skipped[place] = handled.get(path[:-1]) or _NOT_MULTIPLIED
   return skipped
 
 

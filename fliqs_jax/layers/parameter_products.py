@@ -25,12 +25,20 @@ OPERATOR = 'product'  # in the place of a quantized operator's name
 
 Path = tuple[str, ...]
 
-# What a value follows from: the largest parameter, as (size, path), where parameters
-# and constants are all; None where it depends on anything else.
-Origin = tuple[int, Path] | None
-CONSTANT: Origin = (0, ())
 
-# (state, path, product, x, w) -> the product and the new state.
+class Parameters(NamedTuple):
+  """What a value follows from, where parameters and constants are all."""
+
+  size: int = 0  # of the largest parameter
+  path: Path = ()  # of it; empty where the value is a constant
+  stack: tuple[int, ...] = ()  # lengths of the scans around it that slice it
+  others: frozenset[Path] = frozenset()  # paths of the other parameters
+
+
+Origin = Parameters | None  # None where a value depends on anything else
+CONSTANT = Parameters()
+
+# (state, path, product, x, w) -> the product and the new state, a dict by path.
 Compute = Callable[[Any, Path, Product, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -40,7 +48,8 @@ class ParameterProduct(NamedTuple):
   path: Path  # of the parameter
   layer: Layer
   is_open: bool  # whether it can be computed in another way
-  in_scan: bool  # where nothing can be kept from one call to the next
+  stack: tuple[int, ...]  # lengths of the scans around it that slice the parameter
+  others: frozenset[Path]  # other parameters that make the weights, as parts of them
 
 
 class ActivationProduct(NamedTuple):
@@ -99,14 +108,16 @@ def layers(
     sizes: of the parameters.
   """
   merged: dict[Path, Layer] = {}
-  for path, layer, *_ in found:
+  for product in found:
+    path, layer = product.path, product.layer
     if previous := merged.get(path):
       merged[path] = previous._replace(
         macs=previous.macs + layer.macs, calls=previous.calls + layer.calls
       )
     else:
-      kernels = sizes[path] // math.prod(layer.kernel_shape)
-      merged[path] = layer._replace(params=sizes[path], kernels=max(kernels, 1))
+      params = sum(sizes[name] for name in {path, *product.others})
+      kernels = params // math.prod(layer.kernel_shape)
+      merged[path] = layer._replace(params=params, kernels=max(kernels, 1))
   return merged
 
 
@@ -135,7 +146,6 @@ def _find(
   add_of_activations=lambda _: None,
   calls=1,
   is_open=True,
-  in_scan=False,
 ):
   """Adds the products of a jaxpr; returns the origins of its results."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
@@ -150,17 +160,16 @@ def _find(
         add_of_activations,
         calls * times,
         is_open and name in _REBUILT,
-        in_scan or name == 'scan',
       )
       for inner, inner_origins, times in _inner(equation, given)
     ]
     if operands := _operands(equation, given):
-      path = given[operands.w][1]
+      _, path, stack, others = given[operands.w]
       x, w = (equation.invars[i].aval for i in (operands.x, operands.w))
       w = jax.ShapeDtypeStruct([w.shape[a] for a in operands.w_axes], w.dtype)
       layer = describe(join_path(path), OPERATOR, operands.product, x, w)
       layer = layer._replace(macs=calls * layer.macs, calls=calls)
-      add(ParameterProduct(path, layer, is_open, in_scan))
+      add(ParameterProduct(path, layer, is_open, stack, others))
     elif name == 'dot_general' and given == [None, None]:
       add_of_activations(_of_activations(equation))
     known |= zip(equation.outvars, _result_origins(equation, given, results))
@@ -184,8 +193,9 @@ def evaluate(
     origins: of the arguments.
     args: the arguments.
     replaced: the parameters whose products are computed by `compute`.
-    compute: (state, path, product, x, w) -> (y, state); in a scan the state is None.
-    state: a tree of arrays.
+    compute: (state, path, product, x, w) -> (y, state).
+    state: trees of arrays by the path of their parameter; where scans slice that, their
+      leading axes are those of the elements.
 
   Returns:
     The results, and the new state.
@@ -200,12 +210,12 @@ def evaluate(
   for equation in jaxpr.eqns:
     given, inputs = _read_origins(equation, known), list(map(read, equation.invars))
     operands = _operands(equation, given)
-    if operands and given[operands.w][1] in replaced:
+    if operands and given[operands.w].path in replaced:
       source = equation.invars[operands.w]
       w = values[uncast[source]] if source in uncast else inputs[operands.w]
       w = jnp.transpose(w, operands.w_axes)
       y, state = compute(
-        state, given[operands.w][1], operands.product, inputs[operands.x], w
+        state, given[operands.w].path, operands.product, inputs[operands.x], w
       )
       y = jnp.transpose(y, operands.y_axes)
       outputs = [y.astype(equation.outvars[0].aval.dtype)]
@@ -314,7 +324,11 @@ def _read_origins(equation, known):
 
 
 def _mixed(origins):
-  return None if None in origins else max(origins, default=CONSTANT)
+  if None in origins:
+    return None
+  largest = max(origins, key=lambda origin: origin[:2], default=CONSTANT)
+  paths = {path for origin in origins for path in (origin.path, *origin.others)}
+  return largest._replace(others=frozenset(paths - {largest.path, ()}))
 
 
 def _result_origins(equation, given, inner):
@@ -326,11 +340,29 @@ def _result_origins(equation, given, inner):
     inner: those of the results of each jaxpr in it.
   """
   if inner:
-    return [_mixed(origins) for origins in zip(*inner)]
+    results = [_mixed(origins) for origins in zip(*inner)]
+    return _stacked(results, given) if equation.primitive.name == 'scan' else results
   is_product = equation.primitive.name in _PRODUCTS
   is_constant = all(origin == CONSTANT for origin in given)
   origin = None if is_product and not is_constant else _mixed(given)
   return [origin] * len(equation.outvars)
+
+
+def _stacked(origins, given):
+  """Returns origins of a scan's results: what it has sliced is whole again."""
+  stacks = {origin.path: origin.stack for origin in given if origin}
+  return [
+    origin._replace(stack=stacks.get(origin.path, ())) if origin else None
+    for origin in origins
+  ]
+
+
+def _sliced(origins, length):
+  """Returns the origins of the slices that a scan takes."""
+  return [
+    origin._replace(stack=(*origin.stack, length)) if origin and origin.path else origin
+    for origin in origins
+  ]
 
 
 def _inner(equation, given) -> Iterator[tuple[Any, list[Origin], int]]:
@@ -339,13 +371,14 @@ def _inner(equation, given) -> Iterator[tuple[Any, list[Origin], int]]:
   if name == 'scan':
     first = params['num_consts']
     last = first + params['num_carry']
+    slices = _sliced(given[last:], params['length'])
     carried = _settled(
       lambda carry: _find(
-        params['jaxpr'], [*given[:first], *carry, *given[last:]], lambda _: None
+        params['jaxpr'], [*given[:first], *carry, *slices], lambda _: None
       )[: last - first],
       given[first:last],
     )
-    yield params['jaxpr'], [*given[:first], *carried, *given[last:]], params['length']
+    yield params['jaxpr'], [*given[:first], *carried, *slices], params['length']
   elif name == 'while':
     num_tested, num_consts = params['cond_nconsts'], params['body_nconsts']
     consts, carry = given[num_tested:][:num_consts], given[num_tested + num_consts :]
@@ -383,7 +416,7 @@ def _operands(equation, given) -> _Operands | None:
   if name not in _PRODUCTS:
     return None
   # Of two parameters the second is the weights, as of a layer on learned inputs.
-  w = next((i for i in (1, 0) if given[i] is not None and given[i][1]), None)
+  w = next((i for i in (1, 0) if given[i] is not None and given[i].path), None)
   if w is None or given[1 - w] == CONSTANT:
     return None
   dtypes = [atom.aval.dtype for atom in equation.invars]
@@ -484,23 +517,33 @@ def _rebuild_scan(equation, given, inputs, replaced, compute, state):
   ((_, origins, _),) = _inner(equation, given)
   first = params['num_consts']
   last = first + params['num_carry']
+  paths = {origin.path for origin in origins[last:] if origin}
+  shared, sliced = {}, {}
+  for path, value in state.items():
+    of_elements = jnp.shape(jax.tree.leaves(value)[0])[:1] == (params['length'],)
+    (sliced if of_elements and path in paths else shared)[path] = value
 
   def body(carry, slices):
+    (carry, shared), (slices, sliced) = carry, slices
     args = [*inputs[:first], *carry, *slices]
-    outputs, _ = evaluate(
-      closed.jaxpr, closed.consts, origins, args, replaced, compute, None
+    outputs, new = evaluate(
+      closed.jaxpr, closed.consts, origins, args, replaced, compute, shared | sliced
     )
-    return outputs[: last - first], outputs[last - first :]
+    carried, stacked = outputs[: last - first], outputs[last - first :]
+    return (carried, {p: new[p] for p in shared}), (
+      stacked,
+      {p: new[p] for p in sliced},
+    )
 
-  carry, stacked = lax.scan(
+  (carry, shared), (stacked, sliced) = lax.scan(
     body,
-    inputs[first:last],
-    inputs[last:],
+    (inputs[first:last], shared),
+    (inputs[last:], sliced),
     length=params['length'],
     reverse=params['reverse'],
     unroll=params['unroll'],
   )
-  return [*carry, *stacked], state
+  return [*carry, *stacked], shared | sliced
 
 
 def _rebuild_cond(equation, given, inputs, replaced, compute, state):

@@ -16,16 +16,23 @@ def with_zeros(
 ) -> Any:
   """Returns variables with zero statistics for products.
 
-  Those in a scan have none: the tensor at hand sets its own threshold.
+  Where scans slice a parameter, each of its elements has some. A parameter in several
+  products of which some are so has none: the tensor at hand sets its own threshold.
 
   Args:
     variables: by collection.
     found: all products of the network.
     paths: the parameters of those that are searched.
   """
-  scanned = {product.path for product in found if product.in_scan}
-  zeros = Statistics(jnp.zeros(()), jnp.zeros(()))
-  return write(variables, {path: zeros for path in paths if path not in scanned})
+  stacks: dict[Path, set[tuple[int, ...]]] = {path: set() for path in paths}
+  for product in found:
+    stacks.get(product.path, set()).add(product.stack)
+  zeros = {
+    path: Statistics(jnp.zeros(*shapes), jnp.zeros(*shapes))
+    for path, shapes in stacks.items()
+    if len(shapes) == 1
+  }
+  return write(variables, zeros)
 
 
 def read(variables: Mapping[str, Any]) -> dict[Path, Statistics]:

@@ -13,7 +13,7 @@ import jax
 
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.array_leaves import flatten, is_array
-from fliqs_jax.layers.parameter_products import CONSTANT, Path
+from fliqs_jax.layers.parameter_products import CONSTANT, Parameters, Path
 from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats, quantized_layer
@@ -98,7 +98,7 @@ def _origin(path, leaf):
   collection, *names = (getattr(key, 'key', None) for key in path)
   if collection == 'params':
     # Boxes of `nn.with_partitioning` add a step of their own.
-    return leaf.size, tuple(str(name) for name in names if name is not None)
+    return Parameters(leaf.size, tuple(str(n) for n in names if n is not None))
   return CONSTANT if collection in _CONSTANT_COLLECTIONS else None
 
 
@@ -125,7 +125,7 @@ def apply(
   def compute(state, path, product, x, w):
     if replaced := replacement():
       return replaced('/'.join(path), x, w, product), state
-    given = None if state is None else state.get(path)
+    given = state.get(path)
     y, updated = quantized_layer(product, x, w, formats[path], given, **attributes)
     return y, state if given is None else {**state, path: updated}
 

@@ -16,7 +16,13 @@ import jax
 
 from fliqs_jax.layers import parameter_products
 from fliqs_jax.layers.array_leaves import flatten
-from fliqs_jax.layers.parameter_products import CONSTANT, OPERATOR, Origin, Path
+from fliqs_jax.layers.parameter_products import (
+  CONSTANT,
+  OPERATOR,
+  Origin,
+  Parameters,
+  Path,
+)
 from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 from fliqs_jax.numerics.calibration import Statistics
@@ -30,7 +36,7 @@ _is_traced = contextvars.ContextVar('is_traced', default=False)
 class QuantizedProduct(QuantizedOperator):
   """The product of a parameter.
 
-  Without statistics, as in a scan, the input at hand sets its own threshold.
+  Without statistics the input at hand sets its own threshold.
   """
 
   def __init__(self, path: Path, statistics: Statistics | None, **attributes: Any):
@@ -136,7 +142,7 @@ def _compute(model, call, operators, args, kwargs):
   def compute(state, path, product, x, w):
     if replaced := replacement():
       return replaced('/'.join(path), x, w, product), state
-    given = None if state is None else state.get(path)
+    given = state.get(path)
     y, updated = operators[path].quantize(x, w, product, given)
     return y, state if given is None else {**state, path: updated}
 
@@ -217,7 +223,7 @@ def _origins(params, batch_stats, others, count) -> list[Origin]:
 
 def _origin(path, leaf):
   node, *names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-  return (leaf.size, tuple(map(str, names))) if node == 0 else None
+  return Parameters(leaf.size, tuple(map(str, names))) if node == 0 else None
 
 
 def _has_state(leaf):

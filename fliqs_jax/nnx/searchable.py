@@ -192,7 +192,7 @@ class Searchable:
     activations = ()
     if self._attention_products:
       activations = parameter_products.find_of_activations(jaxpr, origins)
-    return cover(
+    coverage = cover(
       found=found,
       activations=activations,
       hooked={_names(path): layer for path, layer in layers.items()},
@@ -200,6 +200,11 @@ class Searchable:
       ndims={path: leaf.ndim for path, leaf in self._params.items()},
       handled=self._handled,
     )
+    if not bare:
+      return coverage
+    names = ', '.join(map('/'.join, bare))
+    note = f'{names}: quantized in the call of the network, not in its other methods'
+    return coverage._replace(notes=(note,))
 
   def product_weights(
     self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -252,7 +257,9 @@ class Searchable:
 
 def _origin(collection, *path, size):
   # Statistics of the model follow from no input of the call.
-  return (size, path) if collection == _PARAMS else parameter_products.CONSTANT
+  if collection == _PARAMS:
+    return parameter_products.Parameters(size, path)
+  return parameter_products.CONSTANT
 
 
 def _is_bare(path):

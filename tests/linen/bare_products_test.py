@@ -118,7 +118,7 @@ def test_nine_of_nine_products_with_costs_as_counted_by_hand(gpt2):
     assert layer.kind == 'dense' and layer.kernels == 1
   assert discover(gpt2[0]['bare'], tokens[:1]) == coverage.layers
   # The positions are added, and multiplied by nothing.
-  assert list(coverage.skipped) == [''] and 'elementwise' in coverage.skipped['']
+  assert list(coverage.skipped) == ['wpe'] and 'elementwise' in coverage.skipped['wpe']
   assert '100.0% of the multiply-accumulates by parameters' in str(coverage)
 
 
@@ -231,8 +231,7 @@ def test_every_kind_of_product_is_quantized():
   assert 'WARNING: 16.' in str(coverage) and 'dot_general' in coverage.skipped['own']
   variables = network.init(jax.random.key(1), x)
   plain = Many().apply({'params': variables['params']}, x)
-  kept = {name for name in found if name != 'scanned'}
-  assert set(variables[QUANT_STATS]) == kept
+  assert set(variables[QUANT_STATS]) == set(found)
 
   @jax.jit
   def outputs(formats):
@@ -246,9 +245,12 @@ def test_every_kind_of_product_is_quantized():
   rounded, updated = outputs(nest(space.layers, space.bind(NO_CHOICES)))
   changed = [np.abs(a - b).max() > 1e-3 for a, b in zip(rounded, plain)]
   assert changed == [True] * 7 + [False] * 3
-  for name in kept:
+  for name in found:
     statistics = updated[QUANT_STATS][name][OPERATOR]
-    assert statistics['absmax'] == np.abs(x).max()
+    # In the scan each element of the parameter has its own.
+    first = statistics['absmax'].ravel()[0]
+    assert first == np.abs(x).max()
+    assert statistics['absmax'].shape == ((3,) if name == 'scanned' else ())
   assert outputs._cache_size() == 1
 
 
@@ -286,5 +288,18 @@ def test_a_product_in_a_loop_of_unknown_length_is_not_searched():
 
   coverage = make_searchable(Loop()).coverage(np.ones((1, 8), np.float32))
   assert coverage.layers == () and coverage.share == 0
-  assert 'a loop of unknown length' in coverage.skipped['']
+  assert 'a loop of unknown length' in coverage.skipped['w']
   assert 'WARNING: 100.0% of the multiply-accumulates' in str(coverage)
+
+
+def test_weights_of_several_parameters_are_one_layer():
+  class Parts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      parts = [self.param(n, nn.initializers.normal(), (8, 4)) for n in ('a', 'b')]
+      return x @ jnp.concatenate(parts, axis=1)
+
+  coverage = make_searchable(Parts()).coverage(np.ones((1, 8), np.float32))
+  (layer,) = coverage.layers
+  assert layer.params == 2 * 8 * 4 and layer.kernels == 1
+  assert not coverage.skipped and coverage.share == 1
