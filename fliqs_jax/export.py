@@ -15,6 +15,9 @@ from fliqs_jax import command_line
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished run.')
 _TO = flags.DEFINE_list('to', None, 'Of safetensors, stablehlo, onnx, qwix.')
+_FOLD = flags.DEFINE_bool(
+  'fold_batch_norm', False, 'Fold batch normalisation into the layers before it.'
+)
 _OUT = flags.DEFINE_string('out', None, 'Folder of exports; WORKDIR/export by default.')
 
 
@@ -28,9 +31,10 @@ def main(argv):
   out = _OUT.value or os.path.join(_WORKDIR.value, 'export')
   folders = {target: os.path.join(out, target) for target in _TO.value}
   for target, folder in folders.items():
-    exporter.check(target, folder)
+    exporter.check(target, folder, _FOLD.value)
   run = evaluation.finished_run(files.to_path(_WORKDIR.value))
   deployed = deployment.make_deployment(*run)
+  deployed = deployed._replace(folds_batch_norm=_FOLD.value)
   for target, folder in folders.items():
     print(exporter.summary(exporter.export(deployed, target, folder), folder))
 

@@ -100,12 +100,16 @@ class Result:
     distributed.raise_everywhere(problem)
 
   @usual_promotion()
-  def export(self, to: str, folder: os.PathLike | str) -> dict[str, Any]:
+  def export(
+    self, to: str, folder: os.PathLike | str, fold_batch_norm: bool = False
+  ) -> dict[str, Any]:
     """Exports the network, loads it again, and compares the outputs.
 
     Args:
       to: one of `exporting.exporter.TARGETS`.
       folder: to be made; an earlier export in it is replaced.
+      fold_batch_norm: whether batch normalisation is folded into the layers before it,
+        of which the outputs differ by float32 rounding alone.
 
     Returns:
       What `report.json` in the folder holds: examples of the evaluation batches,
@@ -121,7 +125,8 @@ class Result:
         f'export in {jax.process_count()} processes: expected one, in which the same '
         'call with this workdir returns the result without a further step'
       )
-    exporter.check(to, folder)
+    exporter.check(to, folder, fold_batch_norm)
     state, _ = evaluation.restored_state(self._setup, files.to_path(self.workdir))
     deployed = deployment.make_deployment(self._setup, state, self.content)
+    deployed = deployed._replace(folds_batch_norm=fold_batch_norm)
     return exporter.export(deployed, to, folder)

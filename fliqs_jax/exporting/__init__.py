@@ -8,6 +8,7 @@ safetensors_file  weights in one safetensors file
 stablehlo         the network as a program that jax alone runs
 onnx_file         the network as an ONNX file
 onnx_graph        the graph of such a file from a traced network
+folding           batch normalisation folded into the layers before it
 qwix_files        rules and quantized parameters for Qwix
 verification      the comparison with the searched network
 exporter          a folder that is there whole and verified, or not at all

@@ -51,6 +51,7 @@ class Deployment(NamedTuple):
     inputs: what the network is given of each of these batches.
     products_weights: what products of bare parameters multiply by, by path.
     replaced: the parameters that are nothing but such weights.
+    folds_batch_norm: whether exports fold batch normalisation into layers.
   """
 
   apply: Callable[..., Any]
@@ -65,6 +66,7 @@ class Deployment(NamedTuple):
   inputs: tuple[Inputs, ...]
   products_weights: Mapping[str, np.ndarray]
   replaced: frozenset[str] = frozenset()
+  folds_batch_norm: bool = False
 
   @property
   def unquantized(self) -> dict[str, np.ndarray]:

@@ -32,9 +32,11 @@ class Target(NamedTuple):
   loader: str  # the program of `loaders` that loads it
   packages: tuple[str, ...]  # that are needed besides those of this package
   takes_pairs: bool  # whether products of two activations can be expressed
+  folds: bool  # whether it holds a network, whose batch normalisation can be folded
   # Why a layer cannot be expressed, one line; None where it can.
   refused: Callable[[QuantizedLayer], str | None]
-  write: Callable[[Deployment, pathlib.Path], None]  # files into a folder
+  # Writes files into a folder, and returns what to report of them.
+  write: Callable[[Deployment, pathlib.Path], dict[str, int]]
   # Leaves of what the files compute for each of its batches, loaded again.
   outputs: Callable[[Deployment, pathlib.Path], list[list[np.ndarray]]]
 
@@ -45,6 +47,7 @@ def _of(module):
     module.LOADER,
     module.PACKAGES,
     module.TAKES_PAIRS,
+    module.FOLDS,
     module.refused,
     module.write,
     module.outputs,
@@ -74,7 +77,7 @@ def export(
       written; one line for each problem.
     Mismatch: where the export computes something else.
   """
-  check(target, folder)
+  check(target, folder, deployment.folds_batch_norm)
   folder, chosen = pathlib.Path(folder), TARGETS[target]
   check_layers(deployment, target)
   try:
@@ -95,14 +98,27 @@ def export(
   return report
 
 
-def check(target: str, folder: os.PathLike | str) -> None:
+def check(
+  target: str, folder: os.PathLike | str, fold_batch_norm: bool = False
+) -> None:
   """Checks that there is such a target, and that its export can be written there.
 
+  Args:
+    target: one of `TARGETS`.
+    folder: to be made.
+    fold_batch_norm: whether batch normalisation is to be folded into layers.
+
   Raises:
-    ConfigError: where there is none, or something else is in the folder.
+    ConfigError: where there is no such target, or something else is in the folder.
   """
   if target not in TARGETS:
     raise ConfigError(not_among(f'unknown target {target!r}', target, TARGETS))
+  if fold_batch_norm and not TARGETS[target].folds:
+    names = ' or '.join(name for name, chosen in TARGETS.items() if chosen.folds)
+    raise ConfigError(
+      f'{target} holds no network, in which batch normalisation could be folded: '
+      f'expected {names}'
+    )
   check_packages(target)
   folder = pathlib.Path(folder)
   taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
@@ -140,13 +156,14 @@ def refused_layers(deployment: Deployment, target: str) -> list[str]:
 
 
 def _write(deployment, name, target, folder):
-  target.write(deployment, folder)
+  written = target.write(deployment, folder)
   shutil.copy(loading.LOADERS / target.loader, folder)
   compared = verification.compare(deployment, target.outputs(deployment, folder))
   report = {
     'target': name,
     'file': target.file,
     **compared,
+    **written,
     **_sizes(deployment, folder / target.file),
     'layers': {
       path: {'weights': layer.weights, 'activations': layer.activations}
@@ -179,6 +196,7 @@ def summary(report: dict[str, Any], folder: os.PathLike | str) -> str:
   searched = ', '.join(
     f'{name} {mean:.4g}' for name, mean in report['eval_of_the_search'].items()
   )
+  folded = report.get('folded_batch_norms')
   sizes = report['bytes'], report['bytes_in_float32'], report['bytes_in_bfloat16']
   return '\n'.join([
     f'Export: {pathlib.Path(folder) / report["file"]}',
@@ -188,4 +206,5 @@ def summary(report: dict[str, Any], folder: os.PathLike | str) -> str:
     f'  {report["agreement"]:.2%} of the predictions agree, largest difference '
     f'{report["largest_difference"]:.3g}, root mean square '
     f'{report["relative_error"]:.2g} of that of the outputs',
+    *([] if folded is None else [f'  {folded} batch normalisations are folded']),
   ])  # fmt: skip

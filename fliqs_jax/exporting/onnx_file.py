@@ -10,9 +10,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 import numpy as np
 
-from fliqs_jax.exporting import deployment as deployments
-from fliqs_jax.exporting import loading
-from fliqs_jax.exporting.deployment import Deployment
+from fliqs_jax.exporting import folding, loading
+from fliqs_jax.exporting.deployment import Deployment, symbolic_shapes
 from fliqs_jax.exporting.parameters import QuantizedLayer
 from fliqs_jax.layers import products
 from fliqs_jax.numerics.formats import find_format
@@ -24,6 +23,7 @@ FILE = 'model.onnx'
 LOADER = 'load_onnx.py'
 PACKAGES = ('onnx', 'onnxruntime')
 TAKES_PAIRS = False
+FOLDS = True
 
 _INTEGERS = ((2, 'INT2'), (4, 'INT4'), (8, 'INT8'))
 _FLOATS = {'e4m3': 'FLOAT8E4M3FN', 'e5m2': 'FLOAT8E5M2', 'e2m1': 'FLOAT4E2M1'}
@@ -40,8 +40,8 @@ def refused(layer: QuantizedLayer) -> str | None:
   return None
 
 
-def write(deployment: Deployment, folder: pathlib.Path) -> None:
-  """Writes the network for a batch of any size, and checks the file.
+def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
+  """Writes and checks the network for a batch of any size; returns what to report.
 
   Raises:
     ConfigError: where it computes something that has no counterpart in ONNX.
@@ -51,13 +51,13 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
 
   from fliqs_jax.exporting.onnx_graph import conversion
 
-  function = functools.partial(deployment.deployed, compute=_marked)
-  shapes = deployments.symbolic_shapes(deployment.inputs[0])
-  function = deployments.of_any_batch(function, shapes)
+  shapes = symbolic_shapes(deployment.inputs[0])
+  function, report = folding.network(deployment, shapes, _marked)
   own = {_layer.name: functools.partial(_add_layer, deployment)}
   model = conversion.make_model(function, shapes, own)
   onnx.checker.check_model(model, full_check=True)
   (folder / FILE).write_bytes(model.SerializeToString())
+  return report
 
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:
@@ -66,7 +66,7 @@ def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarra
 
 
 # Stands for a layer in a traced network, until it is written.
-_layer = Primitive('deployed_layer')
+_layer = Primitive(folding.MARK)
 _layer.multiple_results = True
 _OF_OPERANDS = (
   'einsum',
@@ -75,7 +75,7 @@ _OF_OPERANDS = (
 
 
 @_layer.def_abstract_eval
-def _layer_shapes(x, *element, path, layer):
+def _layer_shapes(x, *other, path, layer):
   x = jax.ShapeDtypeStruct(x.shape, x.dtype)
   w = jax.ShapeDtypeStruct(layer.kernel_shape, x.dtype)
   if layer.kind in _OF_OPERANDS:
@@ -87,11 +87,11 @@ def _layer_shapes(x, *element, path, layer):
 
 def _map_layer(operands, axes, **params):
   """Examples of a batch of one that are mapped are examples of one batch."""
-  (x, *element), (axis, *_) = operands, axes
+  (x, *other), (axis, *_) = operands, axes
   if params['layer'].kind in _OF_OPERANDS:  # whatever shape it has is rounded
-    return _layer.bind(x, *element, **params), [axis, None]
+    return _layer.bind(x, *other, **params), [axis, None]
   x = jax.numpy.moveaxis(x, axis, 0)
-  (y,) = _layer.bind(x.reshape(-1, *x.shape[2:]), *element, **params)
+  (y,) = _layer.bind(x.reshape(-1, *x.shape[2:]), *other, **params)
   return [y.reshape(x.shape[0], x.shape[1], *y.shape[1:])], [0]
 
 
@@ -99,8 +99,9 @@ batching.primitive_batchers[_layer] = _map_layer
 
 
 def _marked(layer, x, product, element):
-  elements = [] if element is None else [element]
-  results = _layer.bind(x, *elements, path=layer.layer.path, layer=layer.layer)
+  scale = folding.output_scale(layer, product)
+  other = [a for a in (element, scale) if a is not None]
+  results = _layer.bind(x, *other, path=layer.layer.path, layer=layer.layer)
   return tuple(results) if layer.layer.kind in _OF_OPERANDS else results[0]
 
 
@@ -108,10 +109,13 @@ def _add_layer(deployment, graph: 'Graph', equation, given):
   """Adds a layer: its input rounded, its weights decoded, and their product."""
   from fliqs_jax.exporting.onnx_graph.graph import Tensor
 
-  (x, *element), aval = given, equation.invars[0].aval
+  (x, *other), aval = given, equation.invars[0].aval
   layer = deployment.layers[equation.params['path']]
-  if element:
-    layer = layer.element(int(element[0]))
+  if layer.stack:
+    layer = layer.element(int(other[0]))
+  elif other:
+    product = products.rebuilt(layer.layer)
+    layer = _positive(folding.with_output_scale(layer, product, other[0]))
   x = graph.broadcast(x, aval.shape)
   if layer.layer.kind in _OF_OPERANDS:
     results = [_rounded(graph, layer, x, False), _weights(graph, layer)]
@@ -123,6 +127,13 @@ def _add_layer(deployment, graph: 'Graph', equation, given):
   if layer.layer.kind == 'dense':
     results = [graph.reshaped(results[0], shapes[0])]
   return list(map(Tensor, results, shapes))
+
+
+def _positive(layer):
+  """Returns a layer whose scales are positive, as ONNX's are, and codes have signs."""
+  signs = np.where(layer.weight_scale < 0, -1, 1)
+  codes = (signs * layer.codes.astype(np.float32)).astype(layer.codes.dtype)
+  return layer._replace(codes=codes, weight_scale=np.abs(layer.weight_scale))
 
 
 def _convolution(graph, layer, x, x_shape):

@@ -21,6 +21,7 @@ FILE = safetensors_file.FILE
 LOADER = 'load_qwix.py'
 PACKAGES = ('qwix', 'cloudpickle', *safetensors_file.PACKAGES)
 TAKES_PAIRS = False
+FOLDS = False
 
 _FLOATS = {'e4m3': 'float8_e4m3fn', 'e5m2': 'float8_e5m2', 'e2m1': 'float4_e2m1fn'}
 
@@ -50,7 +51,7 @@ def refused(layer: QuantizedLayer) -> str | None:
   return None
 
 
-def write(deployment: Deployment, folder: pathlib.Path) -> None:
+def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
   """Writes the rules, as JSON and as Python, and the codes and scales.
 
   Raises:
@@ -58,7 +59,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   """
   if deployment.plain is None:
     raise ConfigError('Qwix quantizes linen modules: expected a network of linen')
-  safetensors_file.write(deployment, folder)
+  report = safetensors_file.write(deployment, folder)
   shutil.copy(loading.LOADERS / safetensors_file.LOADER, folder)
   rules = [_rule(path, layer) for path, layer in deployment.layers.items()]
   rules = [rule for rule in rules if rule]
@@ -66,6 +67,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   lines = [f'  qwix.QuantizationRule({_arguments(rule)}),' for rule in rules]
   text = ['import qwix', '', 'RULES = [', *lines, ']', '']
   (folder / 'rules.py').write_text('\n'.join(text))
+  return report
 
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:

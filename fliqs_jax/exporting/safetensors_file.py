@@ -18,6 +18,7 @@ from fliqs_jax.numerics.formats import find_format
 FILE = 'model.safetensors'
 PACKAGES = ('safetensors',)
 TAKES_PAIRS = True
+FOLDS = False
 LOADER = 'load_safetensors.py'
 PACKING = 'codes one after the other, the first in the lowest bits of the first byte'
 
@@ -27,8 +28,8 @@ def refused(layer: QuantizedLayer) -> str | None:
   del layer
 
 
-def write(deployment: Deployment, folder: pathlib.Path) -> None:
-  """Writes the codes of each layer, packed, with scales and other leaves."""
+def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
+  """Writes the codes of each layer, packed, with scales and all other leaves."""
   # An extra of the package, which exports alone need.
   from safetensors.numpy import save
 
@@ -44,6 +45,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> None:
   }
   arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   (folder / FILE).write_bytes(save(arrays, metadata))
+  return {}
 
 
 def sizes(deployment: Deployment) -> dict[str, int]:

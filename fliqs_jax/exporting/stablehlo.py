@@ -8,13 +8,14 @@ import numpy as np
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment as deployments
-from fliqs_jax.exporting import loading
+from fliqs_jax.exporting import folding, loading, native
 from fliqs_jax.exporting.deployment import Deployment
 from fliqs_jax.exporting.parameters import QuantizedLayer
 
 FILE = 'model.stablehlo'
 PACKAGES = ()
 TAKES_PAIRS = True
+FOLDS = True
 LOADER = 'load_stablehlo.py'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -24,20 +25,24 @@ def refused(layer: QuantizedLayer) -> str | None:
   del layer
 
 
-def write(deployment: Deployment, folder: pathlib.Path) -> None:
-  """Writes the network for a batch of any size.
+def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
+  """Writes the network for a batch of any size, and returns what to report of it.
 
   Raises:
     ConfigError: where it cannot be traced so.
   """
   shapes = deployments.symbolic_shapes(deployment.inputs[0])
-  function = deployments.of_any_batch(deployment.deployed, shapes)
+  compute = native.deployed_layer
+  if deployment.folds_batch_norm:
+    compute = folding.marked_layer
+  function, report = folding.network(deployment, shapes, compute)
   exported = export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
   try:
     content = exported.serialize()
   except ValueError as error:  # outputs of a type that it does not know
     raise ConfigError(f'jax.export cannot write the network: {error}') from None
   (folder / FILE).write_bytes(content)
+  return report
 
 
 def outputs(deployment: Deployment, folder: pathlib.Path) -> list[list[np.ndarray]]:

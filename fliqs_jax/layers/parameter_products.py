@@ -224,7 +224,7 @@ def evaluate(
         equation, given, inputs, replaced, compute, state
       )
     else:
-      outputs = _bind(jaxpr, equation, inputs)
+      outputs = bind(jaxpr, equation, inputs)
     if _lowers_precision(equation):
       uncast[equation.outvars[0]] = equation.invars[0]
     values |= zip(equation.outvars, outputs)
@@ -280,15 +280,21 @@ def _add_weights(jaxpr, consts, origins, args, found):
       results.append(_find(inner, inner_origins, lambda _: None))
     outputs = [None] * len(equation.outvars)
     if all(value is not None for value in inputs):
-      outputs = _bind(jaxpr, equation, inputs)
+      outputs = bind(jaxpr, equation, inputs)
     if _lowers_precision(equation):
       uncast[equation.outvars[0]] = equation.invars[0]
     values |= zip(equation.outvars, outputs)
     known |= zip(equation.outvars, _result_origins(equation, given, results))
 
 
-def _bind(jaxpr, equation, inputs):
-  """Returns the results of an equation of a jaxpr."""
+def bind(jaxpr: Any, equation: Any, inputs: Sequence[Any]) -> list[Any]:
+  """Returns the results of an equation of a jaxpr, whatever holds jaxprs itself.
+
+  Args:
+    jaxpr: the jaxpr that has the equation.
+    equation: the equation.
+    inputs: its operands.
+  """
   places = {
     atom: value
     for atom, value in zip(equation.invars, inputs)
