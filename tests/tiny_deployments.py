@@ -2,13 +2,42 @@
 
 import math
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fliqs_jax
 from fliqs_jax.exporting import deployment
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.training.train_state import Arguments
+
+
+class Stacked(nnx.Module):
+  """Three layers in a scan."""
+
+  count = 3
+
+  def __init__(self, rngs):
+    make = nnx.vmap(self.make_layer)
+    self.layers = nnx.split_rngs(splits=self.count)(make)(rngs)
+
+  @staticmethod
+  def make_layer(rngs):
+    return nnx.Linear(6, 6, rngs=rngs)
+
+  def __call__(self, x):
+    step = nnx.scan(
+      lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+    )
+    return step(x, self.layers)
+
+
+class Nested(Stacked):
+  """Two such networks in another scan."""
+
+  count = 2
+  make_layer = staticmethod(Stacked)
 
 
 def both(weights, activations=None):

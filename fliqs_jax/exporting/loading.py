@@ -16,6 +16,10 @@ from fliqs_jax.errors import RunError
 LOADERS = pathlib.Path(__file__).parent / 'loaders'
 
 
+# JAX's filter would have the last line of an error for itself.
+_ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'JAX_TRACEBACK_FILTERING': 'off'}
+
+
 class Mismatch(RunError):
   """Error of an export that computes something else than what was searched."""
 
@@ -33,6 +37,7 @@ def run(
 
   Raises:
     Mismatch: where the program fails; its last line.
+    OSError: where it cannot read or write a file.
   """
   path = {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
   with tempfile.TemporaryDirectory() as folder:
@@ -44,10 +49,12 @@ def run(
       ],
       capture_output=True,
       text=True,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | (path if with_own_path else {}),
+      env=os.environ | _ENVIRONMENT | (path if with_own_path else {}),
     )
     if process.returncode != 0:
       reason = (process.stderr.strip().splitlines() or ['no reason given'])[-1]
+      if reason.startswith('OSError:'):
+        raise OSError(f'{script.name}: {reason}')
       raise Mismatch(f'{arguments[0].name} cannot be loaded by {script.name}: {reason}')
     with np.load(out) as content:
       return dict(content)

@@ -1,13 +1,9 @@
 """Exports of a finished run: loaded elsewhere, compared, refused where they must be."""
 
 import errno
-import http.server
-import io
 import json
 import os
 import re
-import threading
-import urllib.request
 
 from conftest import ROOT
 from etils import epath
@@ -275,33 +271,3 @@ def test_the_reader_in_the_pages_is_the_one_that_is_written():
   reader = (loading.LOADERS / 'load_safetensors.py').read_text()
   assert f'```python\n{reader}```' in page()
   assert len(reader.splitlines()) <= 80
-
-
-@pytest.mark.parametrize('target', ['stablehlo', 'onnx'])
-def test_the_loaders_of_the_pages(target, exported, monkeypatch):
-  (code,) = re.findall(r'```python\n(from load_stablehlo .*?)```', page(), re.DOTALL)
-  folder, _ = exported(target)
-  monkeypatch.chdir(folder)
-  monkeypatch.syspath_prepend(folder)
-  names = {'images': np.zeros((2, 8, 8, 1), np.uint8)}
-  exec(code.replace('stablehlo', target), names)
-  assert np.shape(names['logits']) in ((2, 10), (1, 2, 10))
-
-
-def test_the_server_of_the_pages(exported, deployed, monkeypatch):
-  (code,) = re.findall(r'```python\n(# serve.py.*?)```', page(), re.DOTALL)
-  folder, _ = exported('stablehlo')
-  monkeypatch.chdir(folder)
-  monkeypatch.syspath_prepend(folder)
-  names = {'__name__': 'serve'}
-  exec(code, names)
-  images = deployed.inputs[0][0][:3]
-  body = io.BytesIO()
-  np.save(body, images)
-  server = http.server.HTTPServer(('localhost', 0), names['Handler'])
-  with server:
-    threading.Thread(target=server.handle_request, daemon=True).start()
-    address = f'http://localhost:{server.server_port}'
-    with urllib.request.urlopen(address, body.getvalue()) as answer:
-      predicted = json.loads(answer.read())
-  assert predicted == np.argmax(deployed.searched(images), -1).tolist()

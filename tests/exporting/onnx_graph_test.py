@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from tiny_deployments import deploy
+from tiny_deployments import Nested, Stacked, deploy
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment, loading, onnx_file
@@ -259,23 +259,6 @@ class Attention(nnx.Module):
     return self.out(self.heads(self.attention(x, mask=nnx.make_causal_mask(x[..., 0]))))
 
 
-class Stacked(nnx.Module):
-  """Layers in a scan."""
-
-  def __init__(self):
-    @nnx.split_rngs(splits=3)
-    @nnx.vmap
-    def make(rngs):
-      return nnx.Linear(6, 6, rngs=rngs)
-
-    self.layers = make(nnx.Rngs(0))
-
-  def __call__(self, x):
-    step = nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0),
-                    out_axes=nnx.Carry)  # fmt: skip
-    return step(x, self.layers)
-
-
 class PartOfInception(nn.Module):
   """A block of each kind, but those that are larger and compute nothing else."""
 
@@ -304,7 +287,8 @@ NETWORKS = {
   'perceptron': (Multilayer, (X,), {}),
   'convolutional': (Convolutional, (IMAGES,), {}),
   'attention': (Attention, (X,), {}),
-  'stacked': (Stacked, (X,), {}),
+  'stacked': (lambda: Stacked(nnx.Rngs(0)), (X,), {}),
+  'nested': (lambda: Nested(nnx.Rngs(0)), (X,), {}),
   'encoder': (
     lambda: encoder.SentenceEncoder(ENCODER(rngs=nnx.Rngs(0))), (TOKENS, MASK), {}
   ),

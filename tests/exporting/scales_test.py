@@ -1,14 +1,14 @@
 """Deployed layers with scales of blocks and of tokens, in stacks, in attention."""
 
 from flax import linen as nn
-from flax import traverse_util
+from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_deployments import both, deploy
+from tiny_deployments import Nested, Stacked, both, deploy
 
-from fliqs_jax.exporting import loading, safetensors_file
+from fliqs_jax.exporting import loading, safetensors_file, stablehlo
 
 
 def check(given, x):
@@ -73,6 +73,19 @@ def test_layers_of_a_scan_have_codes_of_their_own(name, axes):
   given = deploy(Stack(axes), x, formats=both(name))
   assert given.layers['scan/dense'].stack == (3,)
   check(given, x)
+
+
+@pytest.mark.parametrize('make, stack', [(Stacked, (3,)), (Nested, (2, 3))])
+def test_layers_of_an_nnx_scan_are_exported(make, stack, tmp_path):
+  x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+  given = deploy(make(nnx.Rngs(0)), x)
+  ((_, layer),) = given.layers.items()
+  assert layer.stack == stack
+  check(given, x)
+  stablehlo.write(given, tmp_path)
+  loader = loading.import_loader(loading.LOADERS / stablehlo.LOADER)
+  found = loader.load(tmp_path / stablehlo.FILE)(x)
+  np.testing.assert_allclose(found, given.searched(x), atol=1e-5)
 
 
 def test_products_inside_attention_are_computed_as_in_the_search(tmp_path):
