@@ -31,10 +31,8 @@ _FLOATS = {'e4m3': 'FLOAT8E4M3FN', 'e5m2': 'FLOAT8E5M2', 'e2m1': 'FLOAT4E2M1'}
 
 def refused(layer: QuantizedLayer) -> str | None:
   """Returns why a layer cannot be written, one line; None where it can."""
-  for name in (layer.weights, layer.activations):
-    format = find_format(name)
-    if format.block or (format.family == 'float' and name not in _FLOATS):
-      return f'ONNX export has no type for {name}'
+  if name := layer.format_beyond(_FLOATS):
+    return f'ONNX export has no type for {name}'
   if layer.activation_scale is None:
     return 'its input sets its own scale, for which ONNX has no one operation'
   return None

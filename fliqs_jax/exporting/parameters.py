@@ -76,6 +76,17 @@ class QuantizedLayer(NamedTuple):
     """The axis of the codes along which blocks lie, counted from the last."""
     return self.layer.contraction.w_axis - len(self.layer.kernel_shape)
 
+  def format_beyond(self, floats: Collection[str]) -> str | None:
+    """Returns a format of an operand that has blocks, or is none of these floats.
+
+    None where both operands are integers, one of the floats, or not scaled.
+    """
+    for name in (self.weights, self.activations):
+      format = find_format(name)
+      if format.block or (format.family == 'float' and name not in floats):
+        return name
+    return None
+
   def element(self, index: int) -> 'QuantizedLayer':
     """Returns one layer of a stack, whose layers are numbered in their order."""
     axes = len(self.stack)

@@ -28,10 +28,8 @@ _FLOATS = {'e4m3': 'float8_e4m3fn', 'e5m2': 'float8_e5m2', 'e2m1': 'float4_e2m1f
 
 def refused(layer: QuantizedLayer) -> str | None:
   """Returns why a layer cannot be written, one line; None where it can."""
-  for name in (layer.weights, layer.activations):
-    format = find_format(name)
-    if format.block or (format.family == 'float' and name not in _FLOATS):
-      return f'Qwix export has no type for {name}'
+  if name := layer.format_beyond(_FLOATS):
+    return f'Qwix export has no type for {name}'
   if layer.layer.operator == OPERATOR:
     return 'it is a product of a parameter by itself, and Qwix has rules for modules'
   if layer.stack:
