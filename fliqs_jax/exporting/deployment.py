@@ -6,6 +6,7 @@ import operator
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +97,7 @@ class Deployment(NamedTuple):
   def searched(self, *inputs: jax.Array) -> Any:
     """Returns the outputs of the network as it was searched."""
     bound = self._formats(self._all_layers)
-    return self._outputs({**self.variables, FORMATS: bound}, inputs)
+    return self.outputs({**self.variables, FORMATS: bound}, inputs)
 
   def deployed(
     self,
@@ -127,7 +128,7 @@ class Deployment(NamedTuple):
     if named := [layer for layer in self._all_layers if _is_product(layer)]:
       variables[FORMATS] = self._formats(named)
     with replaced_layers(layer_outputs):
-      return self._outputs(variables, inputs)
+      return self.outputs(variables, inputs)
 
   @property
   def _all_layers(self):
@@ -138,7 +139,8 @@ class Deployment(NamedTuple):
     bound = fixed_space(layers, formats).bind(np.zeros(0, np.int32))
     return nest(layers, bound)
 
-  def _outputs(self, variables, inputs):
+  def outputs(self, variables: Mapping[str, Any], inputs: Sequence[jax.Array]) -> Any:
+    """Returns the outputs of the network with other variables."""
     arguments = self.arguments(*inputs)
     return self.apply(variables, *arguments.args, **arguments.kwargs)
 
@@ -154,16 +156,15 @@ class Deployment(NamedTuple):
 
     def place(collection, path, leaf):
       names = [key.key for key in path]
-      if collection == 'params' and '/'.join(names) in self.replaced:
-        return jnp.zeros_like(leaf)
+      name = '/'.join(names)
+      if collection == 'params' and name in self.replaced:
+        stack = self.layers[name].stack if name in self.layers else ()
+        return _numbers(stack, leaf.shape).astype(leaf.dtype)
       layer = self.layers.get('/'.join(names[:-1])) if collection == 'params' else None
       if layer is None or names[-1] != KERNEL:
         prefix = [] if collection == 'params' else [collection]
         return others.get('/'.join([*prefix, *names]), leaf)
-      stack = layer.stack
-      elements = jnp.arange(np.prod(stack, dtype=int), dtype=leaf.dtype).reshape(stack)
-      missing = tuple(range(len(stack), leaf.ndim))
-      return jnp.broadcast_to(jnp.expand_dims(elements, missing), leaf.shape)
+      return _numbers(layer.stack, leaf.shape).astype(leaf.dtype)
 
     return {
       collection: jax.tree_util.tree_map_with_path(
@@ -267,36 +268,94 @@ def _is_product(layer):
 
 def _products_weights(model, layers, variables, arguments):
   """Returns what products of bare parameters multiply by, by path."""
-  paths = [layer.path for layer in layers if layer.operator == OPERATOR]
-  if not paths:
+  bare = [layer for layer in layers if layer.operator == OPERATOR]
+  shapes = {layer.path: layer.kernel_shape for layer in bare}
+  if not shapes:
     return {}
-  found = model.product_weights(variables, *arguments.args, **arguments.kwargs)
-  found = {'/'.join(path): calls for path, calls in found.items()}
-  problems = []
-  for path in paths:
+
+  def weights(variables):
+    found = model.product_weights(variables, *arguments.args, **arguments.kwargs)
+    return {'/'.join(path): calls for path, calls in found.items()}
+
+  found, problems = weights(variables), []
+  stacks = {
+    path: stack
+    for path, shape in shapes.items()
+    if (stack := np.shape(found[path][0])[: -len(shape)])
+  }
+  numbers = weights(_with_numbers(variables, stacks)) if stacks else {}
+  for path in shapes:
     first, *others = found[path]
-    if first is None:
+    element = _numbers(stacks[path], np.shape(first)) if path in stacks else None
+    if first is None or (
+      element is not None and not np.array_equal(numbers[path][0], element)
+    ):
       problems.append(f'parameter {path!r} is multiplied in a loop')
     elif not all(np.array_equal(first, w) for w in others):
       problems.append(f'parameter {path!r} is multiplied in different parts')
   if problems:
     raise ConfigError(*(f'{p}: such a network cannot be exported' for p in problems))
-  return {path: np.asarray(found[path][0]) for path in paths}
+  return {path: np.asarray(found[path][0]) for path in shapes}
+
+
+def _numbers(stack, shape):
+  """Returns the number of its element of a stack in each place of an array."""
+  elements = jnp.arange(np.prod(stack, dtype=int)).reshape(stack)
+  missing = tuple(range(len(stack), len(shape)))
+  return jnp.broadcast_to(jnp.expand_dims(elements, missing), shape)
+
+
+def _with_numbers(variables, stacks):
+  """Returns variables whose parameters are the numbers of their elements.
+
+  Args:
+    variables: of the network.
+    stacks: leading axes of these parameters; those that have others stay as they are.
+  """
+  flat = traverse_util.flatten_dict(variables['params'], sep='/')
+  for path, stack in stacks.items():
+    leaf = flat[path]
+    if leaf.shape[: len(stack)] == stack:
+      flat[path] = _numbers(stack, leaf.shape).astype(leaf.dtype)
+  return {**variables, 'params': traverse_util.unflatten_dict(flat, sep='/')}
 
 
 def _parameters_of_products(deployment):
-  """Returns the parameters that the network reads as weights of products alone."""
-  names = sorted(deployment.products_weights)
-  if not names:
+  """Returns the parameters that the network reads as weights of products alone.
+
+  Raises:
+    ConfigError: where a stacked one is read otherwise too.
+  """
+  if not deployment.products_weights:
     return frozenset()
+  params = traverse_util.flatten_dict(deployment.variables['params'], sep='/')
+  names = sorted(deployment.unquantized.keys() & params.keys())
 
-  def network(parameters, *inputs):
-    return deployment.deployed(*inputs, others=parameters)
+  def read(network):
+    given = {name: params[name] for name in names}
+    exported = jax.export.export(jax.jit(network))(given, *deployment.inputs[0])
+    return {names[i] for i in exported.module_kept_var_idx if i < len(names)}
 
-  given = {name: deployment.unquantized[name] for name in names}
-  exported = jax.export.export(jax.jit(network))(given, *deployment.inputs[0])
-  read = {names[i] for i in exported.module_kept_var_idx if i < len(names)}
-  return frozenset(names) - read
+  def floats(given, *inputs):
+    own = traverse_util.unflatten_dict(params | given, sep='/')
+    return deployment.outputs({**deployment.variables, 'params': own}, inputs)
+
+  def codes(given, *inputs):
+    return deployment.deployed(*inputs, compute=first_element, others=given)
+
+  def first_element(layer, x, product, element):
+    del element  # which is read from the weights
+    layer = layer.element(0) if layer.stack else layer
+    return native.deployed_layer(layer, x, product)
+
+  replaced = read(floats) - read(codes)
+  for path in deployment.products_weights:
+    if deployment.layers[path].stack and path not in replaced:
+      raise ConfigError(
+        f'parameter {path!r} is multiplied in a loop, and read otherwise too: such a '
+        'network cannot be exported'
+      )
+  return frozenset(replaced)
 
 
 def _plain(setup):

@@ -241,8 +241,9 @@ def weights(
 ) -> dict[Path, list[jax.Array | None]]:
   """Returns what products of parameters multiply by, each call of one, in order.
 
-  That follows from parameters alone, whatever lies between: a transposition, say. In a
-  loop it may be another one at each turn, and is None.
+  That follows from parameters alone, whatever lies between: a transposition, say. Where
+  scans slice a parameter, the weights of their elements are stacked. None where other
+  loops compute the weights.
 
   Args:
     jaxpr: of the network, without its constants.
@@ -269,14 +270,11 @@ def _add_weights(jaxpr, consts, origins, args, found):
       source = equation.invars[operands.w]
       w = read(uncast.get(source, source))
       w = None if w is None else jnp.transpose(w, operands.w_axes)
-      found.setdefault(given[operands.w][1], []).append(w)
+      found.setdefault(given[operands.w].path, []).append(w)
     results = []
     for inner, inner_origins, _ in _inner(equation, given):
-      own = inputs[len(inputs) - len(inner_origins) :]  # without the index of a branch
-      if equation.primitive.name in ('scan', 'while'):
-        own = [None] * len(own)
-      consts = getattr(inner, 'consts', ())
-      _add_weights(getattr(inner, 'jaxpr', inner), consts, inner_origins, own, found)
+      for path, calls in _inner_weights(equation, inner, inner_origins, inputs).items():
+        found.setdefault(path, []).extend(calls)
       results.append(_find(inner, inner_origins, lambda _: None))
     outputs = [None] * len(equation.outvars)
     if all(value is not None for value in inputs):
@@ -285,6 +283,32 @@ def _add_weights(jaxpr, consts, origins, args, found):
       uncast[equation.outvars[0]] = equation.invars[0]
     values |= zip(equation.outvars, outputs)
     known |= zip(equation.outvars, _result_origins(equation, given, results))
+
+
+def _inner_weights(equation, inner, origins, inputs):
+  """Returns the weights of the products in a jaxpr of an equation."""
+  consts, name = getattr(inner, 'consts', ()), equation.primitive.name
+  inner = getattr(inner, 'jaxpr', inner)
+  inputs = inputs[len(inputs) - len(origins) :]  # without the index of a branch
+  if name != 'scan':
+    known = [None] * len(inputs) if name == 'while' else inputs
+    return weights(inner, consts, origins, known)
+  first = equation.params['num_consts']
+  last = first + equation.params['num_carry']
+  elements = []
+  for index in range(equation.params['length']):
+    slices = [None if a is None else a[index] for a in inputs[last:]]
+    known = [*inputs[:first], *[None] * (last - first), *slices]
+    elements.append(weights(inner, consts, origins, known))
+  sliced = {origin.path for origin in origins[last:] if origin}
+  found = {}
+  for path in elements[0]:
+    calls = zip(*(element[path] for element in elements))
+    found[path] = [
+      jnp.stack(turns) if path in sliced and turns[0] is not None else turns[0]
+      for turns in calls
+    ]
+  return found
 
 
 def bind(jaxpr: Any, equation: Any, inputs: Sequence[Any]) -> list[Any]:

@@ -137,19 +137,63 @@ class Halves(nn.Module):
     return x @ w[0] @ w[1]
 
 
-class Loop(nn.Module):
-  """One parameter, of which each turn of a loop takes a part."""
+class Scanned(nn.Module):
+  """One parameter, of which each turn of a scan takes a part, transposed."""
+
+  axis: int = 0  # along which it is scanned
+  is_read: bool = False  # otherwise too
 
   @nn.compact
   def __call__(self, x):
-    w = self.param('w', nn.initializers.normal(), (2, 4, 4))
-    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    shape = [4, 4]
+    shape.insert(self.axis, 3)
+    w = self.param('w', nn.initializers.normal(), shape)
+    step = lambda x, w: (jnp.tanh(x @ w.T), None)
+    x, _ = lax.scan(step, x, jnp.moveaxis(w, self.axis, 0))
+    return x + jnp.sum(w) if self.is_read else x
+
+
+class Joined(nn.Module):
+  """Weights that are made of several parameters."""
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal()
+    parts = [self.param(name, init, (4, n)) for name, n in (('q', 2), ('k', 3))]
+    return x @ jnp.concatenate(parts, 1) * self.param('scale', init, (5,))
+
+
+X = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize('target', [stablehlo, onnx_file])
+@pytest.mark.parametrize(
+  'network, shape, kept',
+  [(Scanned(), (3, 4, 4), set()), (Joined(), (4, 5), {'scale'})],
+  ids=['scanned', 'joined'],
+)
+def test_weights_of_several_elements_or_parameters(
+  network, shape, kept, target, tmp_path
+):
+  given = deploy(network, X)
+  ((_, layer),) = given.layers.items()
+  assert layer.codes.shape == shape
+  assert set(given.unquantized) == kept
+  target.write(given, tmp_path)
+  loader = loading.import_loader(loading.LOADERS / target.LOADER)
+  found = loader.load(tmp_path / target.FILE)(X)
+  found = found[0] if target is onnx_file else found
+  np.testing.assert_allclose(found, given.searched(X), atol=1e-6)
 
 
 @pytest.mark.parametrize(
   'network, message',
-  [(Halves(), "'w' is multiplied in different parts"), (Loop(), "'w' .* in a loop")],
+  [
+    (Halves(), "'w' is multiplied in different parts"),
+    (Scanned(axis=1), "'w' is multiplied in a loop"),
+    (Scanned(is_read=True), "'w' is multiplied in a loop, and read otherwise too"),
+  ],
 )
 def test_what_is_not_one_matrix_is_refused(network, message):
   with pytest.raises(ConfigError, match=message):
-    deploy(network, np.ones((2, 4), np.float32))
+    deploy(network, X)
