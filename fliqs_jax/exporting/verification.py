@@ -1,6 +1,7 @@
 """The comparison of what was exported with what was searched."""
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from fliqs_jax.training import steps
 
 # What is computed differs by the order of float32 operations alone. Where that moves an
 # activation across a rounding boundary, it changes by a whole step, which is rare and
-# seen in few outputs.
+# seen in few outputs. Where that changes a decision of the network, as which expert
+# computes a token, the outputs of that token are others altogether.
 LARGEST_ERROR = 0.02  # root mean square, in units of that of the outputs
-LEAST_AGREEMENT = 0.99  # of the largest outputs of examples
+LEAST_AGREEMENT = 0.99  # of the largest outputs; that many outputs have no larger error
 
 
 def compare(
@@ -46,12 +48,15 @@ def compare(
     'eval': scores,
     'eval_of_the_search': _without_count(_scores(deployment, expected)),
   }
-  if not difference['relative'] <= LARGEST_ERROR or agreement < LEAST_AGREEMENT:
+  is_close = np.isfinite(difference['relative']) and (
+    difference['typical'] <= LARGEST_ERROR
+  )
+  if not is_close or agreement < LEAST_AGREEMENT:
     raise Mismatch(
-      f'the export computes something else: its outputs differ by '
-      f'{difference["relative"]:.2g} of their size on {report["examples"]} examples '
-      f'(expected at most {LARGEST_ERROR}), and {agreement:.2%} of the predictions '
-      f'agree (expected {LEAST_AGREEMENT:.0%}); nothing was written'
+      f'the export computes something else: {LEAST_AGREEMENT:.0%} of its outputs '
+      f'differ by {difference["typical"]:.2g} of their size on {report["examples"]} '
+      f'examples (expected at most {LARGEST_ERROR}), and {agreement:.2%} of the '
+      f'predictions agree (expected {LEAST_AGREEMENT:.0%}); nothing was written'
     )
   return report
 
@@ -64,14 +69,24 @@ def _differences(expected, outputs):
   ]
   if any(a.shape != b.shape for a, b in pairs):
     raise Mismatch('the export has outputs of other shapes')
-  squares = sum(np.sum(np.square(a - b)) for a, b in pairs)
+  # Of each prediction, those of the smallest first.
+  squares = np.sort(np.concatenate([_row_sums(np.square(a - b)) for a, b in pairs]))
   size = sum(np.sum(np.square(a)) for a, _ in pairs)
+  relative = lambda squares: float(
+    np.sqrt(np.sum(squares) / max(size, np.finfo(np.float64).tiny))
+  )
   same = [np.argmax(a, -1) == np.argmax(b, -1) for a, b in pairs if a.ndim > 1]
   difference = {
     'largest': float(max(np.max(np.abs(a - b)) for a, b in pairs)),
-    'relative': float(np.sqrt(squares / max(size, np.finfo(np.float64).tiny))),
+    'relative': relative(squares),
+    'typical': relative(squares[: math.ceil(LEAST_AGREEMENT * len(squares))]),
   }
   return difference, float(np.mean(np.concatenate([s.ravel() for s in same] or [[1]])))
+
+
+def _row_sums(values):
+  """Returns sums over the last axis, where there is one besides that of examples."""
+  return values.sum(-1).ravel() if values.ndim > 1 else values.ravel()
 
 
 def _scores(deployment, outputs):

@@ -16,7 +16,7 @@ import pytest
 
 import fliqs_jax
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.exporting import deployment, exporter, loading, native
+from fliqs_jax.exporting import deployment, exporter, loading, native, verification
 from fliqs_jax.exporting.parameters import quantized_parameters
 from fliqs_jax.layers.replacement import replaced_layers
 from fliqs_jax.layers.variables import nest
@@ -214,6 +214,24 @@ def test_what_computes_something_else_is_not_kept(deployed, tmp_path):
   with pytest.raises(loading.Mismatch, match='computes something else'):
     exporter.export(deployed._replace(layers=layers), 'safetensors', tmp_path / 'new')
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'count, factor, matches',
+  [(3, 0.0, True), (4, 0.0, False), (360, 1.019, True), (360, 1.021, False)],
+)
+def test_one_output_in_a_hundred_may_be_another(deployed, count, factor, matches):
+  # Of 360 examples; the first outputs are multiplied by a factor.
+  expected = [np.array(deployed.searched(*inputs)) for inputs in deployed.inputs]
+  changed = np.concatenate(expected)
+  changed[:count] *= factor
+  sizes = np.cumsum([len(batch) for batch in expected])[:-1]
+  outputs = [[batch] for batch in np.split(changed, sizes)]
+  if matches:
+    assert verification.compare(deployed, outputs)['examples'] == 360
+  else:
+    with pytest.raises(loading.Mismatch, match='expected at most 0.02'):
+      verification.compare(deployed, outputs)
 
 
 def test_an_unknown_target_and_a_folder_in_use(deployed, tmp_path):

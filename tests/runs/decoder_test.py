@@ -4,7 +4,8 @@ from conftest import load_config
 import pytest
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import loop
+from fliqs_jax.exporting import deployment, exporter
+from fliqs_jax.runs import evaluation, loop
 from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.network import build_model, discover_layers
 from fliqs_jax.runs.validation import validate
@@ -34,6 +35,11 @@ def test_search(decoder_config, tmp_path):
             'mlp/down'}  # fmt: skip
   paths = (f'blocks/0/{n}' for n in layers)
   assert set(result['formats']) == {'embedding/embedding', *paths}
+  deployed = deployment.make_deployment(*evaluation.finished_run(tmp_path))
+  report = exporter.export(deployed, 'stablehlo', tmp_path / 'export')
+  assert report['eval']['loss'] == pytest.approx(result['eval']['loss'], rel=0.01)
+  # The table is looked up in floats, and multiplied in codes.
+  assert 'embedding/embedding' in report['unquantized']
   config = decoder_config.copy_and_resolve_references()
   config.mode = 'eval'
   config.formats, config.checkpoint = 'int8', str(tmp_path)
