@@ -1,6 +1,7 @@
 """The network of a finished search as files that other programs run.
 
 parameters        codes and scales of each layer
+weights           what layers multiply by where it is not their kernel
 codes             codes as bits, packed
 deployment        the network with its weights, and examples to compare outputs on
 native            what a layer computes from codes

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.exporting import native
+from fliqs_jax.exporting import native, weights
 from fliqs_jax.exporting.parameters import (
   KERNEL,
   QuantizedLayer,
@@ -50,8 +50,8 @@ class Deployment(NamedTuple):
     task: what the outputs are worth.
     batches: for the comparison.
     inputs: what the network is given of each of these batches.
-    products_weights: what products of bare parameters multiply by, by path.
-    replaced: the parameters that are nothing but such weights.
+    own_weights: what layers multiply by that is not their kernel, by path.
+    replaced: the parameters that are read for such weights alone.
     folds_batch_norm: whether exports fold batch normalisation into layers.
   """
 
@@ -65,7 +65,7 @@ class Deployment(NamedTuple):
   task: Task
   batches: tuple[Batch, ...]
   inputs: tuple[Inputs, ...]
-  products_weights: Mapping[str, np.ndarray]
+  own_weights: Mapping[str, np.ndarray]
   replaced: frozenset[str] = frozenset()
   folds_batch_norm: bool = False
 
@@ -90,7 +90,7 @@ class Deployment(NamedTuple):
       formats,
       some.calibration,
       some.shared_scale,
-      self.products_weights,
+      self.own_weights,
     )
     return self._replace(layers=layers, result={**self.result, 'formats': formats})
 
@@ -159,12 +159,12 @@ class Deployment(NamedTuple):
       name = '/'.join(names)
       if collection == 'params' and name in self.replaced:
         stack = self.layers[name].stack if name in self.layers else ()
-        return _numbers(stack, leaf.shape).astype(leaf.dtype)
+        return weights.numbers(stack, leaf.shape).astype(leaf.dtype)
       layer = self.layers.get('/'.join(names[:-1])) if collection == 'params' else None
       if layer is None or names[-1] != KERNEL:
         prefix = [] if collection == 'params' else [collection]
         return others.get('/'.join([*prefix, *names]), leaf)
-      return _numbers(layer.stack, leaf.shape).astype(leaf.dtype)
+      return weights.numbers(layer.stack, leaf.shape).astype(leaf.dtype)
 
     return {
       collection: jax.tree_util.tree_map_with_path(
@@ -242,23 +242,23 @@ def deploy(
   Raises:
     ConfigError: where the layers cannot be expressed by codes and scales.
   """
-  products_weights = _products_weights(model, layers, variables, arguments(*inputs[0]))
+  own_weights = weights.find(model, layers, variables, arguments(*inputs[0]))
   given = Deployment(
     apply=model.apply,
     plain=plain,
     arguments=arguments,
     variables=variables,
     layers=quantized_parameters(
-      layers, variables, result['formats'], calibration, shared_scale, products_weights
+      layers, variables, result['formats'], calibration, shared_scale, own_weights
     ),
     pairs=tuple(layer for layer in layers if layer.kind == PAIR),
     result=result,
     task=task,
     batches=tuple(batches),
     inputs=tuple(inputs),
-    products_weights=products_weights,
+    own_weights=own_weights,
   )
-  return given._replace(replaced=_parameters_of_products(given))
+  return given._replace(replaced=_parameters_of_weights(given))
 
 
 def _is_product(layer):
@@ -266,67 +266,13 @@ def _is_product(layer):
   return layer.kind == PAIR or layer.operator == OPERATOR
 
 
-def _products_weights(model, layers, variables, arguments):
-  """Returns what products of bare parameters multiply by, by path."""
-  bare = [layer for layer in layers if layer.operator == OPERATOR]
-  shapes = {layer.path: layer.kernel_shape for layer in bare}
-  if not shapes:
-    return {}
-
-  def weights(variables):
-    found = model.product_weights(variables, *arguments.args, **arguments.kwargs)
-    return {'/'.join(path): calls for path, calls in found.items()}
-
-  found, problems = weights(variables), []
-  stacks = {
-    path: stack
-    for path, shape in shapes.items()
-    if (stack := np.shape(found[path][0])[: -len(shape)])
-  }
-  numbers = weights(_with_numbers(variables, stacks)) if stacks else {}
-  for path in shapes:
-    first, *others = found[path]
-    element = _numbers(stacks[path], np.shape(first)) if path in stacks else None
-    if first is None or (
-      element is not None and not np.array_equal(numbers[path][0], element)
-    ):
-      problems.append(f'parameter {path!r} is multiplied in a loop')
-    elif not all(np.array_equal(first, w) for w in others):
-      problems.append(f'parameter {path!r} is multiplied in different parts')
-  if problems:
-    raise ConfigError(*(f'{p}: such a network cannot be exported' for p in problems))
-  return {path: np.asarray(found[path][0]) for path in shapes}
-
-
-def _numbers(stack, shape):
-  """Returns the number of its element of a stack in each place of an array."""
-  elements = jnp.arange(np.prod(stack, dtype=int)).reshape(stack)
-  missing = tuple(range(len(stack), len(shape)))
-  return jnp.broadcast_to(jnp.expand_dims(elements, missing), shape)
-
-
-def _with_numbers(variables, stacks):
-  """Returns variables whose parameters are the numbers of their elements.
-
-  Args:
-    variables: of the network.
-    stacks: leading axes of these parameters; those that have others stay as they are.
-  """
-  flat = traverse_util.flatten_dict(variables['params'], sep='/')
-  for path, stack in stacks.items():
-    leaf = flat[path]
-    if leaf.shape[: len(stack)] == stack:
-      flat[path] = _numbers(stack, leaf.shape).astype(leaf.dtype)
-  return {**variables, 'params': traverse_util.unflatten_dict(flat, sep='/')}
-
-
-def _parameters_of_products(deployment):
-  """Returns the parameters that the network reads as weights of products alone.
+def _parameters_of_weights(deployment):
+  """Returns the parameters that the network reads for its own weights alone.
 
   Raises:
     ConfigError: where a stacked one is read otherwise too.
   """
-  if not deployment.products_weights:
+  if not deployment.own_weights:
     return frozenset()
   params = traverse_util.flatten_dict(deployment.variables['params'], sep='/')
   names = sorted(deployment.unquantized.keys() & params.keys())
@@ -337,8 +283,9 @@ def _parameters_of_products(deployment):
     return {names[i] for i in exported.module_kept_var_idx if i < len(names)}
 
   def floats(given, *inputs):
-    own = traverse_util.unflatten_dict(params | given, sep='/')
-    return deployment.outputs({**deployment.variables, 'params': own}, inputs)
+    variables = deployment.variables
+    own = weights.map_named(given.get, variables['params'])
+    return deployment.outputs({**variables, 'params': own}, inputs)
 
   def codes(given, *inputs):
     return deployment.deployed(*inputs, compute=first_element, others=given)
@@ -349,8 +296,8 @@ def _parameters_of_products(deployment):
     return native.deployed_layer(layer, x, product)
 
   replaced = read(floats) - read(codes)
-  for path in deployment.products_weights:
-    if deployment.layers[path].stack and path not in replaced:
+  for path, layer in deployment.layers.items():
+    if _is_product(layer.layer) and layer.stack and path not in replaced:
       raise ConfigError(
         f'parameter {path!r} is multiplied in a loop, and read otherwise too: such a '
         'network cannot be exported'

@@ -151,7 +151,12 @@ def _encoded(layer, arrays, x, product):
     scale = output_scale = arrays['activation_scale']
   else:
     quantizer = _quantizer(layer, arrays, x, product)
-    scale = quantizer.scale / unshift(format.name, quantizer)
+    # Zeros stay as they are, and have no format of which this were a scale.
+    scale = jnp.where(
+      jnp.isfinite(quantizer.format.max),
+      quantizer.scale / unshift(format.name, quantizer),
+      1.0,
+    )
     output_scale = against_output(scale, product.x_kept, len(product.scale_shape))
   x = x.astype(jnp.float32) * (1 / scale)
   if format.family == 'int':

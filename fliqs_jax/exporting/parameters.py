@@ -116,7 +116,7 @@ def quantized_parameters(
   formats: Assignment,
   calibration: str = 'rms',
   shared_scale: str = 'tensor',
-  products_weights: Mapping[str, np.ndarray] | None = None,
+  own_weights: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, QuantizedLayer]:
   """Returns codes and scales of every layer with weights, `{path: QuantizedLayer}`.
 
@@ -126,7 +126,7 @@ def quantized_parameters(
     formats: `{path: {'weights': name, 'activations': name}}`.
     calibration: one of `calibration.LAYER_CALIBRATIONS`, that of the search.
     shared_scale: one of `calibration.ACTIVATION_SCALES`, that of the search.
-    products_weights: what products of bare parameters multiply by, by path.
+    own_weights: what layers multiply by that is not their kernel, by path.
 
   Raises:
     ConfigError: where a layer's weights are not one parameter; one line for each.
@@ -137,10 +137,7 @@ def quantized_parameters(
   for layer in layers:
     if layer.kind == PAIR:
       continue
-    if layer.operator == OPERATOR:
-      kernel = (products_weights or {}).get(layer.path)
-    else:
-      kernel = params.get(weights_name(layer))
+    kernel = (own_weights or {}).get(layer.path, params.get(weights_name(layer)))
     shape = np.shape(kernel)[-len(layer.kernel_shape) :]
     if kernel is None or shape != layer.kernel_shape:
       found = 'none' if kernel is None else str(np.shape(kernel))

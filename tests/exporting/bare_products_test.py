@@ -83,7 +83,7 @@ def test_a_parameter_stays_where_it_is_read_otherwise_too(given):
   kept = set(given.unquantized)
   assert 'wte/embedding' in kept and given.layers['wte/embedding'].stack == ()
   assert 'w' not in kept and 'c_proj/kernel' not in kept
-  assert given.replaced == {p for p in given.products_weights if p != 'wte/embedding'}
+  assert given.replaced == {p for p in given.own_weights if p != 'wte/embedding'}
 
 
 def test_codes_are_those_of_what_is_multiplied(given, tmp_path):
@@ -94,7 +94,7 @@ def test_codes_are_those_of_what_is_multiplied(given, tmp_path):
   assert set(found) == names
   embedding = given.variables['params']['wte']['embedding']
   # As it is multiplied: `attend` takes the transposed table.
-  np.testing.assert_array_equal(given.products_weights['wte/embedding'], embedding.T)
+  np.testing.assert_array_equal(given.own_weights['wte/embedding'], embedding.T)
   layer, decoded = given.layers['wte/embedding'], found['wte/embedding/product']
   assert layer.weight_scale.shape == (1, SYMBOLS)
   # What is not clipped is off by half a step at most, as nothing else would be.
@@ -163,14 +163,26 @@ class Joined(nn.Module):
     return x @ jnp.concatenate(parts, 1) * self.param('scale', init, (5,))
 
 
+class Normed(nn.Module):
+  """A layer whose kernel has directions and lengths of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.WeightNorm(nn.Dense(5, name='dense'))(x)
+
+
 X = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
 
 
 @pytest.mark.parametrize('target', [stablehlo, onnx_file])
 @pytest.mark.parametrize(
   'network, shape, kept',
-  [(Scanned(), (3, 4, 4), set()), (Joined(), (4, 5), {'scale'})],
-  ids=['scanned', 'joined'],
+  [
+    (Scanned(), (3, 4, 4), set()),
+    (Joined(), (4, 5), {'scale'}),
+    (Normed(), (4, 5), {'dense/bias'}),
+  ],
+  ids=['scanned', 'joined', 'normed'],
 )
 def test_weights_of_several_elements_or_parameters(
   network, shape, kept, target, tmp_path

@@ -141,7 +141,11 @@ def _computed(equation, given):
   values = [jnp.asarray(value) for value in given]
   results = equation.primitive.bind(*values, **equation.params)
   results = results if equation.primitive.multiple_results else [results]
-  return [np.asarray(result) for result in results]
+  return [
+    # Keys of random numbers are of no type of NumPy.
+    r if jnp.issubdtype(r.dtype, jax.dtypes.prng_key) else np.asarray(r)
+    for r in results
+  ]
 
 
 def _convert(graph, equation, given):
