@@ -63,7 +63,7 @@ def not_among(
     names: those there are.
     expected: in words; by default the list of names.
   """
-  names = list(names)
+  names = list(map(str, names))
   nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
   expected = expected or f'one of {", ".join(names)}'
   return f'{given}: expected {expected}; the nearest is {nearest[0]!r}'

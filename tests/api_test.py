@@ -12,10 +12,12 @@ import re
 from conftest import ROOT
 import flax
 from flax import linen as nn
+from flax import nnx
 import grain
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -67,6 +69,14 @@ class Smallest(nn.Module):
     return nn.Dense(SYMBOLS)(jax.nn.one_hot(tokens, SYMBOLS))
 
 
+class Always(nn.Module):
+  """A network whose evaluation draws random numbers."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dropout(0.5, deterministic=False)(nn.Dense(2)(x))
+
+
 def sequences(sizes):
   rng = np.random.default_rng(0)
   for size in sizes:
@@ -100,6 +110,9 @@ def test_a_front_has_a_result_for_each_target(tmp_path):
   }
   with pytest.raises(ConfigError, match='train_batches is an iterator'):
     fliqs_jax.search_front(Smallest(), iter(train), evaluated, targets='int2', **fields)
+  for targets in (None, {'int2': 1}):
+    with pytest.raises(ConfigError, match='targets=.*: expected a list'):
+      fliqs_jax.search_front(Smallest(), train, evaluated, targets=targets)
   with pytest.raises(ConfigError, match='expected fliqs_jax.search_front'):
     fliqs_jax.search(Smallest(), train, evaluated, targets=('int2',), **fields)
 
@@ -307,6 +320,11 @@ def test_an_overview_has_the_layers_and_the_costs():
     (Sequence, [], 'found the class Sequence'),
     (Smallest(), [], 'does not fit its arguments'),
     (Smallest(), ['abc'], "inputs gives 'abc' as an argument"),
+    (Smallest(), [None], r'inputs gives \(None,\) to the network'),
+    (nn.Dense(2), [np.float32(1)], r'Dense called with \(\(\),\): .: .*index out of'),
+    (Always(), [np.ones((1, 3))], 'cannot be called in evaluation, without rngs'),
+    (nnx.bridge.ToLinen(nnx.Linear, (3, 2)), [np.ones((1, 3))], 'in nnx.bridge.ToLin'),
+    (nnx.bridge.ToNNX(nn.Dense(2)), [np.ones((1, 3))], 'in nnx.bridge.ToNNX: expected'),
   ],
 )
 def test_wrong_input_of_an_overview_is_named(model, inputs, expected):
@@ -540,7 +558,28 @@ class Loop(nn.Module):
     ({'variables': {'head': {}}}, "expected {'params': ...}, found head"),
     ({'variables': {'params': {}}, 'init_from': 'x'}, 'expected one of them'),
     ({'loss': lambda logits, batch: logits.T}, r'loss has shape \(5, 7, 16\)'),
+    ({'model': 'resnet18'}, "instance of a linen or an NNX module.* found 'resnet18'"),
+    # Fields
+    ({'learning_rate': lambda step: 0.1}, 'learning_rate=<func.*: expected a value '),
+    ({'formats': [4, 8]}, "unknown format '4'"),
+    ({'warmup_steps': 9}, 'warmup_steps=9: expected no more than num_steps=4'),
+    ({'config': {'num_steps': 4}}, "config={'num_steps': 4}: expected a config fr"),
+    ({'config': ml_collections.ConfigDict({'seed': 1})}, 'config lacks architecture, '),
+    # Functions
+    ({'loss': 'mse'}, r"loss='mse': expected a function of \(outputs, batch\)"),
+    ({'loss': lambda logits: 0.0}, 'loss is a function with too many positional argum'),
+    ({'metrics': [loss]}, r'metrics=\[<fun.*\]: expected a function of \(outputs'),
+    ({'loss': lambda logits, batch: 'low'}, 'loss returns str: expected real numbers'),
+    ({'loss': lambda logits, batch: jnp.argmax(logits, -1)}, 'loss returns int32: exp'),
+    ({'inputs': lambda: 5}, r'inputs is a function of \(\): expected one of \(batch'),
+    ({'inputs': lambda batch: None}, r'inputs gives \(None,\) to the network: expect'),
     # Batches
+    ({'train': [{'tokens': np.zeros((0, 8), int)}]}, 'a batch has no examples: expect'),
+    ({'evaluation': [*sequences([4]), {'tokens': np.zeros((0, 8), int)}]},
+     'eval_batches: a batch has no examples: expected one or more'),
+    ({'train': [*sequences([16]), {'tokens': np.zeros((16, 9))}]},
+     r"train_batches: a batch has float32\[B, 9\] in \['tokens'\] where the first"),
+    ({'train': [{0: np.zeros((4, 8), int)}], 'inputs': 'x'}, "one of 0; the nearest"),
     ({'train': 5}, 'train_batches=5: expected a list of batches'),
     ({'evaluation': 'abc'}, "eval_batches='abc': expected a list of batches"),
     ({'train': object()}, 'train_batches=<object .*: expected a list of batches'),
@@ -593,6 +632,19 @@ def test_wrong_input_is_named(arguments, expected, tmp_path):
     search(**arguments, workdir=tmp_path / 'run')
   assert re.search(expected, str(error.value), re.DOTALL), str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('workdir', [5, '', 'a\0b'])
+def test_a_workdir_that_is_no_path_is_named(workdir):
+  with pytest.raises(ConfigError, match='^workdir=.*: expected the path of a file or '):
+    search(workdir=workdir)
+
+
+def test_unknown_attributes_of_operators_are_named():
+  with pytest.raises(ConfigError, match="unknown argument 'foo': expected one of act"):
+    fliqs_jax.make_searchable(Smallest(), foo=1)
+  with pytest.raises(ConfigError, match="calibration='max': expected one of rms, abs"):
+    fliqs_jax.make_searchable(Smallest(), calibration='max')
 
 
 @dataclasses.dataclass
@@ -788,7 +840,13 @@ def test_the_first_batch_is_seen_twice():
 
 
 @pytest.mark.parametrize(
-  'flag, value', [('train', True), ('is_training', True), ('deterministic', False)]
+  'flag, value',
+  [
+    ('train', True),
+    ('is_training', True),
+    ('deterministic', False),
+    ('use_running_average', False),
+  ],
 )
 def test_the_flag_of_training_has_many_names(flag, value):
   scope = {}

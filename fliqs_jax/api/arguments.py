@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import json
 import os
 
+import ml_collections
+
 from fliqs_jax.api.results import Result
 from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.runs.config import default_config
@@ -36,22 +38,56 @@ def search_config(config, fields):
 
 def with_fields(config, fields, names):
   """Returns a copy of a config with fields that are given by their last names."""
-  config = (config or default_config()).copy_and_resolve_references()
-  problems = []
+  config, problems = copy_of(config), []
   for name, value in fields.items():
     if name not in names:
       given = f'unknown argument {name!r}'
       problems.append(not_among(given, name, names, 'a field of the config'))
       continue
     if name == 'formats' and isinstance(value, list | tuple):
-      value = ','.join(value)
+      value = ','.join(map(str, value))
     try:
       config.update_from_flattened_dict({names[name]: value})
-    except TypeError as error:
-      problems.append(f'{name}={value!r}: {str(error).splitlines()[0]}')
+    except (TypeError, ValueError):
+      problems.append(_misfit(config, name, names[name], value))
   if problems:
     raise ConfigError(*problems)
   return config
+
+
+def copy_of(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+  """Returns a copy of a given config, or the default one.
+
+  Raises:
+    ConfigError: where it is none, or lacks sections or fields.
+  """
+  if config is None:
+    return default_config()
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      f'config={_shortened(config)}: expected a config from fliqs_jax.default_config()'
+    )
+  if lacking := [name for name in default_config() if name not in config]:
+    raise ConfigError(
+      f'config lacks {", ".join(lacking)}: expected one from fliqs_jax.default_config()'
+    )
+  return config.copy_and_resolve_references()
+
+
+def _misfit(config, name, field, value):
+  *sections, last = field.split('.')
+  for section in sections:
+    config = config[section]
+  kind = config.get_type(last).__name__
+  return f'{name}={_shortened(value)}: expected a value of type {kind}'
+
+
+def _shortened(value):
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'
+
+
+_SHOWN = 60  # letters of a value in a message
 
 
 def field_names(mode):

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from fliqs_jax.api.arguments import formats_field
+from fliqs_jax.api.arguments import copy_of, formats_field
 from fliqs_jax.api.own_network import (
   Model,
   Scores,
@@ -27,7 +27,7 @@ from fliqs_jax.runs import distributed, evaluation, files
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.config import OWN_BATCHES, complete, default_config, resolve
+from fliqs_jax.runs.config import OWN_BATCHES, complete, resolve
 from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.promotion import usual_promotion
 from fliqs_jax.runs.setup import Data
@@ -65,19 +65,20 @@ def overview(
     >>> found.macs, found.layers[0]['weights'], f'{found.total:.3g} {found.cost_unit}'
     (32, 'int4', '5.12e-07 GBOPs')
   """
-  config = (config or default_config()).copy_and_resolve_references()
+  config = copy_of(config)
   config.dataset, config.model = OWN_BATCHES, describe_model(model)
   assignment = files.read_formats(formats_field(formats))
-  task = user_task.make_task(model, inputs=lambda batch: (batch, kwargs))
   searchable = searchable_of(config, model)
+  task = user_task.make_task(model, inputs=lambda batch: (batch, kwargs))
   one = jax.tree.map(_first_example, inputs)
   coverage, example = coverage_of(searchable, model, task, one)
-  found = overview_lib.describe(
-    resolve(config),
-    assignment,
-    label=formats if isinstance(assignment, str) else 'the formats given',
-    own=Network(searchable, example, coverage.layers, task),
-  )
+  with user_task.call_named('evaluation'):
+    found = overview_lib.describe(
+      resolve(config),
+      assignment,
+      label=formats if isinstance(assignment, str) else 'the formats given',
+      own=Network(searchable, example, coverage.layers, task),
+    )
   return dataclasses.replace(found, coverage=coverage)
 
 
@@ -115,7 +116,7 @@ def evaluate(
   Raises:
     ConfigError: where the folder holds no such run.
   """
-  folder = files.to_path(workdir)
+  folder = files.to_path(workdir, 'workdir')
   problems = Problems()
   config = problems.attempt(workdir_lib.read_config, folder)
   formats = problems.attempt(_evaluated_formats, formats, folder)

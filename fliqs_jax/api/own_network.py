@@ -8,11 +8,13 @@ from flax import nnx
 import jax
 import ml_collections
 
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.coverage import Coverage
 from fliqs_jax.layers.variants import architecture_decisions
 from fliqs_jax.linen import interception
 from fliqs_jax.nnx.searchable import Searchable as NnxSearchable
+from fliqs_jax.numerics.calibration import ACTIVATION_SCALES, LAYER_CALIBRATIONS
+from fliqs_jax.runs.config import default_config
 from fliqs_jax.runs.network import Network
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score
@@ -42,10 +44,11 @@ def make_searchable(
       hook of their own stay as they are.
     attention_products: whether the products inside attention, QKᵀ and AV, are searched
       too, as `search.attention_products` of a config.
-    **attributes: of the quantized operators: calibration, momentum.
+    **attributes: of the quantized operators: calibration, momentum, activation_scale.
 
   Raises:
-    ConfigError: where the model is anything else, or quantized already.
+    ConfigError: where the model is anything else, or quantized already, or an attribute
+      is unknown.
 
   Examples:
     >>> from flax import nnx
@@ -57,11 +60,26 @@ def make_searchable(
     .: dense (8, 4), 32 MACs
     100.0% of the multiply-accumulates by parameters are searched
   """
+  _check_attributes(attributes)
   if isinstance(model, nnx.Module):
     return NnxSearchable(model, attributes, attention_products)
   if isinstance(model, NnxSearchable):
     return model
   return interception.make_searchable(model, attention_products, **attributes)
+
+
+def _check_attributes(attributes):
+  known = default_config().quantizer
+  if unknown := [name for name in attributes if name not in known]:
+    given = f'unknown argument {unknown[0]!r}'
+    raise ConfigError(not_among(given, unknown[0], known))
+  for name, values in (
+    ('calibration', LAYER_CALIBRATIONS),
+    ('activation_scale', ACTIVATION_SCALES),
+  ):
+    if attributes.get(name, values[0]) not in values:
+      given = f'{name}={attributes[name]!r}'
+      raise ConfigError(not_among(given, attributes[name], values))
 
 
 def describe_model(model):
@@ -77,8 +95,8 @@ def check_network(
   evaluated: Batch,
 ) -> tuple[Network, Coverage]:
   """Returns the user's network as the loop takes it, and what of it is searched."""
-  task = user_task.make_task(model, *scores)
   searchable = searchable_of(config, model)
+  task = user_task.make_task(model, *scores)
   with user_task.misfits_named(model, task.arguments(first, True).args):
     task = user_task.check(searchable, task, scores.loss is None, first, evaluated)
   one = jax.tree.map(lambda a: a[:1], first)
@@ -96,7 +114,7 @@ def searchable_of(config, model):
 def coverage_of(searchable, model, task, batch):
   """Returns what of a network is searched, and how it is called in evaluation."""
   called = _with_shapes(task.arguments(batch, False))
-  with user_task.misfits_named(model, called.args):
+  with user_task.misfits_named(model, called.args), user_task.call_named('evaluation'):
     coverage = searchable.coverage(*called.args, **called.kwargs)
   name = type(model).__name__
   if not coverage.layers:

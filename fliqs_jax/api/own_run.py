@@ -35,11 +35,12 @@ class OwnRun(NamedTuple):
 
 def own_run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Looks at the network and the batches, and writes into the config what they say."""
-  if jax.process_count() > 1 and not workdir:
+  if jax.process_count() > 1 and workdir is None:
     raise ConfigError(
       f'workdir={workdir!r} in {jax.process_count()} processes: expected a folder that '
       'all of them see, which process 0 writes'
     )
+  folder = workdir if workdir is None else files.to_path(workdir, 'workdir')
   first, train_batches = batches.first_batch(train_batches, 'train_batches')
   evaluated, eval_batches = batches.first_batch(eval_batches, 'eval_batches')
   _describe(config, model, first)
@@ -53,14 +54,20 @@ def own_run(config, model, train_batches, eval_batches, scores, variables, workd
       'variables': variables,
     }
   )
+  check = network.task.check
+  batches.check_list('train_batches', train_batches, first, check, of_one_size=True)
+  batches.check_list('eval_batches', eval_batches, evaluated, check)
   if jax.process_index() == 0:
     print(coverage, file=sys.stderr)
-  temporary = None if workdir else tempfile.TemporaryDirectory(prefix='fliqs_jax_')
+  temporary = None
+  if folder is None:
+    temporary = tempfile.TemporaryDirectory(prefix='fliqs_jax_')
+    folder = files.to_path(temporary.name)
   return OwnRun(
     network=network,
     coverage=coverage,
     data=lambda setup: _data(setup, train_batches, eval_batches, first, evaluated),
-    folder=files.to_path(workdir or temporary.name),
+    folder=folder,
     temporary=temporary,
   )
 

@@ -94,7 +94,7 @@ class Result:
     if jax.process_index() == 0:
       problem = files.copy_folder(
         files.to_path(self.workdir),
-        files.to_path(folder),
+        files.to_path(folder, 'folder'),
         leave_out=(workdir_lib.LOCK_FILE,),
       )
     distributed.raise_everywhere(problem)

@@ -148,7 +148,13 @@ def _check_repeatable(**sources):
 
 
 def _as_tuple(targets):
-  return (targets,) if isinstance(targets, str | float | int) else tuple(targets)
+  if isinstance(targets, str | float | int):
+    return (targets,)
+  if not isinstance(targets, Sequence):
+    raise ConfigError(
+      f"targets={targets!r}: expected a list, as ['int4', '1.5*int4', 0.25]"
+    )
+  return tuple(targets)
 
 
 def train(

@@ -29,7 +29,8 @@ def batch_size(batch: Any, name: str) -> int:
   """Returns the number of examples of a batch.
 
   Raises:
-    ConfigError: where its entries are not arrays that share a leading axis.
+    ConfigError: where its entries are not arrays that share a leading axis, or it has
+      no examples.
   """
   shapes = {
     jax.tree_util.keystr(path): np.shape(leaf)
@@ -41,7 +42,10 @@ def batch_size(batch: Any, name: str) -> int:
       f'{name}: expected a dict of arrays with the examples along the first axis, as '
       f"{{'image': [B, ...], 'label': [B]}}, found {shapes}"
     )
-  return sizes.pop()[0]
+  (size,) = sizes.pop()
+  if not size:
+    raise ConfigError(f'{name}: a batch has no examples: expected one or more')
+  return size
 
 
 def to_arrays(batch: Any, name: str) -> Any:
@@ -165,6 +169,28 @@ def alike(name: str, first: Any, check: Check) -> Check:
       raise ConfigError(*(f'{name}: {line}' for line in error.problems)) from None
 
   return check_batch
+
+
+def check_list(
+  name: str, source: Source, first: Any, check: Check, of_one_size: bool = False
+) -> None:
+  """Checks all batches of a list, so that none stops a run that has begun.
+
+  Others are checked as they come.
+
+  Args:
+    name: of the source, for messages.
+    source: of any kind.
+    first: the first batch, in numpy.
+    check: as in `alike`.
+    of_one_size: whether those of another size than the first one are not used.
+  """
+  if not isinstance(source, list | tuple):
+    return
+  check, size = alike(name, first, check), batch_size(first, name)
+  for batch in source:
+    if batch_size(batch, name) == size or not of_one_size:
+      check(to_arrays(batch, name))
 
 
 def _entries(batch):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flax import nnx
+
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import attention
 from fliqs_jax.layers.layer import Layer
@@ -137,17 +139,22 @@ def _skipped_activations(found):
   return skipped
 
 
-def check_not_quantized(module: Any, place: str) -> None:
-  """Checks that Qwix has not quantized a module of either interface.
+def check_module(module: Any, place: str) -> None:
+  """Checks that a module is neither quantized nor bridged to the other interface.
 
   Args:
     module: the module.
     place: its path, or the name of the network.
 
   Raises:
-    ConfigError: where it has.
+    ConfigError: where Qwix has quantized it, or it holds one of the other interface.
   """
   if hasattr(type(module), _QWIX_MARK):
     raise ConfigError(
       f'{place} is quantized already, by qwix: expected the network without it'
+    )
+  if isinstance(module, nnx.bridge.ToNNX | nnx.bridge.ToLinen):
+    raise ConfigError(
+      f'{place} is a module in nnx.bridge.{type(module).__name__}: expected a network '
+      'of one interface, as the module within without the bridge'
     )

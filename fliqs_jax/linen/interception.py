@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products, product_statistics
-from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
+from fliqs_jax.layers.coverage import Coverage, check_module, cover
 from fliqs_jax.layers.parameter_products import Path
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
@@ -75,7 +75,7 @@ def make_searchable(
     )
   if isinstance(model, Searchable):
     return model
-  check_not_quantized(model, type(model).__name__)
+  check_module(model, type(model).__name__)
   return Searchable(model, attributes, attention_products)
 
 
@@ -221,6 +221,7 @@ def _intercept(attributes, formats, handled, call, args, kwargs, context):
     context: of the call.
   """
   layer = context.module
+  check_module(layer, '/'.join(layer.path) or type(layer).__name__)
   if context.method_name != '__call__':
     return call(*args, **kwargs)
   attributes = attributes | {'formats': formats.get(layer.path)}

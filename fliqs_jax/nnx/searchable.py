@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.call_counts import count_layers
-from fliqs_jax.layers.coverage import Coverage, check_not_quantized, cover
+from fliqs_jax.layers.coverage import Coverage, check_module, cover
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.layers.parameter_products import Path
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
@@ -56,11 +56,11 @@ class Searchable:
       attention_products: whether the products inside attention are searched too.
 
     Raises:
-      ConfigError: where the model is quantized already.
+      ConfigError: where the model is quantized already, or has a part of linen.
     """
     self.model = model
     for path, module in nnx.iter_modules(model):
-      check_not_quantized(module, '/'.join(map(str, path)) or type(model).__name__)
+      check_module(module, '/'.join(map(str, path)) or type(model).__name__)
     clone = nnx.clone(model)
     self._attributes = dict(attributes)
     self._attention_products = attention_products

@@ -15,8 +15,19 @@ from fliqs_jax.search.assignments import Assignment
 _MAX_BYTES = 2**24
 
 
-def to_path(given: os.PathLike | str) -> epath.Path:
-  """Returns the path of a file or folder that a user names; `~` is the home folder."""
+def to_path(given: os.PathLike | str, name: str = 'path') -> epath.Path:
+  """Returns the path of a file or folder that a user names; `~` is the home folder.
+
+  Args:
+    given: the path.
+    name: of the argument, for messages.
+
+  Raises:
+    ConfigError: where it is no path, or empty, which would be the current folder.
+  """
+  text = os.fspath(given) if isinstance(given, str | os.PathLike) else ''
+  if not isinstance(text, str) or not text or '\0' in text:
+    raise ConfigError(f'{name}={given!r}: expected the path of a file or folder')
   return epath.Path(given).expanduser()
 
 

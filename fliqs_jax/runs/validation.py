@@ -196,6 +196,9 @@ def _check_steps(config):
       f'num_steps=0: expected a number above 0, or search.strategy={POST_TRAINING}, '
       'which searches the formats of trained weights without a step'
     ]
+  warmup = config.optimizer.warmup_steps
+  if steps and warmup > steps:
+    return [f'optimizer.warmup_steps={warmup}: expected no more than num_steps={steps}']
   if trains_nothing(config) and config.search.targets:
     return [
       f'search.targets={config.search.targets!r}: expected num_steps above 0, since a '

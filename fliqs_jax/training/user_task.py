@@ -19,7 +19,8 @@ from fliqs_jax.training.train_state import Arguments, plain
 
 # How networks name the flag of their call that tells training, and its value then.
 _TRAIN_FLAGS = {
-  'train': True, 'training': True, 'is_training': True, 'deterministic': False
+  'train': True, 'training': True, 'is_training': True, 'deterministic': False,
+  'use_running_average': False,
 }  # fmt: skip
 _HOW_TO_CALL = (
   f'expected a network with one of the flags {", ".join(_TRAIN_FLAGS)}, which tell it '
@@ -44,8 +45,7 @@ def make_task(
   """Returns the task of a user's own network and batches.
 
   Args:
-    model: the network, whose call may take one of the flags `train`, `training`,
-      `is_training` and `deterministic`.
+    model: the network, whose call may take flags of `_TRAIN_FLAGS`.
     loss: what training minimises, of (outputs, batch): a mean over the batch, or a
       value for each example. By default the cross entropy of logits and
       `batch['label']`.
@@ -55,10 +55,12 @@ def make_task(
       batch, or from (batch, train), to its argument, the tuple of its arguments, or a
       pair (args, kwargs), a tuple and a dict. What it gives wins over the flag.
   """
+  for name, function in (('loss', loss), ('quality', quality), ('metrics', metrics)):
+    _check_function(name, function)
   classifier = classification()
   task = classifier._replace(
-    loss=loss or _default_loss,
-    quality=quality or _minus(loss or _default_loss),
+    loss=_real(loss) if loss else _default_loss,
+    quality=quality or _minus(_real(loss) if loss else _default_loss),
     arguments=_arguments(model, inputs),
     mask=None,
   )
@@ -77,6 +79,40 @@ def make_task(
     metrics=_together(classifier.metrics, metrics),
     evaluation=_together(classifier.evaluation, metrics),
   )
+
+
+def _check_function(name, function):
+  """Raises ConfigError where a score is no function of outputs and batch."""
+  expected = 'expected a function of (outputs, batch)'
+  if function is None:
+    return
+  if not callable(function):
+    raise ConfigError(f'{name}={function!r}: {expected}')
+  try:
+    inspect.signature(function).bind(None, None)
+  except TypeError as error:
+    raise ConfigError(f'{name} is a function with {error}: {expected}') from None
+  except ValueError:  # of a builtin, which tells no signature
+    pass
+
+
+def _real(loss):
+  """Returns a loss that says so where its values have no gradient."""
+
+  def checked(outputs, batch):
+    value = loss(outputs, batch)
+    for leaf in jax.tree.leaves(value):
+      kind = type(leaf).__name__
+      with contextlib.suppress(TypeError):
+        kind = jnp.result_type(leaf)
+        if jnp.issubdtype(kind, jnp.inexact):
+          continue
+      raise ConfigError(
+        f'loss returns {kind}: expected real numbers, which have a gradient'
+      )
+    return value
+
+  return checked
 
 
 def _no_metrics(outputs, batch):
@@ -163,6 +199,10 @@ def _arguments(model, inputs):
         f'the call of {name}, {name}{call}, does not fit its arguments ({error}): '
         f'{_HOW_TO_CALL}'
       ) from None
+    if not jax.tree.leaves((args, kwargs)):
+      raise ConfigError(
+        f'inputs gives {args!r} to the network: expected arrays of the batch'
+      )
     return Arguments(args, {**kwargs, **flags})
 
   return arguments
@@ -184,10 +224,16 @@ def _giver(inputs):
       '(batch) or (batch, train)'
     )
   try:
-    inspect.signature(inputs).bind(None, None)
-  except (TypeError, ValueError):  # one argument, or a builtin's unknown ones
+    signature = inspect.signature(inputs)
+  except ValueError:  # of a builtin, which tells none
     return lambda batch, train: pair(inputs(batch))
-  return lambda batch, train: pair(inputs(batch, train))
+  for given in ((None, None), (None,)):
+    with contextlib.suppress(TypeError):
+      signature.bind(*given)
+      return lambda batch, train: pair(inputs(*(batch, train)[: len(given)]))
+  raise ConfigError(
+    f'inputs is a function of {signature}: expected one of (batch) or (batch, train)'
+  )
 
 
 def _entry(batch, name):
@@ -199,7 +245,9 @@ def _entry(batch, name):
   if name not in batch:
     given = f'the network is fed from {name!r}, which a batch lacks'
     raise ConfigError(
-      not_among(given, name, batch, f'inputs to name one of {", ".join(batch)}')
+      not_among(
+        given, name, batch, f'inputs to name one of {", ".join(map(str, batch))}'
+      )
     )
   return batch[name]
 
@@ -309,7 +357,7 @@ def _forward(model, task, batch, evaluated):
     **task.metrics(outputs, batch),
   }
   call = task.arguments(evaluated, False)
-  with _call_named('evaluation'):
+  with call_named('evaluation'):
     outputs = model.apply(variables, *call.args, **call.kwargs)
   found = scores, task.evaluation(outputs, evaluated)
   before = {name: variables[name] for name in collections}
@@ -326,7 +374,7 @@ def misfits_named(model: Any, inputs: Any) -> Iterator[None]:
   """
   try:
     yield
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
     # Mistakes in the user's own loss or code for tracing say more by themselves.
     path = _failed_module(error)
     if path is None or isinstance(error, ConfigError | jax.errors.JAXTypeError):
@@ -359,8 +407,12 @@ def _failed_module(error):
 
 
 @contextlib.contextmanager
-def _call_named(what):
-  """Says what a network needs that treats a call as one in training."""
+def call_named(what: str) -> Iterator[None]:
+  """Says what a network needs that treats a call as one in training.
+
+  Args:
+    what: the call, in words.
+  """
   try:
     yield
   except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
