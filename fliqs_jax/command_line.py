@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from fliqs_jax.errors import ConfigError, Preempted, RunError, not_among
 from fliqs_jax.runs import again, files
-from fliqs_jax.runs.promotion import usual_promotion
+from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.runs.workdir import CONFIG_FILE
 
 # Flags that are defined here belong to the command, whose --help lists them.
@@ -53,7 +53,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str]) -> None:
         stream.reconfigure(errors='replace')
     _log_to_stderr()
     try:
-      with usual_promotion():
+      with usual_settings():
         main(argv)
     except ConfigError as error:
       _fail(error.problems)

@@ -27,10 +27,12 @@ import fliqs_jax
 from fliqs_jax.api import own_network, training
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
+from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.reporting import terminal
 from fliqs_jax.reporting.page import write_report
 from fliqs_jax.runs import pretrained
 from fliqs_jax.runs import result as results
+from fliqs_jax.search.space import uniform_space
 from fliqs_jax.training import classification, train_state, user_task
 
 LENGTH, SYMBOLS = 8, 5
@@ -164,6 +166,9 @@ def searched(tmp_path_factory):
     # As a process may have it, whose own code is stricter.
     jax.numpy_rank_promotion('raise'),
     jax.numpy_dtype_promotion('strict'),
+    jax.enable_x64(True),
+    jax.debug_infs(True),
+    jax.transfer_guard('disallow'),
   ):
     result = fliqs_jax.search(
       Sequence(), sequences([16, 16, 3, *[16] * 8]), evaluation, num_steps=10,
@@ -638,6 +643,19 @@ def test_wrong_input_is_named(arguments, expected, tmp_path):
 def test_a_workdir_that_is_no_path_is_named(workdir):
   with pytest.raises(ConfigError, match='^workdir=.*: expected the path of a file or '):
     search(workdir=workdir)
+
+
+def test_layers_compute_with_float64_where_they_are_given_it():
+  for plain in (nn.Dense(2), nnx.Linear(3, 2, rngs=nnx.Rngs(0))):
+    model, x = fliqs_jax.make_searchable(plain), np.ones((4, 3)) / 3
+    space = uniform_space(model.coverage(x).layers, 'int4')
+    formats = {FORMATS: nest(space.layers, space.bind(np.zeros(0, np.int32)))}
+    with jax.enable_x64(True):
+      variables = model.init(jax.random.key(0), x)
+      outputs, updated = model.apply({**variables, **formats}, x, mutable=[QUANT_STATS])
+    assert outputs.dtype == np.float64
+    kept = jax.tree.leaves((variables[QUANT_STATS], updated))
+    assert len(kept) == 4 and all(leaf.dtype == np.float32 for leaf in kept)
 
 
 def test_unknown_attributes_of_operators_are_named():

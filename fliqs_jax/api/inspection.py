@@ -28,14 +28,14 @@ from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
 from fliqs_jax.runs.config import OWN_BATCHES, complete, resolve
+from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.runs.network import Network
-from fliqs_jax.runs.promotion import usual_promotion
 from fliqs_jax.runs.setup import Data
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score
 
 
-@usual_promotion()
+@usual_settings()
 def overview(
   model: Model,
   *inputs: Any,
@@ -89,7 +89,7 @@ def _first_example(a):
   return jax.ShapeDtypeStruct((1, *a.shape[1:])[: len(a.shape)], dtype)
 
 
-@usual_promotion()
+@usual_settings()
 def evaluate(
   model: Model,
   eval_batches: batches.Source,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import sys
-import tempfile
 from typing import NamedTuple
 
 from etils import epath
@@ -30,7 +29,7 @@ class OwnRun(NamedTuple):
   coverage: Coverage
   data: Callable[[Setup], Data]
   folder: epath.Path
-  temporary: tempfile.TemporaryDirectory | None
+  temporary: files.TemporaryFolder | None
 
 
 def own_run(config, model, train_batches, eval_batches, scores, variables, workdir):
@@ -61,8 +60,8 @@ def own_run(config, model, train_batches, eval_batches, scores, variables, workd
     print(coverage, file=sys.stderr)
   temporary = None
   if folder is None:
-    temporary = tempfile.TemporaryDirectory(prefix='fliqs_jax_')
-    folder = files.to_path(temporary.name)
+    temporary = files.TemporaryFolder()
+    folder = temporary.path
   return OwnRun(
     network=network,
     coverage=coverage,

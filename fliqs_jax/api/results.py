@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import dataclasses
 import os
-import tempfile
 from typing import Any
 
 from flax import nnx
@@ -16,7 +15,7 @@ from fliqs_jax.linen import interception
 from fliqs_jax.reporting import notebook, terminal
 from fliqs_jax.runs import distributed, evaluation, files
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.promotion import usual_promotion
+from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.runs.setup import Setup
 
 
@@ -45,7 +44,7 @@ class Result:
   coverage: Coverage
   workdir: str
   _setup: Setup
-  _temporary: tempfile.TemporaryDirectory | None
+  _temporary: files.TemporaryFolder | None
 
   def __repr__(self) -> str:
     return terminal.to_text(*terminal.result_parts(self.content, self.workdir))
@@ -99,7 +98,7 @@ class Result:
       )
     distributed.raise_everywhere(problem)
 
-  @usual_promotion()
+  @usual_settings()
   def export(
     self, to: str, folder: os.PathLike | str, fold_batch_norm: bool = False
   ) -> dict[str, Any]:

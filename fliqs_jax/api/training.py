@@ -20,7 +20,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import front, loop
 from fliqs_jax.runs import targets as targets_lib
 from fliqs_jax.runs.config import resolve
-from fliqs_jax.runs.promotion import usual_promotion
+from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.training.task import Batch, Metrics, Score
 
 
@@ -78,6 +78,7 @@ def search(
   return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
 
 
+@usual_settings()
 def search_front(
   model: Model,
   train_batches: batches.Source,
@@ -200,7 +201,7 @@ def train(
   return _run(config, model, train_batches, eval_batches, scores, variables, workdir)
 
 
-@usual_promotion()
+@usual_settings()
 def _run(config, model, train_batches, eval_batches, scores, variables, workdir):
   """Searches or trains as the config says, and returns the result."""
   own = own_run(config, model, train_batches, eval_batches, scores, variables, workdir)

@@ -28,7 +28,7 @@ def with_zeros(
   for product in found:
     stacks.get(product.path, set()).add(product.stack)
   zeros = {
-    path: Statistics(jnp.zeros(*shapes), jnp.zeros(*shapes))
+    path: Statistics(*[jnp.zeros(*shapes, jnp.float32)] * 2)
     for path, shapes in stacks.items()
     if len(shapes) == 1
   }

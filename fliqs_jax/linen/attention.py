@@ -106,7 +106,7 @@ def _statistics(scope, name):
   if not scope.has_variable(QUANT_STATS, name):
     if not scope.is_mutable_collection(QUANT_STATS):
       return None
-    nothing = Statistics(jnp.zeros(()), jnp.zeros(()))
+    nothing = Statistics(*[jnp.zeros((), jnp.float32)] * 2)
     scope.put_variable(QUANT_STATS, name, _to_dict(PairStatistics(nothing, nothing)))
   kept = scope.get_variable(QUANT_STATS, name)
   return PairStatistics(

@@ -99,7 +99,7 @@ class QuantizedOperator(nn.Module):
     """Returns the moving averages; None where there are none, nor can be."""
     if self.is_mutable_collection(QUANT_STATS):
       for name in Statistics._fields:
-        self.variable(QUANT_STATS, name, jnp.zeros, ())
+        self.variable(QUANT_STATS, name, jnp.zeros, (), jnp.float32)
     if not self.has_variable(QUANT_STATS, Statistics._fields[0]):
       return None
     return Statistics(

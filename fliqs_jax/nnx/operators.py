@@ -84,7 +84,7 @@ class QuantizedOperator(nnx.Module):
     self.discovers = False
     self.formats: BoundFormats | None = nnx.data(None)
     for name in Statistics._fields:
-      setattr(self, name, QuantStat(jnp.zeros(stacked)))
+      setattr(self, name, QuantStat(jnp.zeros(stacked, jnp.float32)))
 
   def bind(self, formats: LayerFormats | None) -> None:
     """Sets the formats; None for floating point."""
@@ -140,7 +140,7 @@ class QuantizedOperator(nnx.Module):
     """Sets the moving averages, in training."""
     if not self.use_running_average:
       for name, value in statistics._asdict().items():
-        getattr(self, name)[...] = value
+        getattr(self, name)[...] = value.astype(jnp.float32)
 
   @property
   def bound_formats(self) -> LayerFormats | None:
@@ -171,7 +171,7 @@ class QuantizedPair(QuantizedOperator):
     """The arguments are those of `QuantizedOperator`."""
     super().__init__(*args, **kwargs)
     for name in Statistics._fields:
-      setattr(self, f'second_{name}', QuantStat(jnp.zeros(self.stacked)))
+      setattr(self, f'second_{name}', QuantStat(jnp.zeros(self.stacked, jnp.float32)))
 
   def statistics(self, x: jax.Array) -> PairStatistics | None:
     """Returns the moving averages; None where a transformation does not carry them."""
@@ -186,7 +186,7 @@ class QuantizedPair(QuantizedOperator):
     if not self.use_running_average:
       for prefix, operand in zip(('', 'second_'), statistics):
         for name, value in operand._asdict().items():
-          getattr(self, prefix + name)[...] = value
+          getattr(self, prefix + name)[...] = value.astype(jnp.float32)
 
 
 class QuantizedAttention(nnx.Module):

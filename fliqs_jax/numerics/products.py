@@ -302,7 +302,8 @@ def quantized_product(
   """
   q_x = x_quantizer.multiplicands(x).astype(x.dtype)
   q_w = w_quantizer.multiplicands(w).astype(x.dtype)
-  y = product(q_x, q_w, preferred_element_type=jnp.float32)
+  accumulated = jnp.promote_types(x.dtype, jnp.float32)
+  y = product(q_x, q_w, preferred_element_type=accumulated)
   x_scale = against_output(x_quantizer.scale, x_kept, y.ndim)
   scale = x_scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)

@@ -18,5 +18,5 @@ baseline                      the uniform model beside a search
 exports, latency_measurement, timing  exports of a run, and times on the device at hand
 sweep, pareto, quality        several runs, and how they compare
 distributed, progress         processes that stop together; what a run shows meanwhile
-compilation, promotion        what is set of JAX while a run computes
+compilation, jax_settings     what is set of JAX while a run computes
 """

@@ -3,7 +3,10 @@
 from collections.abc import Collection
 import contextlib
 import os
+import shutil
+import tempfile
 from typing import Any
+import weakref
 
 from etils import epath
 
@@ -29,6 +32,21 @@ def to_path(given: os.PathLike | str, name: str = 'path') -> epath.Path:
   if not isinstance(text, str) or not text or '\0' in text:
     raise ConfigError(f'{name}={given!r}: expected the path of a file or folder')
   return epath.Path(given).expanduser()
+
+
+class TemporaryFolder:
+  """A folder that is deleted when nothing holds this object any more, or at exit.
+
+  Unlike `tempfile.TemporaryDirectory` it warns of nothing then.
+
+  Attributes:
+    path: of the folder.
+  """
+
+  def __init__(self):
+    """Makes the folder, which is its owner's alone."""
+    self.path = epath.Path(tempfile.mkdtemp(prefix='fliqs_jax_'))
+    weakref.finalize(self, shutil.rmtree, str(self.path), ignore_errors=True)
 
 
 def copy_folder(
