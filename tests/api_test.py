@@ -30,7 +30,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.reporting import terminal
 from fliqs_jax.reporting.page import write_report
-from fliqs_jax.runs import pretrained
+from fliqs_jax.runs import compilation, pretrained
 from fliqs_jax.runs import result as results
 from fliqs_jax.search.space import uniform_space
 from fliqs_jax.training import classification, train_state, user_task
@@ -452,6 +452,12 @@ def test_a_home_folder_and_programs_are_found_by_a_tilde(
   assert (tmp_path / 'saved' / results.RESULT_FILE).exists()
   evaluated = fliqs_jax.evaluate(Smallest(), [*sequences([16])], '~/saved', **TASK)
   assert evaluated['loss'] == pytest.approx(result.eval['loss'], rel=1e-5)
+
+
+def test_programs_are_not_kept_where_no_folder_can_be_made(no_cache, tmp_path):
+  (tmp_path / 'file').write_text('')
+  compilation.keep_programs(str(tmp_path / 'file' / 'programs'))
+  assert jax.config.jax_compilation_cache_dir is None
 
 
 # Wrong input

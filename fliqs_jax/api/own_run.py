@@ -119,7 +119,7 @@ def to_result(own, setup, folder, content):
     content=content,
     history=workdir_lib.read_history(folder),
     coverage=own.coverage,
-    workdir=str(folder),
+    workdir=str(folder.absolute()),  # wherever the process goes from here
     _setup=setup,
     _temporary=own.temporary,
   )

@@ -124,6 +124,7 @@ class Result:
         f'export in {jax.process_count()} processes: expected one, in which the same '
         'call with this workdir returns the result without a further step'
       )
+    folder = files.to_path(folder, 'folder')
     exporter.check(to, folder, fold_batch_norm)
     state, _ = evaluation.restored_state(self._setup, files.to_path(self.workdir))
     deployed = deployment.make_deployment(self._setup, state, self.content)

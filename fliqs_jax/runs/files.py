@@ -61,6 +61,8 @@ def copy_folder(
     target: to be made, in the source too.
     leave_out: names of files in the source that stay.
   """
+  if not source.is_dir():
+    return f'{str(source)!r} is gone, of which a copy was to be made'
   is_new, given = not target.exists(), repr(str(target))
   if not is_new and (not target.is_dir() or any(target.iterdir())):
     return f'{given} exists: expected a new or empty folder'

@@ -344,6 +344,13 @@ def test_the_result_is_an_nnx_module_and_the_given_one_stays(searches):
   np.testing.assert_allclose(again(images), found, rtol=1e-5, atol=1e-6)
 
 
+def test_a_saved_result_is_evaluated_with_a_new_instance(searches, tmp_path):
+  ours = searches[0]
+  ours.save(tmp_path / 'saved')
+  model = NnxNet(nnx.Rngs(1))  # of other weights
+  assert fliqs_jax.evaluate(model, [batch(2)], tmp_path / 'saved') == ours.eval
+
+
 def test_the_result_is_exported(searches, tmp_path):
   ours = searches[0]
   for target in ('safetensors', 'stablehlo'):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import resource
 import socket
 import sys
 
@@ -16,7 +17,7 @@ import whole_runs
 
 from fliqs_jax.errors import ConfigError, RunError
 from fliqs_jax.layers.layer import Layer, to_json
-from fliqs_jax.runs import sessions
+from fliqs_jax.runs import files, sessions
 from fliqs_jax.runs import workdir as workdirs
 from fliqs_jax.runs.result import read_result
 
@@ -48,6 +49,29 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
     workdirs.lock(below),
   ):
     pass
+
+
+@pytest.mark.parametrize('is_there', [False, True])
+def test_a_copy_that_fails_leaves_nothing(tmp_path, is_there):
+  source, target = epath.Path(tmp_path) / 'run', epath.Path(tmp_path) / 'copy'
+  (source / 'checkpoints').mkdir(parents=True)
+  (source / 'config.json').write_text('{}')
+  (source / 'checkpoints' / 'weights').write_text('a' * 5_000)
+  if is_there:
+    target.mkdir()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+  try:
+    problem = files.copy_folder(source, target)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert problem == f'cannot write to {str(target)!r}: File too large'
+  assert target.exists() == is_there and not (is_there and any(target.iterdir()))
+  assert files.copy_folder(source, target) is None
+  assert (target / 'checkpoints' / 'weights').read_text() == 'a' * 5_000
+  assert 'expected a new or empty folder' in files.copy_folder(source, target)
+  source.rmtree()
+  assert "run' is gone" in files.copy_folder(source, target)
 
 
 def test_layers_are_those_of_the_run_that_a_folder_holds(tmp_path):
