@@ -75,12 +75,7 @@ def make_step(
         space, Budget(cost_model, target), num_samples, variant == 'search_measuring'
       )
     else:
-      controller = policy_gradient_controller(
-        space.valid,
-        functools.partial(rewards.absolute, target=target, beta=1.0),
-        entropy_weight('cosine', 0.1, 0, 1000),
-        baseline='leave_one_out' if num_samples > 1 else 'moving',
-      )
+      controller = _policy_gradient(space, target, num_samples)
     step = steps.make_search_step(
       task, space, cost_model, controller, mesh, num_samples=num_samples
     )
@@ -112,6 +107,16 @@ def _default_controller(space, target, num_samples, measures):
   # By the step, so that the compiler does not know.
   is_measured = (lambda step: step >= 0) if measures else (lambda step: step < 0)
   return actor_critic(problem)._replace(is_measured=is_measured)
+
+
+def _policy_gradient(space, target, num_samples):
+  """Returns the controller of FLIQS's own strategy."""
+  return policy_gradient_controller(
+    space.valid,
+    functools.partial(rewards.absolute, target=target, beta=1.0),
+    entropy_weight('cosine', 0.1, 0, 1000),
+    baseline='leave_one_out' if num_samples > 1 else 'moving',
+  )
 
 
 def _has_blocks(name):

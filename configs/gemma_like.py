@@ -11,6 +11,7 @@ to the context, not packed.
 import ml_collections
 
 from fliqs_jax.models import decoder
+from fliqs_jax.runs import recipes
 from fliqs_jax.runs.config import default_config
 
 VARIANTS = ('1b', '7b', 'tiny')
@@ -23,9 +24,6 @@ def get_config(variant: str = '1b') -> ml_collections.ConfigDict:
       f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
     )
   config = default_config()
-  config.num_classes = 256
-  config.reward.quality = 'minus_bits_per_byte'
-  config.optimizer.name = 'adamw'
   if variant == 'tiny':
     _tiny(config)
   else:
@@ -34,35 +32,20 @@ def get_config(variant: str = '1b') -> ml_collections.ConfigDict:
 
 
 def _lm1b(config, sizes):
-  """A published network's blocks on a billion words, over 4 and more bits."""
+  """A published network's blocks, its parameters split over 64 chips."""
+  recipes.lm1b(
+    config, batch_size=1_024, num_samples=4, learning_rate=3e-4, square_decay=0.95
+  )
   sizes = {name: size for name, size in sizes.items() if name != 'vocabulary_size'}
   config.model = {'name': 'decoder', 'width': 1.0, **sizes, 'remat': True}
-  config.dataset = 'lm1b'
-  config.input.update(context=256, num_threads=16)
   config.fsdp = 64
-  config.batch_size = config.eval_batch_size = 1_024
-  config.num_steps = 100_000
-  config.dtype = 'bfloat16'
-  config.checkpoint_every = 2_500
-  config.log_every = 250
-  config.optimizer.update(learning_rate=3e-4, square_decay=0.95, weight_decay=0.1)
-  config.search.update(
-    formats='int_small', num_samples=4, target_format='int4', target_scale=1.5
-  )
 
 
 def _tiny(config):
-  """Two blocks of width 48, over 2 to 8 bits at the cost of INT3, on a CPU."""
+  """Two blocks of width 48, on a CPU."""
+  recipes.stdlib_text(config)
   config.model = {
     'name': 'decoder', 'width': 1.0, 'hidden_size': 48, 'depth': 2, 'num_heads': 4,
     'num_kv_heads': 2, 'head_size': 12, 'mlp_size': 128, 'activation': 'gelu',
     'scales_embedding': True,
   }  # fmt: skip
-  config.dataset = 'stdlib_text'
-  config.input.context = 48
-  config.batch_size, config.eval_batch_size = 32, 512
-  config.num_steps = 1_000
-  config.optimizer.learning_rate = 3e-3
-  config.search.update(
-    formats='int2,int3,int4,int8', num_samples=4, target_format='int3'
-  )

@@ -9,6 +9,7 @@ recipes for lm1b, whose sentences are padded to the context, have not been run y
 
 import ml_collections
 
+from fliqs_jax.runs import recipes
 from fliqs_jax.runs.config import default_config
 
 VARIANTS = ('lm1b', 'blackwell', 'ironwood', 'stdlib')
@@ -21,9 +22,6 @@ def get_config(variant: str = 'lm1b') -> ml_collections.ConfigDict:
       f'unknown variant {variant!r}: expected one of {", ".join(VARIANTS)}'
     )
   config = default_config()
-  config.num_classes = 256
-  config.reward.quality = 'minus_bits_per_byte'
-  config.optimizer.name = 'adamw'
   if variant == 'stdlib':
     _stdlib(config)
   else:
@@ -36,22 +34,14 @@ def get_config(variant: str = 'lm1b') -> ml_collections.ConfigDict:
 
 
 def _lm1b(config):
-  """Six blocks of width 512 on a billion words, over 4 and more bits."""
+  """Six blocks of width 512."""
+  recipes.lm1b(
+    config, batch_size=512, num_samples=8, learning_rate=1e-3, square_decay=0.98
+  )
   config.model = {
     'name': 'transformer_lm', 'width': 1.0, 'hidden_size': 512, 'depth': 6,
     'num_heads': 8,
   }  # fmt: skip
-  config.dataset = 'lm1b'
-  config.input.update(context=256, num_threads=16)
-  config.batch_size = config.eval_batch_size = 512
-  config.num_steps = 100_000
-  config.dtype = 'bfloat16'
-  config.checkpoint_every = 2_500
-  config.log_every = 250
-  config.optimizer.update(learning_rate=1e-3, square_decay=0.98, weight_decay=0.1)
-  config.search.update(
-    formats='int_small', num_samples=8, target_format='int4', target_scale=1.5
-  )
 
 
 def _blackwell(config):
@@ -81,16 +71,9 @@ def _ironwood(config):
 
 
 def _stdlib(config):
-  """Three blocks of width 48, over 2 to 8 bits at the cost of INT3, on a CPU."""
+  """Three blocks of width 48, on a CPU."""
+  recipes.stdlib_text(config)
   config.model = {
     'name': 'transformer_lm', 'width': 1.0, 'hidden_size': 48, 'depth': 3,
     'num_heads': 4,
   }  # fmt: skip
-  config.dataset = 'stdlib_text'
-  config.input.context = 48
-  config.batch_size, config.eval_batch_size = 32, 512
-  config.num_steps = 1_000
-  config.optimizer.learning_rate = 3e-3
-  config.search.update(
-    formats='int2,int3,int4,int8', num_samples=4, target_format='int3'
-  )

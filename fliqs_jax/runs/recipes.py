@@ -74,6 +74,54 @@ def imagenet(
   )
 
 
+def lm1b(
+  config: ml_collections.ConfigDict, batch_size: int, num_samples: int, **optimizer: Any
+) -> None:
+  """A search on the bytes of a billion words, over 4 and more bits.
+
+  Args:
+    config: changed in place.
+    batch_size: sentences a step, padded to 256 bytes.
+    num_samples: of the policy, a step.
+    **optimizer: options of AdamW.
+  """
+  _text(config)
+  config.dataset = 'lm1b'
+  config.input.update(context=256, num_threads=16)
+  config.batch_size = config.eval_batch_size = batch_size
+  config.num_steps = 100_000
+  config.dtype = 'bfloat16'
+  config.checkpoint_every = 2_500
+  config.log_every = 250
+  config.optimizer.update(weight_decay=0.1, **optimizer)
+  config.search.update(
+    formats='int_small', num_samples=num_samples, target_format='int4', target_scale=1.5
+  )
+
+
+def stdlib_text(config: ml_collections.ConfigDict) -> None:
+  """A search on the bytes of Python's library, over 2 to 8 bits at the cost of INT3.
+
+  Args:
+    config: changed in place.
+  """
+  _text(config)
+  config.dataset = 'stdlib_text'
+  config.input.context = 48
+  config.batch_size, config.eval_batch_size = 32, 512
+  config.num_steps = 1_000
+  config.optimizer.learning_rate = 3e-3
+  config.search.update(
+    formats='int2,int3,int4,int8', num_samples=4, target_format='int3'
+  )
+
+
+def _text(config):
+  config.num_classes = 256
+  config.reward.quality = 'minus_bits_per_byte'
+  config.optimizer.name = 'adamw'
+
+
 def digits(
   config: ml_collections.ConfigDict, num_steps: int = 1_000, **model: Any
 ) -> None:
