@@ -1,6 +1,8 @@
 """Whole runs: what they leave, how they resume, what they accept."""
 
+import inspect
 import json
+import types
 
 from conftest import TINY_LAYERS
 from etils import epath
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from fliqs_jax import main
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import terminal
 from fliqs_jax.runs import (
@@ -381,3 +384,26 @@ def test_result_is_written_whole_or_not_at_all(tmp_path):
   with pytest.raises(TypeError):
     results.write_json(path, {'formats': object()})
   assert json.loads(path.read_text()) == {'formats': {}}
+
+
+def test_few_calls_lead_from_the_command_to_the_step(
+  tiny_config, tmp_path, monkeypatch
+):
+  calls = []
+
+  def step(state, batch):
+    for call in inspect.stack():
+      if call.frame.f_globals['__name__'].startswith('fliqs_jax.'):
+        calls.append(call.function)
+    raise Interrupted
+
+  monkeypatch.setattr(loop, 'make_step', lambda *args: step)
+  monkeypatch.setattr(main, '_CONFIG', types.SimpleNamespace(value=tiny_config))
+  monkeypatch.setattr(main, '_WORKDIR', types.SimpleNamespace(value=tmp_path))
+  flag = types.SimpleNamespace(value=None)
+  for name in ('COORDINATOR', 'NUM_PROCESSES', 'PROCESS_ID', 'DISTRIBUTED'):
+    monkeypatch.setattr(main, f'_{name}', flag)
+  monkeypatch.setattr(main, '_ALLOW_CONFIG_CHANGE', flag)
+  with pytest.raises(Interrupted):
+    main.main([])
+  assert calls[-1] == 'main' and len(calls) == 5, calls
