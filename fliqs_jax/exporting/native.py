@@ -15,7 +15,12 @@ import numpy as np
 
 from fliqs_jax.exporting import codes
 from fliqs_jax.exporting.parameters import QuantizedLayer, unshift
-from fliqs_jax.numerics.calibration import Statistics
+from fliqs_jax.numerics.calibration import (
+  Statistics,
+  calibrate,
+  of_activations,
+  tensor_statistics,
+)
 from fliqs_jax.numerics.formats import find_format, get_format
 from fliqs_jax.numerics.products import (
   LayerFormats,
@@ -150,13 +155,7 @@ def _encoded(layer, arrays, x, product):
   if layer.activation_scale is not None:
     scale = output_scale = arrays['activation_scale']
   else:
-    quantizer = _quantizer(layer, arrays, x, product)
-    # Zeros stay as they are, and have no format of which this were a scale.
-    scale = jnp.where(
-      jnp.isfinite(quantizer.format.max),
-      quantizer.scale / unshift(format.name, quantizer),
-      1.0,
-    )
+    scale = own_scale(layer, x, product)
     output_scale = against_output(scale, product.x_kept, len(product.scale_shape))
   x = x.astype(jnp.float32) * (1 / scale)
   if format.family == 'int':
@@ -165,6 +164,24 @@ def _encoded(layer, arrays, x, product):
   # A cast to float8 does not saturate.
   x = jnp.clip(x, -format.largest, format.largest)
   return x.astype(codes.dtype_of(format.name)), output_scale
+
+
+def own_scale(layer: QuantizedLayer, x: jax.Array, product: Product) -> jax.Array:
+  """Returns the scale that a layer's input sets itself, or those of its tokens.
+
+  Args:
+    layer: whose `activation_scale` is None.
+    x: its input.
+    product: what it computes.
+  """
+  axes = None
+  if layer.shared_scale == 'token':
+    axes = tuple(axis for axis in range(x.ndim) if axis not in product.x_kept)
+  statistics = tensor_statistics(x, axes)
+  calibration = of_activations(layer.calibration)
+  # That of zeros is 1.
+  quantizer = calibrate(get_format(layer.activations), *statistics, calibration)
+  return quantizer.scale / unshift(layer.activations, quantizer)
 
 
 def _rounded(layer, arrays, x, product):

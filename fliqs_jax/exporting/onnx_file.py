@@ -10,11 +10,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 import numpy as np
 
-from fliqs_jax.exporting import folding, loading
+from fliqs_jax.exporting import folding, loading, native
 from fliqs_jax.exporting.deployment import Deployment, symbolic_shapes
 from fliqs_jax.exporting.parameters import QuantizedLayer
 from fliqs_jax.layers import products
 from fliqs_jax.numerics.formats import find_format
+from fliqs_jax.numerics.products import against_output
 
 if TYPE_CHECKING:
   from fliqs_jax.exporting.onnx_graph.graph import Graph
@@ -33,8 +34,6 @@ def refused(layer: QuantizedLayer) -> str | None:
   """Returns why a layer cannot be written, one line; None where it can."""
   if name := layer.format_beyond(_FLOATS):
     return f'ONNX export has no type for {name}'
-  if layer.activation_scale is None:
-    return 'its input sets its own scale, for which ONNX has no one operation'
   return None
 
 
@@ -51,7 +50,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
 
   shapes = symbolic_shapes(deployment.inputs[0])
   function, report = folding.network(deployment, shapes, _marked)
-  own = {_layer.name: functools.partial(_add_layer, deployment)}
+  own = {_layer.name: functools.partial(_add_layer, deployment, {})}
   model = conversion.make_model(function, shapes, own)
   onnx.checker.check_model(model, full_check=True)
   (folder / FILE).write_bytes(model.SerializeToString())
@@ -97,23 +96,44 @@ batching.primitive_batchers[_layer] = _map_layer
 
 
 def _marked(layer, x, product, element):
+  own_scale = None
+  if layer.activation_scale is None and _is_scaled(layer.activations):
+    own_scale = native.own_scale(layer, x, product)
+    x = x * (1 / own_scale)
   scale = folding.output_scale(layer, product)
   other = [a for a in (element, scale) if a is not None]
   results = _layer.bind(x, *other, path=layer.layer.path, layer=layer.layer)
-  return tuple(results) if layer.layer.kind in _OF_OPERANDS else results[0]
+  if own_scale is None:
+    return tuple(results) if layer.layer.kind in _OF_OPERANDS else results[0]
+  if layer.layer.kind in _OF_OPERANDS:
+    x, w = results
+    return x * own_scale, w
+  return results[0] * against_output(own_scale, product.x_kept, results[0].ndim)
 
 
-def _add_layer(deployment, graph: 'Graph', equation, given):
-  """Adds a layer: its input rounded, its weights decoded, and their product."""
+def _is_scaled(name):
+  return find_format(name).family != 'unscaled'
+
+
+def _add_layer(deployment, known, graph: 'Graph', equation, given):
+  """Adds a layer: its input rounded, its weights decoded, and their product.
+
+  Args:
+    deployment: the network.
+    known: layers by what tells them apart, so that one that is called again, in a scan
+      say, has its weights once.
+    graph: grows.
+    equation: the layer's.
+    given: its input, and the scale of its weights or its place in a stack.
+  """
   from fliqs_jax.exporting.onnx_graph.graph import Tensor
 
   (x, *other), aval = given, equation.invars[0].aval
-  layer = deployment.layers[equation.params['path']]
-  if layer.stack:
-    layer = layer.element(int(other[0]))
-  elif other:
-    product = products.rebuilt(layer.layer)
-    layer = _positive(folding.with_output_scale(layer, product, other[0]))
+  path = equation.params['path']
+  key = path, *(np.asarray(value).tobytes() for value in other)
+  if key not in known:
+    known[key] = _one_layer(deployment.layers[path], *other)
+  layer = known[key]
   x = graph.broadcast(x, aval.shape)
   if layer.layer.kind in _OF_OPERANDS:
     results = [_rounded(graph, layer, x, False), _weights(graph, layer)]
@@ -127,8 +147,16 @@ def _add_layer(deployment, graph: 'Graph', equation, given):
   return list(map(Tensor, results, shapes))
 
 
-def _positive(layer):
-  """Returns a layer whose scales are positive, as ONNX's are, and codes have signs."""
+def _one_layer(layer, *other):
+  """Returns the layer of a stack that computes, or one with another scale.
+
+  Its scales are positive, as ONNX's are.
+  """
+  if layer.stack:
+    return layer.element(int(other[0]))
+  if not other:
+    return layer
+  layer = folding.with_output_scale(layer, products.rebuilt(layer.layer), other[0])
   signs = np.where(layer.weight_scale < 0, -1, 1)
   codes = (signs * layer.codes.astype(np.float32)).astype(layer.codes.dtype)
   return layer._replace(codes=codes, weight_scale=np.abs(layer.weight_scale))
@@ -152,7 +180,9 @@ def _product(graph, layer, x, x_shape):
 
   numbers = dict(layer.layer.arguments)['dimension_numbers']
   (x_axes, w_axes), (x_batch, _) = numbers
-  if x_batch:
+  # ONNX Runtime 1.32 takes no weights that are decoded for two products of integers.
+  is_called_again = layer.layer.calls > layer.layer.kernels
+  if x_batch or is_called_again:
     x, w = _rounded(graph, layer, x, False), _weights(graph, layer)
     return dot_general(graph, numbers, (len(x_shape), layer.codes.ndim), [x, w])
   own = [a for a in range(len(x_shape)) if a not in x_axes]
@@ -209,7 +239,8 @@ def _rounded(graph, layer, x, before_product=True):
   if format.name == 'bf16':
     x = graph.node('Cast', [x], to=TensorProto.BFLOAT16)
     return graph.node('Cast', [x], to=TensorProto.FLOAT)
-  scale = np.float32(layer.activation_scale)
+  # Where the input sets its own scale, it is multiplied and divided by that outside.
+  scale = np.float32(1 if layer.activation_scale is None else layer.activation_scale)
   if format.family == 'int':
     # ONNX's integers reach one further down than up, those of the search do not.
     # (Not by Clip, at which ONNX Runtime 1.32 stumbles before types of four bits.)
@@ -227,13 +258,17 @@ def _rounded(graph, layer, x, before_product=True):
 
 
 def _weights(graph, layer):
-  """Adds the decoded weights of a layer, whose scales may lie along several axes."""
-  if find_format(layer.weights).family == 'unscaled':
+  """Adds the decoded weights of a layer, once, with the axes of its kernel."""
+  return graph.once(id(layer), functools.partial(_add_weights, graph, layer))
+
+
+def _add_weights(graph, layer):
+  if not _is_scaled(layer.weights):
     return _decoded(graph, layer, layer.codes, 0)
+  # Scales may lie along several axes, of which the operation has one.
   dtype = _onnx_type(layer.weights)
   one, zero = graph.constant(np.float32(1)), graph.constant(np.zeros(()), dtype)
-  codes = graph.constant(layer.codes, dtype)
-  w = graph.node('DequantizeLinear', [codes, one, zero])
+  w = graph.node('DequantizeLinear', [graph.constant(layer.codes, dtype), one, zero])
   return graph.node('Mul', [w, graph.constant(layer.weight_scale)])
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 
 from flax import linen as nn
 from flax import nnx
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from tiny_deployments import Nested, Stacked, deploy
+from tiny_deployments import Nested, Stacked, both, deploy
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment, loading, onnx_file
@@ -289,6 +288,7 @@ NETWORKS = {
   'attention': (Attention, (X,), {}),
   'stacked': (lambda: Stacked(nnx.Rngs(0)), (X,), {}),
   'nested': (lambda: Nested(nnx.Rngs(0)), (X,), {}),
+  'recurrent': (lambda: nn.RNN(nn.GRUCell(5)), (X,), {}),
   'encoder': (
     lambda: encoder.SentenceEncoder(ENCODER(rngs=nnx.Rngs(0))), (TOKENS, MASK), {}
   ),
@@ -300,6 +300,15 @@ NETWORKS = {
   ),
   'inception': (PartOfInception, (IMAGES,), EVAL),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['int8', 'int4', 'e4m3'])
+def test_scales_of_tokens(name, tmp_path):
+  x = X * np.arange(4, dtype=np.float32)[:, None]  # of one token it is zero
+  given = deploy(nn.Dense(3), x, formats=both(name), shared_scale='token')
+  onnx_file.write(given, tmp_path)
+  (found,) = run_onnx(onnx.load(tmp_path / onnx_file.FILE), x)
+  np.testing.assert_allclose(found, given.searched(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -317,9 +326,10 @@ def test_networks(name, one_stage, tmp_path):
   onnx_file.write(given, tmp_path)
   model = onnx.load(tmp_path / onnx_file.FILE)
   kinds = [node.op_type for node in model.graph.node]
-  count = sum(math.prod(layer.stack) for layer in given.layers.values())
-  assert kinds.count('QuantizeLinear') == count
-  assert kinds.count('DequantizeLinear') == 2 * count
+  calls = sum(layer.layer.calls for layer in given.layers.values())
+  kernels = sum(layer.layer.kernels for layer in given.layers.values())
+  assert kinds.count('QuantizeLinear') == calls
+  assert kinds.count('DequantizeLinear') == calls + kernels
   (found,) = run_onnx(model, *inputs)
   expected = jax.jit(given.searched)(*inputs)
   size = float(jnp.max(jnp.abs(expected)))

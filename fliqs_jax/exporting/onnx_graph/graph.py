@@ -5,7 +5,7 @@ of ONNX's elementwise operations do.
 bfloat16 is computed in float32, since ONNX Runtime has little of it on CPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -38,12 +38,19 @@ class Graph:
     self.nodes: list[onnx.NodeProto] = []
     self.constants: list[onnx.TensorProto] = []
     self._count = 0
+    self._added: dict[Hashable, str] = {}
     self.batch = ''
 
   def name(self) -> str:
     """Returns a name that no other tensor has."""
     self._count += 1
     return f't{self._count}'
+
+  def once(self, key: Hashable, add: Callable[[], str]) -> str:
+    """Returns what `add` has added to the graph for a key, which it does once."""
+    if key not in self._added:
+      self._added[key] = add()
+    return self._added[key]
 
   def node(self, operation: str, inputs: Sequence[str], **attributes: Any) -> str:
     """Adds an operation with one output, and returns that output's name."""
