@@ -106,6 +106,10 @@ def test_a_front_has_a_result_for_each_target(tmp_path):
   for result in found.values():
     assert result.cost <= result.target
     assert result.eval['num_examples'] == 8
+  shown, html = repr(found), found._repr_html_()
+  measured = f'{found["int2"].eval["loss"]:.4f}'
+  for text in ('2*int4', 'Uniform models: int2', measured):
+    assert text in shown and text in html
   assert {path.name for path in tmp_path.iterdir()} == {
     'shared',
     *(f'searched-{target}-width1' for target in ('int2', '2xint4')),
@@ -362,6 +366,9 @@ def test_formats_are_trained_however_they_are_given(tmp_path):
   shown = repr(fixed)
   for text in ('Dense_0', '8 × 8', f'Cost: {1e6 * fixed.cost:.6g} kBOPs', str(folder)):
     assert text in shown and text in fixed._repr_html_()
+  coverage = fixed.coverage
+  assert repr(coverage) == str(coverage) and 'Dense_0: dense' in repr([coverage])
+  assert repr(fixed.model) == f'Searchable({Smallest()!r})'
   assert fixed.export('safetensors', tmp_path / 'export')['agreement'] == 1.0
   page = write_report([str(tmp_path / 'saved')]).read_text()
   assert 'By the same call of <code>fliqs_jax.train' in page

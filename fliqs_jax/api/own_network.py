@@ -56,7 +56,7 @@ def make_searchable(
     >>> import fliqs_jax
     >>> model = fliqs_jax.make_searchable(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
     >>> print(model.coverage(jnp.ones((1, 8))))
-    1 layers are searched:
+    1 layer is searched:
     .: dense (8, 4), 32 MACs
     100.0% of the multiply-accumulates by parameters are searched
   """

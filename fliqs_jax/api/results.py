@@ -19,6 +19,19 @@ from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.runs.setup import Setup
 
 
+class Front(dict[str, 'Result']):
+  """Results by the text of their target; shown as a table of costs and qualities."""
+
+  def __repr__(self) -> str:
+    return terminal.to_text(*self._parts())
+
+  def _repr_html_(self) -> str:
+    return notebook.to_html(*self._parts())
+
+  def _parts(self):
+    return terminal.front_parts({name: r.content for name, r in self.items()})
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
   """Result of a run: the network, its weights, its formats, and the record.

@@ -14,7 +14,7 @@ from fliqs_jax.api.arguments import (
 )
 from fliqs_jax.api.own_network import Model, Scores
 from fliqs_jax.api.own_run import own_run, prepare, to_result
-from fliqs_jax.api.results import Result
+from fliqs_jax.api.results import Front, Result
 from fliqs_jax.data import batches
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import front, loop
@@ -93,7 +93,7 @@ def search_front(
   workdir: os.PathLike | str | None = None,
   config: ml_collections.ConfigDict | None = None,
   **fields: Any,
-) -> dict[str, Result]:
+) -> Front:
   """Searches the formats for several targets, with one supernet for all.
 
   The steps before the commitment are shared, a third of all by default; from there on
@@ -115,7 +115,7 @@ def search_front(
     **fields: as in `search`.
 
   Returns:
-    A result for each target, by the target's text.
+    A result for each target, by the target's text, in a dict that prints as a table.
 
   Raises:
     ConfigError: where something is wrong, with a line for each problem.
@@ -133,10 +133,10 @@ def search_front(
   }
   contents = front.train(setups, own.folder)
   texts = targets_lib.split(config.search.targets)
-  return {
-    text: to_result(own, setups[name], own.folder / name, contents[name])
+  return Front(
+    (text, to_result(own, setups[name], own.folder / name, contents[name]))
     for text, name in zip(texts, setups, strict=True)
-  }
+  )
 
 
 def _check_repeatable(**sources):

@@ -32,25 +32,25 @@ class Coverage(NamedTuple):
   share: float | None = None
   notes: tuple[str, ...] = ()  # what else is to be known of the searched layers
 
+  def __repr__(self) -> str:
+    return str(self)
+
   def __str__(self) -> str:
     found = [
       f'{layer.path or "."}: {layer.kind} {layer.kernel_shape}, {layer.macs:,} MACs'
       for layer in self.layers
     ]
-    return '\n'.join(
-      [
-        f'{len(found)} layers are searched:',
-        *found,
-        *self.remarks(),
-      ]
-    )
+    count = '1 layer is' if len(found) == 1 else f'{len(found)} layers are'
+    return '\n'.join([f'{count} searched:', *found, *self.remarks()])
 
   def remarks(self) -> list[str]:
     """Returns lines on the layers that are not searched, and on the searched share."""
-    skipped = self.skipped.items()
+    paths: dict[str, list[str]] = {}  # by what they have in common
+    for path, why in self.skipped.items():
+      paths.setdefault(why, []).append(path or '.')
     return [
       *self.notes,
-      *(f'not searched: {path or "."}: {why}' for path, why in skipped),
+      *(f'not searched: {", ".join(same)}: {why}' for why, same in paths.items()),
       *self._share_line(),
     ]
 

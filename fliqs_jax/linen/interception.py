@@ -63,7 +63,7 @@ def make_searchable(
     >>> from fliqs_jax.linen.interception import make_searchable
     >>> model = make_searchable(nn.Dense(4))
     >>> print(model.coverage(jnp.ones((1, 8))))
-    1 layers are searched:
+    1 layer is searched:
     .: dense (8, 4), 32 MACs
     100.0% of the multiply-accumulates by parameters are searched
   """
@@ -97,6 +97,9 @@ class Searchable:
     self._attributes = dict(attributes)
     self._attention_products = attention_products
     self._marks = False
+
+  def __repr__(self) -> str:
+    return f'Searchable({self.model!r})'
 
   def own_variables(self, *args: Any, **kwargs: Any) -> None:
     """Returns None: a linen module has no variables of its own, `init` makes them."""

@@ -70,6 +70,9 @@ class Searchable:
     self._graph, *states, self._rest = nnx.split(clone, *_COLLECTIONS.values(), ...)
     self._states = dict(zip(_COLLECTIONS, map(nnx.to_flat_state, states)))
 
+  def __repr__(self) -> str:
+    return f'Searchable({type(self.model).__name__})'
+
   def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns copies of the model's own variables by collection.
 

@@ -129,6 +129,29 @@ def result_parts(
   return tables, lines
 
 
+def front_parts(
+  results: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[Table], list[str]]:
+  """Returns the table of the results of a front, and the lines below it.
+
+  Args:
+    results: what `search_result.json` holds, by target.
+  """
+  found = {name: quality.from_evaluation(r['eval']) for name, r in results.items()}
+  some = next(iter(results.values()))
+  costs = [value for r in results.values() for value in (r['cost'], r['target'])]
+  unit = units.choose(costs, some['cost_unit'])
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('target')
+  titles = f'target ({unit.name})', f'cost ({unit.name})'
+  for title in (*titles, next(iter(found.values())).name, 'loss'):
+    table.add_column(title, justify='right')
+  for name, result in results.items():
+    sizes = (f'{unit.scale(result[key]):.6g}' for key in ('target', 'cost'))
+    table.add_row(Text(name), *sizes, str(found[name]), f'{result["eval"]["loss"]:.4f}')
+  return [table], [uniform_line(some['uniform_costs'], unit)]
+
+
 def print_points(
   points: Sequence[Mapping[str, Any]], failed: Sequence[str], folder: str
 ) -> None:

@@ -23,12 +23,14 @@ def of_training(setup: Setup, state: TrainState) -> dict[str, Sensitivities]:
   """Returns `{'sensitivities': ...}` of a search that trained, as far as it knows them.
 
   They are relative to the best format of a decision, and empty where the strategy
-  measures no qualities.
+  measures no qualities, or has not in so few steps.
   """
   strategy = STRATEGIES[setup.config.search.strategy]
   # Scores that serve any target are qualities.
   if not setup.controller or not strategy.serves_targets:
     return {}
   scores = np.asarray(setup.controller.scores(jax.device_get(state.controller)))
+  if not scores.any():
+    return {}
   best = np.max(scores, axis=1, where=setup.space.valid, initial=-np.inf)
   return {'sensitivities': by_name(setup.space, best[:, None] - scores)}
