@@ -70,6 +70,8 @@ class Calibration:
     for batch, key in self._placed_batches(state):
       found = self._statistics_step(state, choices, batch, key)
       total = found if total is None else jax.tree.map(jnp.add, total, found)
+      # Many programs that wait for each other's devices would block them all.
+      jax.block_until_ready(total)
     mean = jax.tree.map(lambda a: a / len(self.batches), total)
     return state.replace(quant_stats=mean)
 

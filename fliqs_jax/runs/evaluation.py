@@ -20,6 +20,8 @@ from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import sharding, steps
 from fliqs_jax.training.train_state import TrainState, create_train_state
 
+_STEPS_AHEAD = 3
+
 # (state, choices int32[N]) -> means over all examples, and their number
 Evaluate = Callable[[TrainState, np.ndarray], dict[str, float]]
 
@@ -115,6 +117,8 @@ def make_evaluate(setup: Setup, mesh: jax.sharding.Mesh) -> Evaluate:
       placed = sharding.replicated(mesh) if uneven else split
       batch = sharding.place(batch, placed, setup.data.whole)
       sums.append(eval_step(state, choices, batch))
+      # Many programs that wait for each other's devices would block them all.
+      jax.block_until_ready(sums[-_STEPS_AHEAD:][0])
     return means(jax.device_get(sums))
 
   return evaluate
