@@ -12,6 +12,7 @@ import contextvars
 import functools
 import inspect
 import math
+import sysconfig
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -115,6 +116,7 @@ def uses_of(kind: type) -> Uses:
     kind: of either interface.
   """
   found, seen, names, places = list(_methods(kind)), set(), set(), {}
+  package = _top_package(kind.__module__)
   while found:
     function = found.pop()
     if function in seen:
@@ -126,8 +128,10 @@ def uses_of(kind: type) -> Uses:
         value = content[name]
         if is_attention(value):
           places[id(content), name] = content, name
-        elif inspect.isfunction(value) and not _is_of_library(value.__module__):
-          found.append(inspect.unwrap(value))
+        elif inspect.isfunction(value):
+          value = inspect.unwrap(value)
+          if inspect.isfunction(value) and not _is_installed(value, package):
+            found.append(value)
   return Uses(_NAME in names or bool(places), tuple(places.values()))
 
 
@@ -152,7 +156,23 @@ def _named(content, names):
 
 
 def _is_of_library(module):
-  return str(module).partition('.')[0] in _LIBRARIES
+  return _top_package(module) in _LIBRARIES
+
+
+def _top_package(module):
+  return str(module).partition('.')[0]
+
+
+def _is_installed(function, package):
+  """Returns whether a function is of Flax, JAX, or another installed package."""
+  if _is_of_library(function.__module__):
+    return True
+  is_other = _top_package(function.__module__) != package
+  return is_other and function.__code__.co_filename.startswith(_INSTALLED)
+
+
+# The folders of packages that the user has not written, but maybe installed.
+_INSTALLED = tuple(sysconfig.get_path(n) for n in ('stdlib', 'purelib', 'platlib'))
 
 
 def _codes(code):
