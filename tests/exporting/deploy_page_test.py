@@ -59,6 +59,8 @@ def done(folder):
     repeats = ['--repeats=1'] if 'fliqs_jax.measure' in line else []
     result = command(line, folder, *repeats)
     assert result.returncode == 0, f'{line}\n{result.stderr}'
+    folds = '--fold_batch_norm' in line
+    assert ('  1 batch normalisations are folded' in result.stdout) == folds
   return folder
 
 

@@ -124,14 +124,6 @@ def test_every_target_is_loaded_again_and_computes_the_same(target, deployed, ex
   assert (folder / report['file']).is_file()
 
 
-def test_batch_normalisation_is_folded_and_counted(deployed, tmp_path):
-  given = deployed._replace(folds_batch_norm=True)
-  report = exporter.export(given, 'onnx', tmp_path / 'export')
-  assert report['folded_batch_norms'] == 1
-  assert report['agreement'] >= 0.99
-  assert '1 batch normalisations are folded' in exporter.summary(report, tmp_path)
-
-
 def test_packed_weights_are_as_small_as_the_cost_model_says(deployed, exported):
   folder, report = exported('safetensors')
   layers = tuple(layer.layer for layer in deployed.layers.values())

@@ -157,7 +157,6 @@ CASES = {
 
 def run_onnx(model, *inputs):
   """Runs a model with the loader of exports."""
-  onnx.checker.check_model(model, full_check=True)
   loader = loading.import_loader(loading.LOADERS / onnx_file.LOADER)
   return loader.load(model.SerializeToString())(*inputs)
 
@@ -208,12 +207,12 @@ def test_every_rule_is_tested():
     (lambda x: jnp.fft.fft(x).real, "computes 'fft'"),
     (lambda x: lax.while_loop(lambda a: a.sum() < 9, lambda a: a + 1, x), "'while'"),
     (lambda x: lax.cond(jnp.sum(x) > 0, jnp.sin, jnp.cos, x), "'cond'"),
-    (lambda x: x * jnp.arange(len(x)), 'integer'),
+    (lambda x: jnp.maximum(x > 0, x > 1), 'cannot express the network: .*Max'),
   ],
 )
 def test_what_has_no_rule_is_named(function, message):
   given = deployment.symbolic_shapes((X,))
-  with pytest.raises((ConfigError, TypeError), match=message):
+  with pytest.raises(ConfigError, match=message):
     conversion.make_model(function, given, {})
 
 

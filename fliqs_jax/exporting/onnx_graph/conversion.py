@@ -199,7 +199,7 @@ def make_model(
   shapes: Sequence[jax.ShapeDtypeStruct],
   own: dict[str, Convert],
 ) -> onnx.ModelProto:
-  """Returns the ONNX model of a function of arrays.
+  """Returns the checked ONNX model of a function of arrays.
 
   Args:
     function: traced by JAX.
@@ -230,7 +230,21 @@ def make_model(
   infos = [_value_info(t.name, shape) for t, shape in zip(inputs, shapes)]
   proto = helper.make_graph(graph.nodes, 'network', infos, outputs, graph.constants)
   opsets = [helper.make_opsetid('', OPSET)]
-  return helper.make_model(proto, opset_imports=opsets, producer_name='fliqs_jax')
+  model = helper.make_model(proto, opset_imports=opsets, producer_name='fliqs_jax')
+  try:
+    onnx.checker.check_model(model, full_check=True)
+  except _INVALID as error:
+    reason = str(error).strip().splitlines()[0]
+    raise ConfigError(f'ONNX cannot express the network: {reason}') from None
+  return model
+
+
+# Of types that an operation does not take, and of more bytes than a file may have.
+_INVALID = (
+  onnx.checker.ValidationError,
+  onnx.shape_inference.InferenceError,
+  ValueError,
+)
 
 
 def _value_info(name, aval):
