@@ -259,13 +259,23 @@ def weights(
 def _add_weights(jaxpr, consts, origins, args, found):
   known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins))
   values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+  makers: dict[Any, Any] = {}  # equations that follow from parameters alone
   uncast: dict[Any, Any] = {}  # as in `evaluate`
 
   def read(atom):
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
+    """Returns a value, computed where it is asked for; None where it is not known."""
+    if isinstance(atom, core.Literal):
+      return atom.val
+    if atom not in values:
+      values[atom] = None
+      if maker := makers.get(atom):
+        inputs = list(map(read, maker.invars))
+        if all(value is not None for value in inputs):
+          values.update(zip(maker.outvars, bind(jaxpr, maker, inputs)))
+    return values[atom]
 
   for equation in jaxpr.eqns:
-    given, inputs = _read_origins(equation, known), list(map(read, equation.invars))
+    given = _read_origins(equation, known)
     if operands := _operands(equation, given):
       source = equation.invars[operands.w]
       w = read(uncast.get(source, source))
@@ -273,15 +283,17 @@ def _add_weights(jaxpr, consts, origins, args, found):
       found.setdefault(given[operands.w].path, []).append(w)
     results = []
     for inner, inner_origins, _ in _inner(equation, given):
-      for path, calls in _inner_weights(equation, inner, inner_origins, inputs).items():
-        found.setdefault(path, []).extend(calls)
-      results.append(_find(inner, inner_origins, lambda _: None))
-    outputs = [None] * len(equation.outvars)
-    if all(value is not None for value in inputs):
-      outputs = bind(jaxpr, equation, inputs)
+      inside: list[ParameterProduct] = []
+      results.append(_find(inner, inner_origins, inside.append))
+      if inside:
+        inputs = list(map(read, equation.invars))
+        of_inner = _inner_weights(equation, inner, inner_origins, inputs)
+        for path, calls in of_inner.items():
+          found.setdefault(path, []).extend(calls)
+    if None not in given:
+      makers |= dict.fromkeys(equation.outvars, equation)
     if _lowers_precision(equation):
       uncast[equation.outvars[0]] = equation.invars[0]
-    values |= zip(equation.outvars, outputs)
     known |= zip(equation.outvars, _result_origins(equation, given, results))
 
 
