@@ -280,4 +280,4 @@ def page():
 def test_the_reader_in_the_pages_is_the_one_that_is_written():
   reader = (loading.LOADERS / 'load_safetensors.py').read_text()
   assert f'```python\n{reader}```' in page()
-  assert len(reader.splitlines()) <= 80
+  assert len([line for line in reader.splitlines() if line]) <= 60
