@@ -62,6 +62,7 @@ def make_searchable(
   """
   _check_attributes(attributes)
   if isinstance(model, nnx.Module):
+    _check_weights(model)
     return NnxSearchable(model, attributes, attention_products)
   if isinstance(model, NnxSearchable):
     return model
@@ -80,6 +81,15 @@ def _check_attributes(attributes):
     if attributes.get(name, values[0]) not in values:
       given = f'{name}={attributes[name]!r}'
       raise ConfigError(not_among(given, attributes[name], values))
+
+
+def _check_weights(model):
+  for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    if isinstance(leaf.get_value(), jax.ShapeDtypeStruct):
+      raise ConfigError(
+        f'{"/".join(map(str, path))} of {type(model).__name__} has a shape and no '
+        'values, as of nnx.eval_shape: expected a network with weights'
+      )
 
 
 def describe_model(model):

@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.call_counts import count_layers
 from fliqs_jax.layers.coverage import Coverage, check_module, cover
@@ -61,6 +62,12 @@ class Searchable:
     self.model = model
     for path, module in nnx.iter_modules(model):
       check_module(module, '/'.join(map(str, path)) or type(model).__name__)
+      if isinstance(module, QuantizedOperator):
+        place = '/'.join(map(str, path))
+        raise ConfigError(
+          f'{type(model).__name__} has formats already, in {place}: expected the '
+          'network that was searched, and variables=result.variables for its weights'
+        )
     clone = nnx.clone(model)
     self._attributes = dict(attributes)
     self._attention_products = attention_products

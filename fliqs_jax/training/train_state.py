@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax import struct
+from flax import nnx, struct
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,16 @@ class Arguments(NamedTuple):
 def plain(variables: Any) -> Any:
   """Returns variables as nested dicts of arrays, without Flax's frozen dicts and boxes.
 
-  `nn.with_partitioning` puts arrays in boxes, which `apply` does not need.
+  `nn.with_partitioning` puts arrays in boxes, which `apply` does not need. A state of
+  NNX, as of `nnx.state(model, nnx.Param)`, has numbers for names in lists.
   """
   return nn.unbox(_nested_dicts(variables))
 
 
 def _nested_dicts(tree):
   if isinstance(tree, Mapping):
-    return {name: _nested_dicts(value) for name, value in tree.items()}
-  return tree
+    return {str(name): _nested_dicts(value) for name, value in tree.items()}
+  return tree.get_value() if isinstance(tree, nnx.Variable) else tree
 
 
 class TrainState(train_state.TrainState):

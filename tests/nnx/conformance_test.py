@@ -23,7 +23,7 @@ from fliqs_jax.numerics.formats import get_format
 from fliqs_jax.numerics.products import LayerFormats
 from fliqs_jax.runs import evaluation, loop
 from fliqs_jax.training import sharding
-from fliqs_jax.training.train_state import Arguments, create_train_state
+from fliqs_jax.training.train_state import Arguments, create_train_state, plain
 
 
 class LinenNet(nn.Module):
@@ -342,6 +342,20 @@ def test_the_result_is_an_nnx_module_and_the_given_one_stays(searches):
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
   again = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
   np.testing.assert_allclose(again(images), found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_result_goes_on_from_its_weights_and_not_from_its_module(searches):
+  ours, theirs, model, _ = searches
+  state = nnx.state(ours.model, nnx.Param)
+  for given in (state, nnx.to_pure_dict(state)):
+    jax.tree.map(
+      np.testing.assert_array_equal, plain(given), theirs.variables['params']
+    )
+  with pytest.raises(ConfigError, match='NnxNet has formats already, in .*: expected'):
+    fliqs_jax.make_searchable(ours.model)
+  shapes = nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0)))
+  with pytest.raises(ConfigError, match='of NnxNet has a shape and no values'):
+    fliqs_jax.make_searchable(shapes)
 
 
 def test_a_saved_result_is_evaluated_with_a_new_instance(searches, tmp_path):
