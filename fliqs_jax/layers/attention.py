@@ -95,6 +95,9 @@ def hooked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_attention(value: Any) -> bool:
   """Returns whether a value is one of the functions of attention."""
+  # Of a module of linen, to ask for an attribute that it lacks may run its `setup`.
+  if not callable(value) or isinstance(value, nn.Module | nnx.Module):
+    return False
   given = value, getattr(value, '__wrapped__', None)  # as of a hooked one
   return any(one is function for one in given for function in FUNCTIONS)
 
