@@ -724,6 +724,9 @@ def test_arguments_by_name_boxes_frozen_dicts_and_outputs_of_the_users(tmp_path)
   )
   expected = own_loss(output, batch).mean()
   assert result.eval['loss'] == pytest.approx(float(expected), rel=1e-5)
+  with pytest.raises(ConfigError, match='the network returns Output: expected arrays'):
+    result.export('safetensors', tmp_path / 'export')
+  assert not (tmp_path / 'export').exists()
 
 
 class TwoHeads(nn.Module):

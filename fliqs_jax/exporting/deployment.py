@@ -240,7 +240,8 @@ def deploy(
     batches: as in `Deployment`.
 
   Raises:
-    ConfigError: where the layers cannot be expressed by codes and scales.
+    ConfigError: where the layers cannot be expressed by codes and scales, or the
+      outputs are of a class of the user's.
   """
   own_weights = weights.find(model, layers, variables, arguments(*inputs[0]))
   given = Deployment(
@@ -258,7 +259,33 @@ def deploy(
     inputs=tuple(inputs),
     own_weights=own_weights,
   )
+  _check_outputs(given)
   return given._replace(replaced=_parameters_of_weights(given))
+
+
+def _check_outputs(deployment):
+  """Raises ConfigError where outputs are of classes that other programs lack."""
+  found = []
+
+  def trace(*inputs):
+    found.append(deployment.searched(*inputs))
+    return ()
+
+  jax.eval_shape(trace, *deployment.inputs[0])
+  if names := sorted(set(_own_classes(found[0]))):
+    raise ConfigError(
+      f'the network returns {", ".join(names)}: expected arrays, or tuples, lists and '
+      'dicts of them, as of a module around it that returns these'
+    )
+
+
+def _own_classes(outputs):
+  """Yields the names of classes that are neither containers nor arrays."""
+  if type(outputs) in (dict, list, tuple):
+    for part in outputs.values() if isinstance(outputs, dict) else outputs:
+      yield from _own_classes(part)
+  elif outputs is not None and not isinstance(outputs, jax.Array):
+    yield type(outputs).__name__
 
 
 def _is_product(layer):
