@@ -122,9 +122,10 @@ def with_run_folders(argv: Sequence[str]) -> list[str]:
   given = list(argv)
   for index, argument in enumerate(given):
     folder = argument.removeprefix('--config=')
-    if folder != argument and not folder.partition(':')[0].endswith('.py'):
-      if (files.to_path(folder) / CONFIG_FILE).exists():
-        given[index] = f'--config={again.__file__}:{folder}'
+    if folder in ('', argument) or folder.partition(':')[0].endswith('.py'):
+      continue
+    if (files.to_path(folder) / CONFIG_FILE).exists():
+      given[index] = f'--config={again.__file__}:{folder}'
   return given
 
 
