@@ -160,3 +160,9 @@ def call_python(folder, process=None):
     except ConfigError as error:
       errors.append(str(error))
   return {**found, 'errors': errors}
+
+
+def limit_files(limit):
+  """Lets no file grow beyond some bytes, as on a disk that is full."""
+  jax.config.update('jax_enable_compilation_cache', False)  # whose files others read
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

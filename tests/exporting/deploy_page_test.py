@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import time
 import urllib.error
 import urllib.request
 
+import child_functions
 from conftest import ROOT
-import jax
 import numpy as np
 import pytest
 from tiny_deployments import both
@@ -160,15 +159,12 @@ def test_a_network_that_cannot_be_traced_without_its_dataset(folder, tmp_path):
   assert not (run / 'export').exists()
 
 
-def limit_files(limit):
-  jax.config.update('jax_enable_compilation_cache', False)  # whose files others read
-  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
 @pytest.mark.parametrize('limit', [1_000, 10_000])  # of the weights, of examples
 def test_a_disk_that_is_full(folder, limit, tmp_path):
   line = f'{COMMANDS[1]} --out={tmp_path}/export'
-  result = command(line, folder, prepare=functools.partial(limit_files, limit))
+  result = command(
+    line, folder, prepare=functools.partial(child_functions.limit_files, limit)
+  )
   assert result.returncode == 2
   (line,) = result.stderr.strip().splitlines()
   assert (
