@@ -27,10 +27,11 @@ from fliqs_jax.runs import distributed, evaluation, files
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.config import OWN_BATCHES, complete, resolve
+from fliqs_jax.runs.config import complete, resolve
 from fliqs_jax.runs.jax_settings import usual_settings
 from fliqs_jax.runs.network import Network
 from fliqs_jax.runs.setup import Data
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.training import user_task
 from fliqs_jax.training.task import Batch, Metrics, Score
 

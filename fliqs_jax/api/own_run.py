@@ -17,9 +17,9 @@ from fliqs_jax.runs import distributed, evaluation, files, preparation
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs import setup as setup_lib
 from fliqs_jax.runs import workdir as workdir_lib
-from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.network import Network, own_variables
 from fliqs_jax.runs.setup import Data, Setup
+from fliqs_jax.runs.validation import OWN_BATCHES
 
 
 class OwnRun(NamedTuple):

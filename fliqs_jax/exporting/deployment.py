@@ -25,8 +25,8 @@ from fliqs_jax.layers.replacement import replaced_layers
 from fliqs_jax.layers.variables import FORMATS, nest
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.runs import network
-from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.setup import Setup
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.search.space import fixed_space
 from fliqs_jax.training.task import Batch, Task
 from fliqs_jax.training.train_state import Arguments, TrainState
@@ -284,7 +284,7 @@ def _own_classes(outputs):
   if type(outputs) in (dict, list, tuple):
     for part in outputs.values() if isinstance(outputs, dict) else outputs:
       yield from _own_classes(part)
-  elif outputs is not None and not isinstance(outputs, jax.Array):
+  elif outputs is not None and not isinstance(outputs, jax.Array | np.ndarray):
     yield type(outputs).__name__
 
 

@@ -106,7 +106,7 @@ def network(
 
 
 class _Fold(NamedTuple):
-  """What a layer computes together with the equations that follow it."""
+  """A layer and the equations that follow it, as the one layer that computes both."""
 
   scale: np.ndarray  # float32, in the place of the layer's
   offset: np.ndarray  # float32, added to its output

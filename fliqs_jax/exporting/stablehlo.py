@@ -6,7 +6,6 @@ import jax
 from jax import export
 import numpy as np
 
-from fliqs_jax.errors import ConfigError
 from fliqs_jax.exporting import deployment as deployments
 from fliqs_jax.exporting import folding, loading, native
 from fliqs_jax.exporting.deployment import Deployment
@@ -37,11 +36,7 @@ def write(deployment: Deployment, folder: pathlib.Path) -> dict[str, int]:
     compute = folding.marked_layer
   function, report = folding.network(deployment, shapes, compute)
   exported = export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
-  try:
-    content = exported.serialize()
-  except ValueError as error:  # outputs of a type that it does not know
-    raise ConfigError(f'jax.export cannot write the network: {error}') from None
-  (folder / FILE).write_bytes(content)
+  (folder / FILE).write_bytes(exported.serialize())
   return report
 
 

@@ -103,7 +103,7 @@ def is_attention(value: Any) -> bool:
 
 
 class Uses(NamedTuple):
-  """How the methods of a class come to functions of attention."""
+  """Functions of attention that the methods of a class use."""
 
   any: bool  # whether they call one, as far as their code tells
   places: tuple[Place, ...]  # where one has a name of its own

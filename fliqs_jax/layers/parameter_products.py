@@ -27,7 +27,7 @@ Path = tuple[str, ...]
 
 
 class Parameters(NamedTuple):
-  """What a value follows from, where parameters and constants are all."""
+  """Parameters that a value follows from, where these and constants are all."""
 
   size: int = 0  # of the largest parameter
   path: Path = ()  # of it; empty where the value is a constant

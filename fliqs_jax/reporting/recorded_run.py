@@ -9,10 +9,10 @@ from etils import epath
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.reporting import units
 from fliqs_jax.runs import exports, files
-from fliqs_jax.runs.config import OWN_BATCHES
 from fliqs_jax.runs.quality import Quality, from_evaluation
 from fliqs_jax.runs.result import RESULT_FILE, read_result
 from fliqs_jax.runs.sessions import Session, read_sessions
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.runs.workdir import (
   CONFIG_FILE,
   HISTORY_FILE,

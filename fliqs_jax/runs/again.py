@@ -6,7 +6,8 @@ python -m fliqs_jax.main --config=runs/digits --workdir=runs/again
 import ml_collections
 
 from fliqs_jax.runs import files
-from fliqs_jax.runs.config import OWN_BATCHES, complete
+from fliqs_jax.runs.config import complete
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.runs.workdir import kept_inputs, read_config
 
 

@@ -8,8 +8,9 @@ import ml_collections
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import again, files
-from fliqs_jax.runs.config import OWN_BATCHES, resolve
+from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import RESULT_FILE, read_result
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.runs.workdir import read_config
 
 # Fields that a search fills in by its strategy, and a training by another one.

@@ -12,8 +12,6 @@ from fliqs_jax.search.strategies import (
   default_strategy,
 )
 
-OWN_BATCHES = validation.OWN_BATCHES
-
 
 def default_config() -> ml_collections.ConfigDict:
   """Returns the config that the files in `configs/` start from: all fields there are.

@@ -14,9 +14,10 @@ from fliqs_jax.layers.architecture import searched
 from fliqs_jax.runs import compilation, files, network, supernet, workdir
 from fliqs_jax.runs import result as result_lib
 from fliqs_jax.runs.checkpoints import Checkpoints
-from fliqs_jax.runs.config import OWN_BATCHES, complete
+from fliqs_jax.runs.config import complete
 from fliqs_jax.runs.preparation import attempt_build, configured_data
 from fliqs_jax.runs.setup import Setup
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.training import sharding, steps
 from fliqs_jax.training.train_state import TrainState, create_train_state
 

@@ -30,7 +30,7 @@ PROGRAMS = [text for kind, text in BLOCKS if kind == 'python']
 
 @pytest.fixture(scope='module')
 def folder(finished, tmp_path_factory):
-  """Where the page's commands run: a finished run is in `runs/digits`."""
+  """The folder of the page's commands, with a finished run in `runs/digits`."""
   folder = tmp_path_factory.mktemp('page')
   run = folder / 'runs/digits'
   shutil.copytree(finished, run)

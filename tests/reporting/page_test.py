@@ -30,9 +30,10 @@ from fliqs_jax.reporting import (
 from fliqs_jax.reporting.page import REPORT_FILE, write_report
 from fliqs_jax.reporting.recorded_run import read_run
 from fliqs_jax.runs import baseline, loop
-from fliqs_jax.runs.config import OWN_BATCHES, resolve
+from fliqs_jax.runs.config import resolve
 from fliqs_jax.runs.result import RESULT_FILE, config_to_json
 from fliqs_jax.runs.sessions import SESSIONS_FILE
+from fliqs_jax.runs.validation import OWN_BATCHES
 from fliqs_jax.runs.workdir import CONFIG_FILE, HISTORY_FILE, read_history
 
 HOSTILE = '<script>alert("layer")</script>&$x^2$%"\'>\ud800-->'

@@ -6,8 +6,8 @@ import pytest
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.runs import setup as setup_lib
-from fliqs_jax.runs.config import OWN_BATCHES, default_config, resolve
-from fliqs_jax.runs.validation import validate
+from fliqs_jax.runs.config import default_config, resolve
+from fliqs_jax.runs.validation import OWN_BATCHES, validate
 
 REINFORCE = {'search.strategy': 'policy_gradient'}
 

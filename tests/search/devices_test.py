@@ -31,7 +31,7 @@ def _values(name):
 
 
 def _holds(type_name, values):
-  """Whether a cast keeps the values, scaled by some power of two."""
+  """Returns whether a cast keeps the values, scaled by some power of two."""
   for dtype in DTYPES[type_name]:
     info = np.iinfo if dtype == np.int8 else ml_dtypes.iinfo
     is_integer = type_name.startswith('int')
