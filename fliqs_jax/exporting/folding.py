@@ -26,7 +26,7 @@ import numpy as np
 from fliqs_jax.exporting import native
 from fliqs_jax.exporting.deployment import Deployment, of_any_batch
 from fliqs_jax.exporting.parameters import QuantizedLayer
-from fliqs_jax.layers.parameter_products import bind
+from fliqs_jax.layers.product_evaluation import bind
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.numerics.products import Product
 

@@ -2,7 +2,9 @@
 
 layer         shapes, arguments and counts of one layer; formats and sizes bound to it
 products      the products that Flax's layers compute, from the arguments of lax
-parameter_products  products of parameters in a traced network, found and replaced
+origins       parameters that values of a traced network follow from
+parameter_products  products in a traced network, of parameters and of activations
+product_evaluation  products of parameters computed in another way
 product_statistics  moving averages of the inputs of these products
 attention     products inside attention, found and replaced
 replacement   layers that compute by another function, or show their inputs

@@ -19,8 +19,9 @@ from flax import linen as nn
 from flax import nnx
 import jax
 
-from fliqs_jax.layers import call_counts, parameter_products
+from fliqs_jax.layers import call_counts, parameter_products, product_evaluation
 from fliqs_jax.layers.layer import PAIR, Layer
+from fliqs_jax.layers.origins import Origin, Parameters
 from fliqs_jax.numerics.products import (
   LayerFormats,
   PairStatistics,
@@ -190,7 +191,7 @@ class TracedAttention(NamedTuple):
 
   jaxpr: Any
   outputs: Any  # the structure of its outputs
-  origins: list[parameter_products.Origin]
+  origins: list[Origin]
   layers: dict[str, Layer]  # of the products, whose paths are their names alone
 
 
@@ -200,7 +201,7 @@ def trace(
   """Returns a traced call, and the products of activations in it that are searched."""
   jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(query, key, value)
   named = ((QK, key), (AV, value))
-  parameters = (parameter_products.Parameters(a.size, (name,)) for name, a in named)
+  parameters = (Parameters(a.size, (name,)) for name, a in named)
   origins = [None, *parameters]
   found = [p for p in parameter_products.find(jaxpr, origins) if p.is_open]
   sizes = {product.path: math.prod(product.layer.kernel_shape) for product in found}
@@ -251,7 +252,7 @@ def compute(
     )
     return y, state if given is None else {**state, path: updated}
 
-  outputs, updated = parameter_products.evaluate(
+  outputs, updated = product_evaluation.evaluate(
     traced.jaxpr.jaxpr,
     traced.jaxpr.consts,
     traced.origins,

@@ -8,11 +8,8 @@ from flax import nnx
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import attention
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.layers.parameter_products import (
-  ActivationProduct,
-  ParameterProduct,
-  Path,
-)
+from fliqs_jax.layers.origins import Path
+from fliqs_jax.layers.parameter_products import ActivationProduct, ParameterProduct
 
 _ENOUGH = 0.9  # of the multiply-accumulates
 _NOT_MULTIPLIED = (

@@ -6,7 +6,8 @@ from typing import Any
 from flax import traverse_util
 import jax.numpy as jnp
 
-from fliqs_jax.layers.parameter_products import OPERATOR, ParameterProduct, Path
+from fliqs_jax.layers.origins import Path
+from fliqs_jax.layers.parameter_products import OPERATOR, ParameterProduct
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.calibration import Statistics
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.layers import attention
 from fliqs_jax.layers.layer import join_path
-from fliqs_jax.layers.parameter_products import Path
+from fliqs_jax.layers.origins import Path
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.linen.method_interceptors import intercept_methods
 from fliqs_jax.numerics.calibration import Statistics

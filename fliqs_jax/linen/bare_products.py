@@ -11,9 +11,9 @@ from typing import Any
 from flax.core.scope import in_filter
 import jax
 
-from fliqs_jax.layers import parameter_products, product_statistics
+from fliqs_jax.layers import product_evaluation, product_statistics
 from fliqs_jax.layers.array_leaves import flatten, is_array
-from fliqs_jax.layers.parameter_products import CONSTANT, Parameters, Path
+from fliqs_jax.layers.origins import CONSTANT, Origin, Parameters, Path
 from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats, quantized_layer
@@ -29,7 +29,7 @@ def trace(
   variables: Variables,
   args: Sequence[Any],
   kwargs: Mapping[str, Any],
-) -> tuple[Any, list[parameter_products.Origin]]:
+) -> tuple[Any, list[Origin]]:
   """Returns the jaxpr of a network's call, and the origins of its arguments.
 
   Args:
@@ -57,12 +57,12 @@ def weights(
   """Returns what products of parameters multiply by, each call of one.
 
   The arguments are those of `find`, and the results those of
-  `parameter_products.weights`.
+  `product_evaluation.weights`.
   """
   jaxpr, origins, _ = _trace(function, variables, args, kwargs)
   arrays, _ = flatten((variables, args, kwargs))
   known = [None if origin is None else array for origin, array in zip(origins, arrays)]
-  return parameter_products.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
+  return product_evaluation.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
 
 
 def _shape(leaf):
@@ -131,7 +131,7 @@ def apply(
 
   jaxpr, origins, rebuild = _trace(function, variables, args, kwargs)
   arrays, _ = flatten((variables, args, kwargs))
-  results, statistics = parameter_products.evaluate(
+  results, statistics = product_evaluation.evaluate(
     jaxpr.jaxpr,
     jaxpr.consts,
     origins,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers import parameter_products, product_statistics
 from fliqs_jax.layers.coverage import Coverage, check_module, cover
-from fliqs_jax.layers.parameter_products import Path
+from fliqs_jax.layers.origins import Path
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.layers.variables import FORMATS
 from fliqs_jax.linen import bare_products

@@ -14,15 +14,10 @@ from typing import Any
 from flax import nnx
 import jax
 
-from fliqs_jax.layers import parameter_products
+from fliqs_jax.layers import product_evaluation
 from fliqs_jax.layers.array_leaves import flatten
-from fliqs_jax.layers.parameter_products import (
-  CONSTANT,
-  OPERATOR,
-  Origin,
-  Parameters,
-  Path,
-)
+from fliqs_jax.layers.origins import CONSTANT, Origin, Parameters, Path
+from fliqs_jax.layers.parameter_products import OPERATOR
 from fliqs_jax.layers.replacement import replacement
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 from fliqs_jax.numerics.calibration import Statistics
@@ -148,7 +143,7 @@ def _compute(model, call, operators, args, kwargs):
 
   with nnx.update_context(ATTRIBUTE):
     jaxpr, origins, arrays, finish = _trace(model, call, args, kwargs)
-    results, statistics = parameter_products.evaluate(
+    results, statistics = product_evaluation.evaluate(
       jaxpr.jaxpr,
       jaxpr.consts,
       origins,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.layers import attention
-from fliqs_jax.layers.parameter_products import Path
+from fliqs_jax.layers.origins import Path
 from fliqs_jax.layers.products import transposed_convolution_arguments
 from fliqs_jax.nnx.operators import (
   QuantizedAttention,

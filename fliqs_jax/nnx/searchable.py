@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.layers import parameter_products, product_statistics
+from fliqs_jax.layers import (
+  parameter_products,
+  product_evaluation,
+  product_statistics,
+)
 from fliqs_jax.layers.call_counts import count_layers
 from fliqs_jax.layers.coverage import Coverage, check_module, cover
 from fliqs_jax.layers.layer import Layer
-from fliqs_jax.layers.parameter_products import Path
+from fliqs_jax.layers.origins import CONSTANT, Parameters, Path
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS
 from fliqs_jax.nnx.bare_products import ATTRIBUTE, add_operators
 from fliqs_jax.nnx.hooks import hook_attention, set_hooks
@@ -230,7 +234,7 @@ class Searchable:
     own = {name: variables.get(name, {}) for name in (_PARAMS, _BATCH_STATS)}
     known = jax.tree.leaves(own)
     known += [None] * (len(origins) - len(known))
-    return parameter_products.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
+    return product_evaluation.weights(jaxpr.jaxpr, jaxpr.consts, origins, known)
 
   @property
   def _params(self):
@@ -268,8 +272,8 @@ class Searchable:
 def _origin(collection, *path, size):
   # Statistics of the model follow from no input of the call.
   if collection == _PARAMS:
-    return parameter_products.Parameters(size, path)
-  return parameter_products.CONSTANT
+    return Parameters(size, path)
+  return CONSTANT
 
 
 def _is_bare(path):
