@@ -11,9 +11,9 @@ import json
 import statistics
 import time
 
+import compared_steps
 import jax
 import jax.numpy as jnp
-import resnet_steps
 
 from fliqs_jax.training import sharding
 
@@ -26,7 +26,7 @@ COUNTS = (2, 4, 8, 16)
 
 def prepare(count, mesh, args, batch):
   """Returns the compiled step with so many formats and its first state."""
-  step, init = resnet_steps.make_step(
+  step, init = compared_steps.make_step(
     'search', mesh, args.image_size, formats=FORMATS[:count]
   )
   state = jax.jit(init)(jax.random.key(0))
@@ -42,7 +42,7 @@ def main():
   args = parser.parse_args()
 
   mesh = sharding.make_mesh(1)
-  batch = resnet_steps.random_batch(args.batch_size, args.image_size, jnp.float32)
+  batch = compared_steps.random_batch(args.batch_size, args.image_size, jnp.float32)
   runs = {count: prepare(count, mesh, args, batch) for count in COUNTS}
   seconds = {count: [] for count in COUNTS}
   for round_number in range(args.rounds + 1):  # one to warm up

@@ -20,11 +20,11 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 
+import compared_steps
 from hbm_traffic import hbm_bytes
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-import resnet_steps
 
 from fliqs_jax.training import sharding
 
@@ -35,11 +35,11 @@ def compile_step(
   """Returns the compiled step of a variant, for all chips of the topology."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = sharding.make_mesh(num_samples, devices)
-  step, init = resnet_steps.make_step(
+  step, init = compared_steps.make_step(
     variant, mesh, image_size, jnp.bfloat16, formats, num_samples, network=network
   )
   state = jax.eval_shape(init, jax.random.key(0))
-  batch = resnet_steps.batch_shapes(
+  batch = compared_steps.batch_shapes(
     batch_per_chip * len(devices), image_size, jnp.bfloat16, num_samples
   )
   return step.lower(state, batch).compile()

@@ -29,10 +29,10 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 
+import compared_steps
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-import resnet_steps
 
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.search import cost_models, devices, rewards
@@ -120,11 +120,11 @@ def compile_step(network, image_size, topology, batch_per_chip):
   """Returns the compiled search step, the bytes of its gradients and the chip."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = sharding.make_mesh(NUM_SAMPLES, chips)
-  step, init = resnet_steps.make_step(
+  step, init = compared_steps.make_step(
     'search', mesh, image_size, jnp.bfloat16, num_samples=NUM_SAMPLES, network=network
   )
   state = jax.eval_shape(init, jax.random.key(0))
-  batch = resnet_steps.batch_shapes(
+  batch = compared_steps.batch_shapes(
     batch_per_chip * len(chips), image_size, jnp.bfloat16, NUM_SAMPLES
   )
   gradients = sum(

@@ -1,6 +1,7 @@
 """Kinds of examples, images and texts: how they become the arrays of a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import random
 from typing import Any, NamedTuple
 
@@ -20,8 +21,7 @@ class Examples(NamedTuple):
     features: the names that a dataset's features must have.
     num_classes: (features) -> what `config.num_classes` must be.
     problem: (settings, features) -> what else does not fit, one line; None for nothing.
-    decoders: of TFDS, for what `train` and `evaluation` decode themselves.
-    num_kept: how many are kept in memory as they were read.
+    source: (builder, split) -> the examples of a split, at random access.
     empty: (settings, B) -> arrays `[B, ...]` of a batch, to be filled.
     train: (settings, example, rng, out) writes an example into its rows of them, as it
       is trained on: changed or cut at random.
@@ -31,8 +31,7 @@ class Examples(NamedTuple):
   features: tuple[str, ...]
   num_classes: Callable[[Mapping[str, Any]], int]
   problem: Callable[[ml_collections.ConfigDict, Mapping[str, Any]], str | None]
-  decoders: Mapping[str, Any]
-  num_kept: int
+  source: Callable[[tfds.core.DatasetBuilder, str], Sequence[Any]]
   empty: Callable[[ml_collections.ConfigDict, int], Arrays]
   train: Callable[[ml_collections.ConfigDict, Any, random.Random, Arrays], None]
   evaluation: Callable[[ml_collections.ConfigDict, Any, Arrays], None]
@@ -50,12 +49,25 @@ def _empty_images(settings, size):
   }
 
 
+def _undecoded(builder, split):
+  """Examples as TensorFlow's messages; decoding in TFDS takes longer than reading."""
+  method = tfds.decode.DeserializeMethod.DESERIALIZE_NO_DECODE
+  return builder.as_data_source(split, deserialize_method=method)
+
+
+def _image_and_label(example):
+  """Returns the file's content and the class."""
+  feature = example.features.feature
+  return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
+
+
 def _train_image(settings, example, rng, out):
-  image, out['label'][...] = out['image'], example['label']
+  encoded, out['label'][...] = _image_and_label(example)
+  image = out['image']
   if settings.augmentation == 'none':
-    _central_crop(example['image'], image)
+    _central_crop(encoded, image)
   else:
-    augmentations.random_resized_crop(example['image'], rng, image)
+    augmentations.random_resized_crop(encoded, rng, image)
     augmentations.random_flip(image, rng)
   if settings.augmentation == 'rand_augment':
     fill = tuple(round(255 * mean) for mean in settings.mean)
@@ -65,8 +77,8 @@ def _train_image(settings, example, rng, out):
 
 def _evaluation_image(settings, example, out):
   del settings
-  out['label'][...] = example['label']
-  _central_crop(example['image'], out['image'])
+  encoded, out['label'][...] = _image_and_label(example)
+  _central_crop(encoded, out['image'])
 
 
 def _central_crop(encoded, out):
@@ -77,13 +89,30 @@ IMAGES = Examples(
   features=('image', 'label'),
   num_classes=lambda features: features['label'].num_classes,
   problem=lambda settings, features: None,
-  # Decoding belongs to the workers that crop and resize.
-  decoders={'image': tfds.decode.SkipDecoding()},
-  num_kept=0,
+  source=_undecoded,
   empty=_empty_images,
   train=_train_image,
   evaluation=_evaluation_image,
 )
+
+
+class _Kept:
+  """A source that keeps the examples that it read last."""
+
+  def __init__(self, source, num_kept):
+    self._source = source
+    self._read = functools.lru_cache(num_kept)(source.__getitem__)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    return self._read(index)
+
+
+def _kept(builder, split):
+  """Texts are small, and reading one takes longer than all else."""
+  return _Kept(builder.as_data_source(split), num_kept=2**14)
 
 
 def _text_problem(settings, features):
@@ -124,8 +153,7 @@ TEXTS = Examples(
   features=('text',),
   num_classes=lambda features: 256,
   problem=_text_problem,
-  decoders={},
-  num_kept=2**14,  # reading takes longer than all else, and they are small
+  source=_kept,
   empty=_empty_tokens,
   train=_train_window,
   evaluation=_evaluation_window,

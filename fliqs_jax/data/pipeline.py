@@ -155,7 +155,7 @@ def train_batches(
 
 def _train_dataset(config, builder, split, seed, held, augment=True):
   kind, settings = examples_of(config), config.input
-  source = _source(kind, builder, split)
+  source = kind.source(builder, split)
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
   positions = held.ravel().tolist()
 
@@ -193,7 +193,7 @@ def eval_batches(
     sharding: of `[B]` over devices; a process loads what its own hold. None loads all.
   """
   kind, settings = examples_of(config), config.input
-  source = _source(kind, builder, settings.eval_split)
+  source = kind.source(builder, settings.eval_split)
   held = _held_positions(sharding, (config.eval_batch_size,))
   num_batches = -(-len(source) // config.eval_batch_size)
 
@@ -240,25 +240,6 @@ def _held_positions(sharding, shape):
   return positions[
     np.ix_(*(held.any(axis=tuple(a for a in axes if a != axis)) for axis in axes))
   ]
-
-
-def _source(kind, builder, split):
-  source = builder.as_data_source(split, decoders=kind.decoders)
-  return _Kept(source, kind.num_kept) if kind.num_kept else source
-
-
-class _Kept:
-  """A source that keeps the examples that it read last."""
-
-  def __init__(self, source, num_kept):
-    self._source = source
-    self._read = functools.lru_cache(num_kept)(source.__getitem__)
-
-  def __len__(self):
-    return len(self._source)
-
-  def __getitem__(self, index):
-    return self._read(index)
 
 
 def _read_options(config):

@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 from references import area_means
 from sklearn import datasets as sklearn_datasets
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from fliqs_jax.data import pipeline
@@ -223,7 +224,10 @@ def test_held_out_photographs_are_not_augmented(photographs):
 
 def test_file_that_is_no_image(photographs, monkeypatch):
   config, builder = photographs
-  examples = [{'image': b'no image', 'label': 0}] * 16
+  example = tf.train.Example()
+  example.features.feature['image'].bytes_list.value.append(b'no image')
+  example.features.feature['label'].int64_list.value.append(0)
+  examples = [example] * 16
   monkeypatch.setattr(builder, 'as_data_source', lambda *args, **kwargs: examples)
   for batches in (
     pipeline.train_batches(config, builder, 0),
