@@ -16,6 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics import units
 from fliqs_jax.numerics.formats import BlockScaling, NumericFormat
 from fliqs_jax.numerics.rounding import round_to_format
 
@@ -57,23 +58,14 @@ class BlockScales:
   ) -> jax.Array:
     """Returns `function(x, scale, block_scale)`, elementwise, in the shape of `x`.
 
-    It is called on values whose blocked axis is split into [groups, units, unit], so
-    that scales are broadcast within it: spread over the tensor, as long as it, they
-    would be written to memory and read again.
-
     Args:
       function: of a tensor and of scales that are broadcastable to it.
       x: the tensor.
       scale: broadcastable to `x`, of length 1 along the blocked axis.
     """
-    axis = self.axis
-    values = _split_units(x, axis, self.groups, self.unit)
-    if scale.ndim:
-      scale = jnp.expand_dims(scale, (axis + 1, axis + 2))
-    y = function(values, scale, jnp.expand_dims(self.of_units, axis + 2))
-    y = _merge(y, axis + 1)
-    y = lax.slice_in_dim(y, 0, x.shape[axis] // self.groups, axis=axis + 1)
-    return _merge(y, axis)
+    return units.map_units(
+      function, x, scale, self.of_units, self.axis, self.groups, self.unit
+    )
 
 
 def block_scales(
@@ -100,11 +92,7 @@ def block_scales(
   """
   scaling = format.blocks
   unit = math.gcd(*scaling.sizes)
-  absmax = _absmax_of_units(lax.stop_gradient(x), axis, groups, unit)
-  absmax = sum(
-    jnp.where(has_size, _absmax_of_blocks(absmax, axis + 1, size // unit), 0.0)
-    for size, has_size in zip(scaling.sizes, scaling.has_size)
-  )
+  absmax = units.absmax_of_blocks(lax.stop_gradient(x), scaling, axis, groups, unit)
   inverse = 1.0 / tensor_scale
   if inverse.ndim:
     inverse = jnp.expand_dims(inverse, axis)
@@ -116,31 +104,6 @@ def block_scales(
 def has_blocks(scaling: BlockScaling) -> jax.Array:
   """Returns whether the format has blocks, bool."""
   return functools.reduce(jnp.logical_or, scaling.has_size)
-
-
-def _absmax_of_units(x, axis, groups, unit):
-  """float32, the axis of `x` split into [groups, units]."""
-  values = _split_units(x, axis, groups, unit)
-  return jnp.max(jnp.abs(values.astype(jnp.float32)), axis=axis + 2)
-
-
-def _split_units(x, axis, groups, unit):
-  """Splits an axis into [groups, units, unit], last units filled with zeros."""
-  shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-  # XLA would move the reshape behind what is computed of its result, and then write
-  # magnitudes and scales to memory, as long as the tensor and in float32, and read
-  # them again. As it stands no byte moves for it.
-  return lax.optimization_barrier(_split(x.reshape(shape), axis + 1, unit))
-
-
-def _absmax_of_blocks(absmax, axis, units):
-  """The largest of every `units` along an axis, each as often as there are units."""
-  if units == 1:
-    return absmax
-  largest = jnp.max(_split(absmax, axis, units), axis=axis + 1, keepdims=True)
-  spread = (*largest.shape[: axis + 1], units, *largest.shape[axis + 2 :])
-  largest = _merge(jnp.broadcast_to(largest, spread), axis)
-  return lax.slice_in_dim(largest, 0, absmax.shape[axis], axis=axis)
 
 
 def _rounded_scales(absmax, largest, scaling):
@@ -155,19 +118,3 @@ def _rounded_scales(absmax, largest, scaling):
   scales = round_to_format(floor(absmax) / floor(largest), scaling.scale)
   lowest = jnp.where(powers_of_two, jnp.finfo(jnp.float32).tiny, 0.0)
   return jnp.maximum(scales, lowest)
-
-
-def _split(x, axis, size):
-  """Splits an axis into [parts, size], the last part filled with zeros."""
-  length = x.shape[axis]
-  missing = -length % size
-  if missing:
-    x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-  shape = (*x.shape[:axis], (length + missing) // size, size, *x.shape[axis + 1 :])
-  return x.reshape(shape)
-
-
-def _merge(x, axis):
-  """The inverse: makes one axis of this and the next."""
-  shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-  return x.reshape(shape)

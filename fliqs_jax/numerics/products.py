@@ -10,6 +10,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from fliqs_jax.numerics.blocks import Contraction
@@ -300,13 +301,23 @@ def quantized_product(
       against `x`.
     w_quantizer: with one scale for each output channel, broadcastable against `w`.
   """
-  q_x = x_quantizer.multiplicands(x).astype(x.dtype)
+  q_x = _codes_in_memory(x, x_quantizer)
   q_w = w_quantizer.multiplicands(w).astype(x.dtype)
   accumulated = jnp.promote_types(x.dtype, jnp.float32)
   y = product(q_x, q_w, preferred_element_type=accumulated)
   x_scale = against_output(x_quantizer.scale, x_kept, y.ndim)
   scale = x_scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)
+
+
+def _codes_in_memory(x, quantizer):
+  """What is multiplied, in the dtype of x; written to memory where it has blocks.
+
+  Rounding in blocks takes longer than what XLA should compute within a convolution, in
+  the forward pass and again in the backward pass, which has the same in memory.
+  """
+  codes = quantizer.multiplicands(x).astype(x.dtype)
+  return codes if quantizer.blocks is None else lax.optimization_barrier(codes)
 
 
 def against_output(x_scale: jax.Array, x_kept: tuple[int, ...], ndim: int) -> jax.Array:
@@ -340,7 +351,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   del scale_shape
   x, w, x_quantizer, w_quantizer = residuals
   dtype = x.dtype
-  q_x = x_quantizer.multiplicands(x).astype(dtype)
+  q_x = _codes_in_memory(x, x_quantizer)
   w_values = w_quantizer.values(w).astype(dtype)
   x_bar = transpose(product, (q_x, w_values), 0, y_bar)
   x_scale = x_quantizer.scale

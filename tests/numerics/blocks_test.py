@@ -26,7 +26,7 @@ def values() -> np.ndarray:
   x = rng.normal(size=(40, LENGTH)) * np.exp2(rng.normal(0, 3, (40, LENGTH)))
   x *= np.exp2(np.linspace(-90, 90, 40))[:, None]
   x[3, :32], x[4, 32:64:2] = 0, 0  # a block of zeros, and zeros in a block
-  x[5, :32] = 1.75 * 2.0**np.arange(-16, 16)  # the largest significand of e4m3
+  x[5, :32] = 1.75 * 2.0 ** np.arange(-16, 16)  # the largest significand of e4m3
   x[6, :32] = np.where(np.arange(32) == 7, 1, 1e-30)  # what vanishes beside another
   return x.astype(np.float32)
 
@@ -36,9 +36,7 @@ def quantize(x, name, axis=-1, absmax=None, groups=1):
   absmax = np.float32(np.abs(x).max() if absmax is None else absmax)
   mean_square = np.float32(1)  # of formats without blocks alone
   axis %= x.ndim
-  quantizer = _calibrate(axis, groups)(
-    x, formats.get_format(name), mean_square, absmax
-  )
+  quantizer = _calibrate(axis, groups)(x, formats.get_format(name), mean_square, absmax)
   scales = np.asarray(quantizer.blocks.of_units)
   codes, found = jax.jit(lambda q, x: (q.codes(x), q.values(x)))(quantizer, x)
   return np.asarray(codes), scales, np.asarray(found), np.asarray(quantizer.scale)
@@ -238,6 +236,35 @@ def test_formats_without_blocks_are_the_same_in_a_table_with_blocks(name):
   assert_same_bits(quantizer.codes(x), alone.codes(x))
   assert_same_bits(quantizer.values(x), alone.values(x))
   np.testing.assert_array_equal(quantizer.inside(x), alone.inside(x))
+
+
+@pytest.mark.parametrize('length', [95, 256])
+@pytest.mark.parametrize('name', ['mxfp4', 'nvfp4', 'int4_b32', 'int3_b7', 'bf16'])
+def test_tpus_compute_the_same_bits_without_splitting_the_axis(
+  name, length, monkeypatch
+):
+  # Scales with mantissas and without; the last unit and the last block may be shorter.
+  table = ('mxfp4', 'nvfp4', 'int4_b32', 'e5m2_b48_bf16', 'bf16')
+  if name == 'int3_b7':
+    table = ('int3_b7', 'int8_b21')
+  row = jax.tree.map(lambda field: field[table.index(name)], formats.stack(table))
+  x = values()[18:22, :length].copy()
+  x[0, 3], x[1, 20], x[2, :20] = np.nan, np.inf, 0
+
+  @jax.jit
+  def found(x):
+    mean_square, absmax = np.float32(1e6), np.float32(1e5)
+    quantizer = calibration.calibrate_blocks(x, row, mean_square, absmax, 'rms', 1)
+    scales = quantizer.blocks.of_units
+    return scales, quantizer.codes(x), quantizer.multiplicands(x)
+
+  split = found(x)
+  monkeypatch.setattr(
+    jax.lax, 'platform_dependent', lambda *arrays, tpu, default: tpu(*arrays)
+  )
+  found.clear_cache()
+  for whole, expected in zip(found(x), split, strict=True):
+    assert_same_bits(whole, expected)
 
 
 def test_one_trace_serves_all_formats_and_sizes():
