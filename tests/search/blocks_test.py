@@ -137,6 +137,13 @@ def test_a_whole_search(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert '4.5 × 4.5' in printed or '8.25 × 8.25' in printed
   assert 'is emulated on h100: multiplied in bf16, at 989 TFLOPS' in printed
+  # Whatever the cost, of a search for a device: not of one that names none.
+  search = result.content['config']['search']
+  for device, warned in ('h100', True), ('tpu_v5e', False):
+    config = result.content['config'] | {'search': search | {'device': device}}
+    content = result.content | {'cost_model': 'bops', 'config': config}
+    terminal.print_result(content, 'DIR')
+    assert ('is emulated on' in capsys.readouterr().out) == warned
   y = jax.jit(result.model.apply)(result.variables, x)
   plain = jax.jit(Dense().apply)({'params': result.variables['params']}, x)
   assert 0 < np.abs(y - plain).max() < np.abs(plain).max()
