@@ -311,13 +311,24 @@ def quantized_product(
 
 
 def _codes_in_memory(x, quantizer):
-  """What is multiplied, in the dtype of x; written to memory where it has blocks.
+  """What is multiplied, in the dtype of x, and where it has blocks, in memory.
 
-  Rounding in blocks takes longer than what XLA should compute within a convolution, in
-  the forward pass and again in the backward pass, which has the same in memory.
+  XLA for TPUs cannot compute it within a convolution, and would write the scales, spread
+  over the tensor and in float32, instead.
   """
   codes = quantizer.multiplicands(x).astype(x.dtype)
   return codes if quantizer.blocks is None else lax.optimization_barrier(codes)
+
+
+def _anew(quantizer):
+  """Returns the quantizer for the backward pass, which computes codes again.
+
+  Without the barrier XLA would find that they are those of the forward pass, and would
+  keep these in memory until then.
+  """
+  if quantizer.blocks is None:
+    return quantizer
+  return quantizer._replace(blocks=lax.optimization_barrier(quantizer.blocks))
 
 
 def against_output(x_scale: jax.Array, x_kept: tuple[int, ...], ndim: int) -> jax.Array:
@@ -351,6 +362,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   del scale_shape
   x, w, x_quantizer, w_quantizer = residuals
   dtype = x.dtype
+  x_quantizer, w_quantizer = map(_anew, (x_quantizer, w_quantizer))
   q_x = _codes_in_memory(x, x_quantizer)
   w_values = w_quantizer.values(w).astype(dtype)
   x_bar = transpose(product, (q_x, w_values), 0, y_bar)

@@ -249,7 +249,7 @@ def test_tpus_compute_the_same_bits_without_splitting_the_axis(
     table = ('int3_b7', 'int8_b21')
   row = jax.tree.map(lambda field: field[table.index(name)], formats.stack(table))
   x = values()[18:22, :length].copy()
-  x[0, 3], x[1, 20], x[2, :20] = np.nan, np.inf, 0
+  x[1, 20], x[2, :20] = np.inf, 0
 
   @jax.jit
   def found(x):
