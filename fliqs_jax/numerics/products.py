@@ -313,8 +313,8 @@ def quantized_product(
 def _codes_in_memory(x, quantizer):
   """What is multiplied, in the dtype of x, and where it has blocks, in memory.
 
-  XLA for TPUs cannot compute it within a convolution, and would write the scales, spread
-  over the tensor and in float32, instead.
+  XLA for TPUs cannot compute it within a convolution, and instead would write scales,
+  as long as the tensor and in float32.
   """
   codes = quantizer.multiplicands(x).astype(x.dtype)
   return codes if quantizer.blocks is None else lax.optimization_barrier(codes)
