@@ -67,11 +67,6 @@ class BlockScales:
       function, x, scale, self.of_units, self.axis, self.groups, self.unit
     )
 
-  def of_slices(self, slices: tuple[slice, ...]) -> 'BlockScales':
-    """Returns those of `x[slices]`, which has all of the blocked axis."""
-    slices = *slices[: self.axis], slice(None), *slices[self.axis :]
-    return dataclasses.replace(self, of_units=self.of_units[slices])
-
 
 def block_scales(
   x: jax.Array,

@@ -21,43 +21,6 @@ class Convolution(functools.partial):
     return super().__new__(cls, lax.conv_general_dilated, **arguments)
 
 
-def read_positions(
-  product: Callable, x: jax.Array, w: jax.Array
-) -> tuple[slice, ...] | None:
-  """Returns the slices of x that a kernel of one position reads, if it has strides.
-
-  Args:
-    product: `(x, w) -> y`.
-    x: of which the number of axes is read.
-    w: the kernel, of which the shape is read.
-
-  Returns:
-    One slice for each axis; None where all of x may be read.
-  """
-  if not isinstance(product, Convolution):
-    return None
-  keywords = product.keywords
-  x_spec, w_spec, _ = keywords['dimension_numbers']
-  strides, padding = keywords['window_strides'], keywords['padding']
-  is_padded = not isinstance(padding, str) and np.any(padding)
-  is_dilated = any(d != 1 for d in keywords.get('lhs_dilation') or ())
-  sizes = [w.shape[axis] for axis in w_spec[2:]]
-  if any(size != 1 for size in sizes) or max(strides, default=1) == 1:
-    return None
-  if is_padded or is_dilated:
-    return None
-  slices = [slice(None)] * x.ndim
-  for axis, stride in zip(x_spec[2:], strides):
-    slices[axis] = slice(None, None, stride)
-  return tuple(slices)
-
-
-def without_strides(product: Convolution) -> Convolution:
-  """Returns the same convolution of the positions that it reads alone."""
-  strides = (1,) * len(product.keywords['window_strides'])
-  return Convolution(**product.keywords | {'window_strides': strides})
-
-
 def transpose(
   product: Callable, operands: tuple[jax.Array, jax.Array], to: int, y_bar: jax.Array
 ) -> jax.Array:

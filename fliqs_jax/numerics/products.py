@@ -24,11 +24,7 @@ from fliqs_jax.numerics.calibration import (
   of_weights,
   tensor_statistics,
 )
-from fliqs_jax.numerics.convolutions import (
-  read_positions,
-  transpose,
-  without_strides,
-)
+from fliqs_jax.numerics.convolutions import transpose
 from fliqs_jax.numerics.formats import NumericFormat, find_format
 from fliqs_jax.numerics.masking import (
   ALL_SIZES,
@@ -107,30 +103,20 @@ def quantized_layer(
   if formats is None:
     return product.function(x, w.astype(x.dtype)), statistics
   measure = functools.partial(_measured, x, x_active)
-  x_quantizer = activation_quantizer(
-    product, x, w, formats, statistics, x_active, calibration, activation_scale
-  )
   y = quantized_product(
-    *_of_what_is_read(product, x, w, x_quantizer),
+    product.function,
+    product.scale_shape,
+    product.x_kept,
+    x,
+    w,
+    activation_quantizer(
+      product, x, w, formats, statistics, x_active, calibration, activation_scale
+    ),
     _weight_quantizer(formats, w, product, w_active, calibration),
   )
   if statistics is None:
     return y, None
   return y, moving_average(statistics, measure(), momentum, sizes.present)
-
-
-def _of_what_is_read(product, x, w, x_quantizer):
-  """Returns the arguments of a product of the values of x that it reads.
-
-  A kernel of one position that has strides skips others. Where there are blocks it
-  costs bytes to quantize these too, which is not fused with the product.
-  """
-  function = product.function
-  blocks, slices = x_quantizer.blocks, read_positions(function, x, w)
-  if blocks is not None and slices is not None:
-    function, x = without_strides(function), x[slices]
-    x_quantizer = x_quantizer._replace(blocks=blocks.of_slices(slices))
-  return function, product.scale_shape, product.x_kept, x, w, x_quantizer
 
 
 def quantized_operands(
@@ -315,8 +301,8 @@ def quantized_product(
       against `x`.
     w_quantizer: with one scale for each output channel, broadcastable against `w`.
   """
-  q_x = _in_memory(x_quantizer.multiplicands(x).astype(x.dtype), x_quantizer)
-  q_w = _in_memory(w_quantizer.multiplicands(w).astype(x.dtype), w_quantizer)
+  q_x = _codes_in_memory(x, x_quantizer)
+  q_w = w_quantizer.multiplicands(w).astype(x.dtype)
   accumulated = jnp.promote_types(x.dtype, jnp.float32)
   y = product(q_x, q_w, preferred_element_type=accumulated)
   x_scale = against_output(x_quantizer.scale, x_kept, y.ndim)
@@ -324,13 +310,14 @@ def quantized_product(
   return (y * scale).astype(x.dtype)
 
 
-def _in_memory(values, quantizer):
-  """Returns what is multiplied, which where it has blocks is written to memory as such.
+def _codes_in_memory(x, quantizer):
+  """Returns what is multiplied, in the dtype of x, and where it has blocks, in memory.
 
-  XLA for TPUs cannot compute it within a convolution, and instead would write scales or
-  values in float32.
+  XLA for TPUs cannot compute it within a convolution, and instead would write scales,
+  as long as the tensor and in float32. The backward pass reads what is in memory.
   """
-  return values if quantizer.blocks is None else lax.optimization_barrier(values)
+  codes = quantizer.multiplicands(x).astype(x.dtype)
+  return codes if quantizer.blocks is None else lax.optimization_barrier(codes)
 
 
 def against_output(x_scale: jax.Array, x_kept: tuple[int, ...], ndim: int) -> jax.Array:
@@ -364,8 +351,8 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   del scale_shape
   x, w, x_quantizer, w_quantizer = residuals
   dtype = x.dtype
-  q_x = _in_memory(x_quantizer.multiplicands(x).astype(dtype), x_quantizer)
-  w_values = _in_memory(w_quantizer.values(w).astype(dtype), w_quantizer)
+  q_x = _codes_in_memory(x, x_quantizer)
+  w_values = w_quantizer.values(w).astype(dtype)
   x_bar = transpose(product, (q_x, w_values), 0, y_bar)
   x_scale = x_quantizer.scale
   if x_scale.ndim:  # of tokens, over which the gradient of the weights sums

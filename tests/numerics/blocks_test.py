@@ -141,16 +141,6 @@ def test_blocks_lie_along_any_axis(axis):
   assert_same_bits(found, np.moveaxis(expected, -1, axis))
 
 
-@pytest.mark.parametrize('axis', [1, 2])
-def test_scales_of_a_part_are_those_of_the_part_alone(axis):
-  x = values()[10:30].reshape(20, 64, 4)
-  slices = slice(None, None, 3), slice(None), slice(None)
-  row, one = formats.get_format('mxfp6_e2m3'), np.float32(1)
-  part = _calibrate(axis, 1)(x, row, one, one).blocks.of_slices(slices)
-  alone = _calibrate(axis, 1)(x[slices], row, one, one).blocks
-  assert_same_bits(part.of_units, alone.of_units)
-
-
 # JAX and Qwix round the scale of an MX block up, so that its largest value does not
 # saturate; the specification rounds it down. They differ where that value is beyond
 # the largest significand of the element, and there by one power of two.

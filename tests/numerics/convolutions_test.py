@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax.numerics.convolutions import (
-  Convolution,
-  read_positions,
-  transpose,
-  without_strides,
-)
+from fliqs_jax.numerics.convolutions import Convolution, transpose
 
 CASES = {
   'same': {'padding': 'SAME'},
@@ -86,35 +81,3 @@ def test_all_have_their_features_last_in_a_scan():
   text = scan.lower(jnp.ones((3, 3, 4, 4)), x).compile().as_text()
   layouts = re.findall(r' convolution\(.*dim_labels=(\S+?),?(?:\s|$)', text)
   assert set(layouts) == {'b01f_01io->b01f'} and len(layouts) == 2
-
-
-@pytest.mark.parametrize('layouts', LAYOUTS, ids='-'.join)
-@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((0, 0), (0, 0))], ids=str)
-def test_a_kernel_of_one_position_skips_what_strides_do(layouts, padding):
-  x = random(layouts[0], EXTENTS, 0)
-  w = random(layouts[1], {'H': 1, 'W': 1, 'I': 4, 'O': 8}, 1)
-  numbers = lax.conv_dimension_numbers(x.shape, w.shape, layouts)
-  convolution = Convolution(
-    window_strides=(2, 3), padding=padding, dimension_numbers=numbers
-  )
-  read = x[read_positions(convolution, x, w)]
-  assert read.size < x.size / 4
-  found = without_strides(convolution)(read, w)
-  np.testing.assert_allclose(found, convolution(x, w), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-  ('kernel', 'arguments'),
-  [
-    ((1, 1), {'window_strides': (1, 1)}),
-    ((2, 1), {'window_strides': (2, 2)}),
-    ((1, 1), {'window_strides': (2, 2), 'padding': ((1, 0), (0, 0))}),
-    ((1, 1), {'window_strides': (2, 2), 'lhs_dilation': (2, 1)}),
-  ],
-)
-def test_others_read_all_positions(kernel, arguments):
-  x, w = jnp.ones((3, 7, 6, 4)), jnp.ones((*kernel, 4, 8))
-  numbers = lax.conv_dimension_numbers(x.shape, w.shape, LAYOUTS[0])
-  arguments = {'padding': 'VALID', 'dimension_numbers': numbers, **arguments}
-  assert read_positions(Convolution(**arguments), x, w) is None
-  assert read_positions(jnp.dot, x, w) is None
