@@ -3,6 +3,7 @@
 formats             names, families, code ranges; a format as a row that can be traced
 rounding            one function that rounds to every format
 blocks              values that share a scale, and these scales
+units               parts of blocks: their largest magnitudes, and one number for each
 calibration         statistics of a tensor, clipping thresholds, scales
 reconstruction      rounding of weights that keeps what their layer computes
 masking             parts of operands that a searched architecture leaves unused

@@ -145,7 +145,9 @@ def test_extreme_tensors_stay_finite_and_in_range(name, calibration, exponent):
   x = np.ldexp(np.float32([1, -0.7, 0.4]), exponent).astype(np.float32)
   with np.errstate(over='ignore'):
     mean_square = np.mean(np.square(x))  # in float32: it may overflow or underflow
-  quantizer = calibrate(get_format(name), mean_square, np.abs(x).max(), calibration)
+  quantizer = calibrate(
+    get_format(name), mean_square, np.abs(x).max(), calibration
+  )
   values = np.asarray(_dequantize(quantizer, x))
   assert np.isfinite(values).all() and np.isfinite(quantizer.scale)
   assert quantizer.scale > 0
@@ -191,5 +193,7 @@ def test_scales_per_channel(name):
   quantizer = calibrate(get_format(name), mean_square, absmax)
   assert quantizer.scale.shape == (1, 4)
   for channel in range(4):
-    alone = calibrate(get_format(name), mean_square[0, channel], absmax[0, channel])
+    alone = calibrate(
+      get_format(name), mean_square[0, channel], absmax[0, channel]
+    )
     assert_same_bits(quantizer.codes(x)[:, channel], alone.codes(x[:, channel]))
