@@ -350,6 +350,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   """
   del scale_shape
   x, w, x_quantizer, w_quantizer = residuals
+  x_quantizer = _computing_anew(x_quantizer)
   dtype = x.dtype
   q_x = _codes_in_memory(x, x_quantizer)
   w_values = w_quantizer.values(w).astype(dtype)
@@ -362,6 +363,17 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
   w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_scale, 0)
   return x_bar, w_bar.astype(w.dtype), None, None
+
+
+def _computing_anew(quantizer):
+  """Returns the quantizer, whose codes XLA computes again, not knowing the scale.
+
+  Otherwise it finds that the forward pass has computed them, and where they follow from
+  more than a ReLU, as from a GELU, it keeps them in memory until the backward pass.
+  """
+  if quantizer.blocks is not None:  # of which both passes read the same codes
+    return quantizer
+  return quantizer._replace(scale=lax.optimization_barrier(quantizer.scale))
 
 
 quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
