@@ -4,12 +4,13 @@ They are those of all networks that are called within a context, of either inter
 Flax.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
 from typing import Any
 
 import jax
+from jax.extend.core import get_opaque_trace_state
 
 from fliqs_jax.numerics.products import Product
 
@@ -31,8 +32,56 @@ def replaced_layers(compute: Compute) -> contextlib.AbstractContextManager[None]
 
 
 def observed_layers(observe: Observe) -> contextlib.AbstractContextManager[None]:
-  """Shows a function what the quantized layers of Flax are given."""
-  return _set(_observe, observe)
+  """Shows a function what the quantized layers of Flax are given.
+
+  Layers within transformations of the network, as scans and rematerialisation, are left
+  out, since nothing comes out of their traces.
+  """
+  outside = get_opaque_trace_state()
+
+  def observe_here(*shown):
+    if get_opaque_trace_state() == outside:
+      observe(*shown)
+
+  return _set(_observe, observe_here)
+
+
+class Observations:
+  """What layers have shown within a trace, of which `arrays` are to come out.
+
+  Attributes:
+    arrays: (x, w) of each layer.
+  """
+
+  def __init__(self):
+    self.arrays = []
+    self._layers = []
+
+  def add(self, path: str, x: jax.Array, w: jax.Array, product: Product) -> None:
+    """Adds what a layer is given."""
+    self._layers.append((path, product))
+    self.arrays.append((x, w))
+
+  def show(self, arrays: Sequence[tuple[jax.Array, jax.Array]]) -> None:
+    """Shows it to the observer outside of the trace, if there is one.
+
+    Args:
+      arrays: the attribute's, as they came out of the trace.
+    """
+    if observe := observer():
+      for (path, product), (x, w) in zip(self._layers, arrays, strict=True):
+        observe(path, x, w, product)
+
+
+@contextlib.contextmanager
+def observed_in_trace() -> Iterator[Observations]:
+  """Keeps what layers show while a network is traced; nothing without an observer."""
+  observations = Observations()
+  context = contextlib.nullcontext()
+  if observer():
+    context = observed_layers(observations.add)
+  with context:
+    yield observations
 
 
 def replacement() -> Compute | None:

@@ -14,7 +14,7 @@ import jax
 from fliqs_jax.layers import product_evaluation, product_statistics
 from fliqs_jax.layers.array_leaves import flatten, is_array
 from fliqs_jax.layers.origins import CONSTANT, Origin, Parameters, Path
-from fliqs_jax.layers.replacement import replacement
+from fliqs_jax.layers.replacement import observed_in_trace, replacement
 from fliqs_jax.layers.variables import QUANT_STATS
 from fliqs_jax.numerics.products import LayerFormats, quantized_layer
 
@@ -73,15 +73,23 @@ def _trace(function, variables, args, kwargs):
   """Returns the jaxpr of a call, its arguments' origins, and what rebuilds the outputs.
 
   The arguments of the jaxpr are the arrays among the leaves of the three, in order, and
-  its results those in the outputs.
+  its results those in the outputs and what layers show to an observer.
   """
   arrays, rebuild_arguments = flatten((variables, args, kwargs))
-  rebuild_outputs = []
+  ends = []
 
   def on_arrays(*arrays):
     variables, args, kwargs = rebuild_arguments(arrays)
-    outputs, rebuild = flatten(function(variables, *args, **kwargs))
-    rebuild_outputs.append(rebuild)
+    with observed_in_trace() as observed:
+      outputs = function(variables, *args, **kwargs)
+    results, rebuild = flatten((outputs, observed.arrays))
+    ends.append((rebuild, observed))
+    return results
+
+  def rebuild_outputs(results):
+    rebuild, observed = ends[-1]
+    outputs, shown = rebuild(results)
+    observed.show(shown)
     return outputs
 
   jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
@@ -91,7 +99,7 @@ def _trace(function, variables, args, kwargs):
     if is_array(leaf)
   ]
   others = len(arrays) - len(origins)
-  return jaxpr, [*origins, *[None] * others], rebuild_outputs[-1]
+  return jaxpr, [*origins, *[None] * others], rebuild_outputs
 
 
 def _origin(path, leaf):

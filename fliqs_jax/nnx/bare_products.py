@@ -18,7 +18,7 @@ from fliqs_jax.layers import product_evaluation
 from fliqs_jax.layers.array_leaves import flatten
 from fliqs_jax.layers.origins import CONSTANT, Origin, Parameters, Path
 from fliqs_jax.layers.parameter_products import OPERATOR
-from fliqs_jax.layers.replacement import replacement
+from fliqs_jax.layers.replacement import observed_in_trace, replacement
 from fliqs_jax.nnx.operators import QuantizedOperator, QuantStat
 from fliqs_jax.numerics.calibration import Statistics
 from fliqs_jax.numerics.products import LayerFormats
@@ -181,14 +181,15 @@ def _trace(model, call, args, kwargs):
       leaves[place] = node
     args, kwargs = structure.unflatten(leaves)
     before = _content(nodes)
-    outputs = call(nodes[0], *args, **kwargs)
+    with observed_in_trace() as observed:
+      outputs = call(nodes[0], *args, **kwargs)
     changed = None
     # Else nothing is written, as to a model that a trace has closed over.
     if _content(nodes) != before:
       with nnx.split_context(ATTRIBUTE) as context:
         changed = context.split(nodes)
-    results, rebuild_results = flatten((outputs, changed))
-    ends.append(rebuild_results)
+    results, rebuild_results = flatten((outputs, changed, observed.arrays))
+    ends.append((rebuild_results, observed))
     return results
 
   token = _is_traced.set(True)
@@ -198,7 +199,9 @@ def _trace(model, call, args, kwargs):
     _is_traced.reset(token)
 
   def finish(results):
-    outputs, changed = ends[-1](results)
+    rebuild_results, observed = ends[-1]
+    outputs, changed, shown = rebuild_results(results)
+    observed.show(shown)
     if changed is not None:
       with nnx.merge_context(ATTRIBUTE, inner=False) as context:
         context.merge(*changed)

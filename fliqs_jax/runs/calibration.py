@@ -1,6 +1,7 @@
 """Calibration batches: kept for all that is measured of weights that do not train."""
 
 from collections.abc import Sequence
+import functools
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.runs import evaluation, reconstruction
+from fliqs_jax.runs import evaluation, reconstruction, smoothing
 from fliqs_jax.runs.batch_norm import make_reestimate
 from fliqs_jax.runs.setup import Setup
 from fliqs_jax.training import post_training, sharding
@@ -50,6 +51,9 @@ class Calibration:
       setup.task, setup.space, mesh
     )
     self._moments_step = post_training.make_moments_step(setup.task, setup.space, mesh)
+    self._channels_step = post_training.make_channels_step(
+      setup.task, setup.space, mesh
+    )
     self._space, self._rounded = setup.space, {}
     self._quality_step = post_training.make_quality_step(
       setup.task, setup.space, mesh, held_out
@@ -74,6 +78,38 @@ class Calibration:
       jax.block_until_ready(total)
     mean = jax.tree.map(lambda a: a / len(self.batches), total)
     return state.replace(quant_stats=mean)
+
+  def smooth(
+    self, state: TrainState, choices: np.ndarray, strength: float
+  ) -> TrainState:
+    """Returns the state with parameters whose inputs of layers are smoother.
+
+    Args:
+      state: with the weights.
+      choices: int32[N], the formats under which nothing is to change: unquantized.
+      strength: of `smoothing.smooth`.
+
+    Raises:
+      ConfigError: where nothing can be smoothed.
+    """
+    choices = jax.device_put(choices, self._everywhere)
+    batches = list(self._placed_batches(state))
+
+    def look(batch, key, params):
+      changed = state.replace(params=params)
+      return jax.device_get(self._channels_step(changed, choices, batch, key))
+
+    total = {}
+    for batch, key in batches:
+      for path, found in look(batch, key, state.params)[1].items():
+        total[path] = np.maximum(total.get(path, 0.0), found)
+    params, _ = smoothing.smooth(
+      self._space, state.params, functools.partial(look, *batches[0]), total, strength
+    )
+    placed = jax.tree.map(
+      lambda new, old: jax.device_put(new, old.sharding), params, state.params
+    )
+    return state.replace(params=placed)
 
   def reconstruct_weights(self, state: TrainState, choices: np.ndarray) -> None:
     """Rounds the weights by reconstruction in all that is measured from here on.

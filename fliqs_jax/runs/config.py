@@ -115,6 +115,9 @@ def default_config() -> ml_collections.ConfigDict:
         # Of weights, without training: nearest, or reconstruction of what layers
         # compute on the calibration batches.
         'rounding': 'nearest',
+        # Without training, how far large channels of the inputs of layers are made
+        # small at the expense of their weights: from 0 to 1, None for not at all.
+        'smoothing': config_dict.placeholder(float),
         'cap_cost_model': '',  # a second cost that the commitment keeps; empty for none
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost

@@ -1,7 +1,8 @@
 """A search without training: the formats of given weights, from calibration batches.
 
 1. The statistics of activations are measured in the unquantized network; with
-   `search.rounding=reconstruction` weights are rounded to every format then.
+   `search.smoothing` it has other parameters of the same function before, and with
+   `search.rounding=reconstruction` weights are rounded to every format after.
 2. Each decision is measured in each of its formats, the others unquantized. What it
    loses is its sensitivity; for an assignment, sensitivities are added.
 3. The integer program takes the assignment within the budget that loses least. A
@@ -71,6 +72,10 @@ def find(setup: Setup, folder: epath.Path) -> Found:
     state = pretrained.start_from(state, setup.start)
   calibration = Calibration(setup._replace(space=opened.space), mesh)
   _logger.info('Calibrating on %d examples.', calibration.num_examples)
+  smoothing = setup.config.search.smoothing
+  if smoothing is not None:
+    _logger.info('Smoothing the channels of layers.')
+    state = calibration.smooth(state, opened.unquantized, smoothing)
   state = calibration.with_activation_statistics(state, opened.unquantized)
   if setup.config.search.rounding == 'reconstruction':
     _logger.info('Rounding weights by reconstruction.')

@@ -93,6 +93,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
     problems += _check_delays(config) + _check_formats(config) + _check_cap(config)
     problems += _check_reward(config) + _check_decide(config) + _check_targets(config)
     problems += _check_quality_drop(config) + _check_rounding(config)
+    problems += _check_smoothing(config)
   return problems
 
 
@@ -233,6 +234,18 @@ def _check_rounding(config):
   if config.quantizer.calibration == 'rms':
     return ['search.rounding=reconstruction: expected quantizer.calibration=absmax or '
             'rms_absmax, which find the scales of rounded weights again']  # fmt: skip
+  return []
+
+
+def _check_smoothing(config):
+  strength = config.search.smoothing
+  if strength is None:
+    return []
+  if not 0 <= strength <= 1:
+    return [f'search.smoothing={strength:g}: expected a number from 0 to 1, or None']
+  if not trains_nothing(config):
+    return [f'search.smoothing={strength:g}: expected num_steps=0, a search without '
+            'training']  # fmt: skip
   return []
 
 

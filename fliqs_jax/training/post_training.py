@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fliqs_jax.layers import moments
+from fliqs_jax.layers import channels, moments
 from fliqs_jax.layers.replacement import observed_layers
 from fliqs_jax.layers.variables import FORMATS, QUANT_STATS, nest
 from fliqs_jax.search.space import SearchSpace
@@ -52,8 +52,7 @@ def make_moments_step(
 ) -> Callable[[TrainState, jax.Array, Batch, jax.Array], dict[str, jax.Array]]:
   """Returns the jitted step that measures the second moments of layers' inputs.
 
-  Layers within transformations of the network, as scans and rematerialisation, are
-  left out, since nothing comes out of their traces; so are products that
+  Left out are layers that `observed_layers` does not show, and products that
   `moments.is_covered` does not cover.
 
   Args:
@@ -71,8 +70,7 @@ def make_moments_step(
     found = {}
 
     def observe(path, x, w, product):
-      # JAX tells in no public way which trace a value is of.
-      if getattr(x, '_trace', None) is key._trace and moments.is_covered(product):
+      if moments.is_covered(product):
         own = moments.second_moments(product, x, w)
         found[path] = found[path] + own if path in found else own
 
@@ -81,6 +79,35 @@ def make_moments_step(
     return found
 
   return _jit(moments_step, mesh)
+
+
+def make_channels_step(
+  task: Task, space: SearchSpace, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Batch, jax.Array], tuple]:
+  """Returns the jitted step that measures the channels that layers are given.
+
+  The arguments are those of `make_moments_step`, and the same layers are left out.
+
+  Returns:
+    `(state, choices int32[N], batch [S, B, ...], key) -> (outputs, {path:
+    float32[n]})`: what the network returns, and the largest magnitude of each input of
+    a layer. The key is consumed.
+  """
+
+  def channels_step(state, choices, batch, key):
+    found = {}
+
+    def observe(path, x, w, product):
+      del w
+      if moments.is_covered(product):
+        own = channels.input_magnitudes(product, x)
+        found[path] = jnp.maximum(found[path], own) if path in found else own
+
+    with observed_layers(observe):
+      outputs, _ = _call(state, task, space, choices, _flat(batch), key, False)
+    return outputs, found
+
+  return _jit(channels_step, mesh)
 
 
 def make_quality_step(
