@@ -94,7 +94,8 @@ def default_config() -> ml_collections.ConfigDict:
         # Whether the products inside attention, QKᵀ and AV, are decisions too; of own
         # networks, from Python.
         'attention_products': False,
-        # Regexes on whole module paths that tie layers, and names: qkv, gate_up.
+        # Regexes on whole module paths that tie layers, and names: qkv, gate_up,
+        # residual.
         'groups': (),
         'pins': (),  # pairs (regex, format)
         'num_samples': 4,

@@ -1,7 +1,8 @@
 """Groups of layers by name: those that one kernel computes where a network is deployed.
 
 A runtime that fuses the projections of attention into one product, or the two of a
-gated MLP, needs one format for them.
+gated MLP, needs one format for them. So does one that keeps a residual stream in one
+format, for all layers that write into it.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,18 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     ('wi_0', 'wi_1'),  # T5
   ),
 }
+# The names of the last layers of the two branches of a transformer's blocks.
+RESIDUAL = 'residual'
+RESIDUAL_LAYERS = (
+  ('out', 'down'),  # ours
+  ('out', 'mlp_out'),
+  ('o_proj', 'down_proj'),  # Llama, Gemma
+  ('out_proj', 'fc2'),  # CLIP, OPT
+  ('o', 'wo'),  # T5
+)
+NAMES = (*GROUPS, RESIDUAL)
+# The first module with a number is a block, or one of a list of them.
+_BLOCK = re.compile(r'((?:[^/\d]+/)*)[^/]*\d[^/]*/(?:.*/)?([^/]+)')
 
 
 def expand(groups: Sequence[str], layers: Sequence[Layer]) -> list[str]:
@@ -32,7 +45,7 @@ def expand(groups: Sequence[str], layers: Sequence[Layer]) -> list[str]:
   the parent's path.
 
   Args:
-    groups: names in `GROUPS`, and regexes, which stay as they are.
+    groups: names in `NAMES`, and regexes, which stay as they are.
     layers: of the network.
 
   Raises:
@@ -40,8 +53,37 @@ def expand(groups: Sequence[str], layers: Sequence[Layer]) -> list[str]:
   """
   regexes = []
   for group in groups:
-    regexes += _regexes(group, layers) if group in GROUPS else [group]
+    if group == RESIDUAL:
+      regexes += _residual(layers)
+    else:
+      regexes += _regexes(group, layers) if group in GROUPS else [group]
   return regexes
+
+
+def _residual(layers):
+  """Returns a regex for each list of blocks, which share a residual stream."""
+  writers = {}  # path of the list -> names of layers in its blocks
+  for layer in layers:
+    if match := _BLOCK.fullmatch(layer.path):
+      writers.setdefault(match[1], set()).add(match[2])
+  regexes = [
+    _parent(stack) + rf'[^/]*\d[^/]*/(?:.*/)?(?:{"|".join(names)})'
+    for stack, own in writers.items()
+    for names in RESIDUAL_LAYERS
+    if own >= set(names)
+  ]
+  if not regexes:
+    expected = ', or '.join('/'.join(names) for names in RESIDUAL_LAYERS)
+    raise ConfigError(
+      f'search.groups={RESIDUAL!r} ties the layers of numbered blocks that are called '
+      f'{expected}: the network has none; expected a regex on whole module paths in '
+      'its place'
+    )
+  return regexes
+
+
+def _parent(path):
+  return f'({re.escape(path[:-1])})/' if path else ''
 
 
 def _regexes(group, layers):

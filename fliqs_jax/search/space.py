@@ -360,7 +360,7 @@ def build_space(
       and may differ where its options are pairs; `separate`: each has its own, as have
       the two operands of a product of activations; `weights`: activations are not
       quantized.
-    groups: regexes on whole module paths, and names in `groups.GROUPS`. Layers that
+    groups: regexes on whole module paths, and names in `groups.NAMES`. Layers that
       one of them matches share their decisions; if it has capture groups, only those
       that capture the same text do, so `(stage._block.)/.*` makes one decision for each
       block.

@@ -8,6 +8,7 @@ from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.linen.discovery import discover
 from fliqs_jax.linen.interception import make_searchable
+from fliqs_jax.models import create_model
 from fliqs_jax.search.space import build_space
 
 OPTIONS = ('int4', 'int8')
@@ -63,17 +64,51 @@ def test_layers_at_the_top_and_grouped_queries():
   assert [*tied.values()] == [['q', 'k'], ['out'], ['inner/q'], ['gate', 'up']]
 
 
+def test_a_residual_stream_has_one_decision():
+  tied = decisions(named(*LLAMA, 'head'), 'residual', 'qkv')
+  assert sorted(map(len, tied.values())) == [1] * 5 + [3] * 2 + [4]
+  (stream,) = (paths for paths in tied.values() if len(paths) == 4)
+  assert stream == [
+    f'block{i}/{name}' for i in (0, 1) for name in ('attention/o_proj', 'mlp/down_proj')
+  ]
+
+
+def test_each_list_of_blocks_has_a_stream():
+  layers = [
+    f'{side}/layers/{i}/{name}'
+    for side in ('encoder', 'decoder')
+    for i in (0, 1)
+    for name in ('self_attn/out', 'mlp/up', 'mlp/down')
+  ]
+  tied = decisions(named(*layers, 'out'), 'residual')
+  assert {name: len(paths) for name, paths in tied.items() if len(paths) > 1} == {
+    'encoder/layers': 4, 'decoder/layers': 4,
+  }  # fmt: skip
+  # A layer outside of the blocks writes into none.
+  assert tied['out'] == ['out']
+
+
+def test_residual_streams_of_our_own_networks():
+  model = create_model('transformer_lm', 16, depth=2)
+  layers = discover(model, jnp.ones((1, 4), jnp.int32), train=False)
+  tied = max(decisions(layers, 'residual').values(), key=len)
+  assert tied == [
+    f'block{i}/{name}' for i in (1, 2) for name in ('attention/out', 'down')
+  ]
+
+
 @pytest.mark.parametrize(
   'group, paths',
   [
     ('qkv', ['block/qkv', 'block/out']),  # one product already
     ('gate_up', ['block/up', 'block/down']),  # no gate
+    ('residual', ['block0/up', 'block0/out', 'down']),  # of no block
     ('qkv', ['a/query', 'b/key', 'c/value']),  # of no common parent
   ],
 )
 def test_a_name_that_ties_nothing_is_refused(group, paths):
   with pytest.raises(
-    ConfigError, match=f"groups='{group}' ties layers of one par"
+    ConfigError, match=f"groups='{group}' ties (the )?layers of "
   ) as e:
     decisions(named(*paths), group)
   assert len(e.value.problems) == 1
