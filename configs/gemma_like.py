@@ -4,8 +4,8 @@
     python -m fliqs_jax.main --config=configs/gemma_like.py:tiny --workdir=DIR
 
 `:1b` has the blocks of Llama 3.2 1B and `:7b` those of Gemma 7B, both on bytes, with
-parameters split over all 64 chips. They have not been run. Sentences of lm1b are padded
-to the context, not packed.
+parameters split over all 64 chips. They have not been run. Sentences of lm1b are packed
+into full windows in training, and padded in evaluation.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
     python -m fliqs_jax.main --config=configs/transformer_lm.py:stdlib --workdir=DIR
 
 `:blackwell` and `:ironwood` search on lm1b what these chips multiply natively. The
-recipes for lm1b, whose sentences are padded to the context, have not been run yet.
+recipes for lm1b, whose sentences are packed into full windows, have not been run yet.
 """
 
 import ml_collections

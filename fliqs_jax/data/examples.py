@@ -23,8 +23,9 @@ class Examples(NamedTuple):
     problem: (settings, features) -> what else does not fit, one line; None for nothing.
     source: (builder, split) -> the examples of a split, at random access.
     empty: (settings, B) -> arrays `[B, ...]` of a batch, to be filled.
-    train: (settings, example, rng, out) writes an example into its rows of them, as it
-      is trained on: changed or cut at random.
+    train: (settings, example, rng, another, out) writes an example into its rows of
+      them, as it is trained on: changed or cut at random, or followed by others, of
+      which `another()` returns one.
     evaluation: (settings, example, out) writes it as it is evaluated.
   """
 
@@ -33,7 +34,9 @@ class Examples(NamedTuple):
   problem: Callable[[ml_collections.ConfigDict, Mapping[str, Any]], str | None]
   source: Callable[[tfds.core.DatasetBuilder, str], Sequence[Any]]
   empty: Callable[[ml_collections.ConfigDict, int], Arrays]
-  train: Callable[[ml_collections.ConfigDict, Any, random.Random, Arrays], None]
+  train: Callable[
+    [ml_collections.ConfigDict, Any, random.Random, Callable[[], Any], Arrays], None
+  ]
   evaluation: Callable[[ml_collections.ConfigDict, Any, Arrays], None]
 
 
@@ -61,7 +64,8 @@ def _image_and_label(example):
   return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
 
 
-def _train_image(settings, example, rng, out):
+def _train_image(settings, example, rng, another, out):
+  del another
   encoded, out['label'][...] = _image_and_label(example)
   image = out['image']
   if settings.augmentation == 'none':
@@ -115,6 +119,9 @@ def _kept(builder, split):
   return _Kept(builder.as_data_source(split), num_kept=2**14)
 
 
+_SEPARATOR = b'\0'  # of texts in a window; as what fills it up, it is not predicted
+
+
 def _text_problem(settings, features):
   """Says where texts of one length are shorter than a window."""
   for length in features['text'].shape:
@@ -131,9 +138,13 @@ def _empty_tokens(settings, size):
   return {'tokens': np.empty((size, settings.context + 1), np.uint8)}
 
 
-def _train_window(settings, example, rng, out):
-  spare = len(example['text']) - settings.context - 1
-  _window(example['text'], rng.randint(0, spare) if spare > 0 else 0, out)
+def _train_window(settings, example, rng, another, out):
+  text, size = bytes(example['text']), settings.context + 1
+  spare = len(text) - size
+  start = rng.randint(0, spare) if spare > 0 else 0
+  while settings.packed and len(text) < size:
+    text += _SEPARATOR + bytes(another()['text'])
+  _window(text, start, out)
 
 
 def _evaluation_window(settings, example, out):

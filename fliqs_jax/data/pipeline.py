@@ -163,7 +163,8 @@ def _train_dataset(config, builder, split, seed, held, augment=True):
     def fill(example, place, out):
       if augment:
         rng = random.Random(f'{seed} {step} {positions[place]}')
-        kind.train(settings, example, rng, out)
+        another = lambda: source[rng.randrange(len(source))]
+        kind.train(settings, example, rng, another, out)
       else:
         kind.evaluation(settings, example, out)
 

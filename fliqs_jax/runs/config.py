@@ -53,6 +53,8 @@ def default_config() -> ml_collections.ConfigDict:
         'data_dir': '',  # of TFDS; empty for its default
         'image_shape': (8, 8, 1),
         'context': integer(),  # bytes that a language model sees; None for images
+        # Whether short texts are followed by others, up to a full window, in training.
+        'packed': False,
         'train_split': 'train',
         'eval_split': 'test',
         'reward_split': '',  # held-out examples for reward.split='validation'

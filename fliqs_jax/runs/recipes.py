@@ -81,13 +81,13 @@ def lm1b(
 
   Args:
     config: changed in place.
-    batch_size: sentences a step, padded to 256 bytes.
+    batch_size: windows a step, of 256 bytes, full of sentences.
     num_samples: of the policy, a step.
     **optimizer: options of AdamW.
   """
   _text(config)
   config.dataset = 'lm1b'
-  config.input.update(context=256, num_threads=16)
+  config.input.update(context=256, packed=True, num_threads=16)
   config.batch_size = config.eval_batch_size = batch_size
   config.num_steps = 100_000
   config.dtype = 'bfloat16'

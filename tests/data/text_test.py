@@ -1,6 +1,7 @@
 """The dataset of Python's own library, and batches of its bytes."""
 
 import importlib
+import random
 import sysconfig
 
 import jax
@@ -131,6 +132,46 @@ def test_short_texts_are_padded(config, given):
   arrays = TEXTS.empty(config.input, 1)
   TEXTS.evaluation(config.input, {'text': given}, {'tokens': arrays['tokens'][0]})
   assert arrays['tokens'].tolist() == [[97, 98, 99, 0, 0]]
+
+
+@pytest.mark.parametrize('as_array', [False, True])
+def test_packed_windows_are_full(config, as_array):
+  config.input.update(context=6, packed=True)
+  others = iter([b'', b'de', b'fgh', b'never'])
+
+  def example(text):
+    return {'text': np.frombuffer(text, np.uint8) if as_array else text}
+
+  arrays = TEXTS.empty(config.input, 1)
+  out = {'tokens': arrays['tokens'][0]}
+  another = lambda: example(next(others))
+  TEXTS.train(config.input, example(b'abc'), random.Random(0), another, out)
+  assert bytes(out['tokens']) == b'abc\0\0de'
+  # A text that fills a window by itself is cut anywhere, and followed by none.
+  cuts = set()
+  for seed in range(20):
+    TEXTS.train(config.input, example(b'12345678'), random.Random(seed), another, out)
+    cuts.add(bytes(out['tokens']))
+  assert cuts == {b'1234567', b'2345678'} and next(others) == b'fgh'
+
+
+def test_batches_of_packed_windows_are_a_function_of_the_step(config, builder):
+  texts = [t['text'].tobytes()[:9] for t in builder.as_data_source('train[:64]')]
+
+  class Short:
+    """A builder whose texts are shorter than a window."""
+
+    def as_data_source(self, split, decoders=None):
+      return [{'text': text} for text in texts]
+
+  config.input.packed = True
+  first, again = (
+    next(pipeline.train_batches(config, Short(), 0))['tokens'] for _ in range(2)
+  )
+  np.testing.assert_array_equal(first, again)
+  for window in first.reshape(-1, first.shape[-1]):
+    *whole, last = window.tobytes().split(b'\0')
+    assert set(whole) <= set(texts) and any(t.startswith(last) for t in texts)
 
 
 @pytest.mark.parametrize(
