@@ -152,6 +152,8 @@ _NORMAL_CLIP = {
   'int6': 3.270,
   'int7': 3.607,
   'int8': 3.921,
+  'e1m1': 1.952,
+  'e2m0': 2.073,
   'e1m2': 2.474,
   'e2m1': 2.922,
   'e3m0': 4.194,
@@ -222,7 +224,7 @@ _ALL = (
   *map(_integer, range(2, 9)),
   *(
     _float(exponent_bits, bits - 1 - exponent_bits)
-    for bits in range(4, 9)
+    for bits in range(3, 9)
     for exponent_bits in range(1, bits)
   ),
   _unscaled('bf16', 16, 2.0**127 * (2 - 2.0**-7)),
@@ -292,7 +294,7 @@ def find_format(name: str) -> Format:
 
   Args:
     name: `int2` … `int8`, `eXmY` with X exponent and Y mantissa bits and a sign, of
-      4 to 8 bits together, `bf16` or `float32`. `eXmY` follows `ml_dtypes` where it
+      3 to 8 bits together, `bf16` or `float32`. `eXmY` follows `ml_dtypes` where it
       has a type of that name; `e4m3` is `float8_e4m3fn`. Block formats are those of
       `BLOCK_NAMES`, or `ELEMENT_bSIZE` and `ELEMENT_bSIZE_SCALE`, as `int4_b64` and
       `e4m3_b128_bf16`: an integer or eXmY, the values of a block, and one of `SCALES`,
@@ -304,7 +306,7 @@ def find_format(name: str) -> Format:
   format = _BY_NAME.get(name) or _block_format(name)
   if format is None:
     expected = (
-      f'one of int2..int8, eXmY of 4 to 8 bits, bf16, float32, '
+      f'one of int2..int8, eXmY of 3 to 8 bits, bf16, float32, '
       f'{", ".join(_NAMED_BLOCKS)}, or blocks of an element, as int4_b32 or '
       'e2m1_b16_e4m3'
     )

@@ -301,7 +301,8 @@ def _check_image(config):
 def _check_text(config):
   settings = config.input
   if settings.context is None:
-    return []
+    expected = 'expected False without input.context, since it is for texts'
+    return [f'input.packed=True: {expected}'] if settings.packed else []
   of_images = {
     'input.augmentation': settings.augmentation != 'none',
     'input.erasing': settings.erasing,

@@ -26,15 +26,15 @@ def thresholds():
   return _load_benchmark('clipping_thresholds')
 
 
-def test_names_are_integers_floats_of_four_to_eight_bits_and_two_wide_ones():
+def test_names_are_integers_floats_of_three_to_eight_bits_and_two_wide_ones():
   integers = [f'int{bits}' for bits in range(2, 9)]
   floats = [
     f'e{exponent}m{mantissa}'
     for exponent in range(1, 8)
     for mantissa in range(8)
-    if 4 <= 1 + exponent + mantissa <= 8
+    if 3 <= 1 + exponent + mantissa <= 8
   ]
-  assert len(floats) == 25
+  assert len(floats) == 27
   assert set(formats.NAMES) == {*integers, *floats, 'bf16', 'float32'}
   assert len(formats.NAMES) == len(set(formats.NAMES))
 
@@ -111,7 +111,7 @@ def test_unknown_name_names_the_nearest(name, nearest):
     formats.get_format(name)
 
 
-@pytest.mark.parametrize('name', ['', 'int1', 'int9', 'e8m0', 'e0m3', 'e4m4', 'e1m1'])
+@pytest.mark.parametrize('name', ['', 'int1', 'int9', 'e8m0', 'e0m3', 'e4m4', 'e1m0'])
 def test_unsupported_sizes_are_unknown(name):
   with pytest.raises(ValueError, match='unknown format'):
     formats.get_format(name)
