@@ -81,6 +81,8 @@ def test_short_runs_are_valid(num_steps):
     ({'optimizer.learning_rate': float('nan')}, 'optimizer.learning_rate=nan'),
     ({'optimizer.momentum': 1.0}, 'optimizer.momentum=1.0'),
     ({'batch_size': 66}, 'a multiple of 4'),
+    ({'input.packed': True}, 'input.packed=True: expected False without input.context'),
+    ({'search.smoothing': 0.5}, 'search.smoothing=0.5: expected num_steps=0'),
     ({'input.image_shape': (8, 8)}, 'input.image_shape=(8, 8)'),
     ({'input.mean': (0.5, 0.5)}, 'input.mean=(0.5, 0.5)'),
     ({'search.cost_model': 'bop'}, "the nearest is 'bops'"),
