@@ -13,9 +13,9 @@ import numpy as np
 
 from fliqs_jax.search.strategies.problem import Problem
 
-# Of the losses around an assignment: what a changed decision has to gain at least, so
-# that some candidates differ in many decisions from it and others in few.
-_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75)
+# Of what the decisions that gain by a change gain at most: the price of a change, so
+# that some candidates differ in many decisions from the assignment and others in few.
+_QUANTILES = (0.1, 0.25, 0.5, 0.7, 0.85)
 
 # M choices int32[N] -> their qualities, float64[M]
 Measure = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -77,10 +77,10 @@ def _losses_around(valid, best, measure):
 def _candidates(problem, losses, choices):
   """Returns the assignments that lose least, at several prices of a change."""
   changed = np.arange(losses.shape[1]) != choices[:, None]
-  sizes = np.abs(losses[changed & problem.space.valid])
-  found = {}
-  for quantile in _QUANTILES:
-    price = np.quantile(sizes, quantile) if quantile else 0.0
+  gains = np.max(-losses, axis=1, initial=0.0, where=changed & problem.space.valid)
+  gains, found = gains[gains > 0], {}
+  prices = np.quantile(gains, _QUANTILES) if len(gains) else ()
+  for price in (0.0, *prices):
     candidate = problem.best_choices(-(losses + price * changed))
     if not np.array_equal(candidate, choices):
       found[candidate.tobytes()] = candidate
