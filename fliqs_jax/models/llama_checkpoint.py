@@ -66,7 +66,8 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   kind, activation = config.get('model_type'), _activation(config)
   problems = []
   if kind not in KINDS:
-    problems.append(f'model_type is {kind!r}, expected one of {", ".join(KINDS)}')
+    hint = ' (bert_checkpoint, in Python, is for that)' if kind == 'bert' else ''
+    problems.append(f'model_type is {kind!r}, expected one of {", ".join(KINDS)}{hint}')
   if activation not in _ACTIVATIONS:
     problems.append(f'its activation is {activation!r}, expected a gated silu or gelu')
   problems += config_problems(config, _FIXED, _SIZES)
