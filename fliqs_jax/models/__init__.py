@@ -18,6 +18,7 @@ from fliqs_jax.models import (
   decoder,
   deit,
   efficientnet,
+  encoder,
   inception_v3,
   mobilenet_v2,
   resnet,
@@ -42,8 +43,11 @@ MODELS = {
   'deit_base': deit.DeiTBase,
   'transformer_lm': transformer_lm.TransformerLM,
   'decoder': decoder.Decoder,
+  'encoder': encoder.MaskedLanguageModel,
 }
-OF_NNX = ('decoder',)  # the others are of linen
+OF_NNX = ('decoder', 'encoder')  # the others are of linen
+# Of texts, which see all tokens and predict those that are hidden.
+OF_HIDDEN_TOKENS = ('encoder',)
 
 
 def create_model(

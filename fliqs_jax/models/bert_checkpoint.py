@@ -12,13 +12,13 @@ A dense layer's weights are stored as `[outputs, inputs]` there.
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
+from flax import nnx, traverse_util
 import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.models.common import config_problems
-from fliqs_jax.models.encoder import Encoder
+from fliqs_jax.models.encoder import Encoder, MaskedLanguageModel
 
 _SIZES = {
   'vocab_size': 'vocabulary_size',
@@ -53,6 +53,12 @@ _BLOCK_MODULES = {
   'down': 'output.dense',
   'norm_mlp': 'output.LayerNorm',
 }
+# Modules of the network that predicts hidden tokens, around its encoder.
+_HEAD_MODULES = {
+  'transform': 'cls.predictions.transform.dense',
+  'norm': 'cls.predictions.transform.LayerNorm',
+}
+_HEAD_BIAS = 'cls.predictions.bias'
 _BIAS = 'bias'  # all other leaves are a `weight` there
 _PREFIX = 'bert.'  # of the encoder's leaves in a network with a head
 _UNUSED = ('pooler.', 'embeddings.position_ids')
@@ -72,6 +78,30 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
   if problems:
     raise ConfigError(*(f'config of a BERT: {p}' for p in problems))
   return {ours: config[theirs] for theirs, ours in _SIZES.items()}
+
+
+def params(
+  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns the parameters of a `MaskedLanguageModel`, nested dicts of arrays.
+
+  Args:
+    config: the content of `config.json`.
+    tensors: by their names on Hugging Face, as `safetensors.numpy.load_file` returns
+      them. Those of other heads are left out.
+
+  Raises:
+    ConfigError: as `sizes`.
+  """
+  shapes = nnx.eval_shape(
+    lambda: MaskedLanguageModel(**sizes(config), rngs=nnx.Rngs(0))
+  )
+  found, given = {}, {**_of_encoder(tensors), **_of_head(tensors)}
+  for path, _ in nnx.to_flat_state(nnx.state(shapes, nnx.Param)):
+    name = _name(path[1:]) if path[0] == 'encoder' else _head_name(path)
+    if name in given:
+      found[tuple(map(str, path))] = _ours(path, given[name])
+  return traverse_util.unflatten_dict(found)
 
 
 def load(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
@@ -117,6 +147,18 @@ def _of_encoder(tensors):
       if name.startswith(_PREFIX)
     }
   return {n: tensor for n, tensor in tensors.items() if not n.startswith(_UNUSED)}
+
+
+def _of_head(tensors):
+  names = (*_HEAD_MODULES.values(), _HEAD_BIAS)
+  return {n: tensor for n, tensor in tensors.items() if n.startswith(names)}
+
+
+def _head_name(path):
+  if len(path) == 1:
+    return _HEAD_BIAS
+  module, leaf = path
+  return f'{_HEAD_MODULES[module]}.{_BIAS if leaf == _BIAS else "weight"}'
 
 
 def _name(path):

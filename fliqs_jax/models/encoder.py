@@ -1,4 +1,4 @@
-"""An encoder of text: BERT, and embeddings of sentences from it.
+"""An encoder of text: BERT, embeddings of sentences from it, and what it is trained by.
 
 Normalised after each branch, with learned positions, as BERT (Devlin et al., 2018,
 arXiv 1810.04805). MiniLM is a small one that was distilled (Wang et al., 2020, arXiv
@@ -6,11 +6,13 @@ arXiv 1810.04805). MiniLM is a small one that was distilled (Wang et al., 2020, 
 and Gurevych, 2019, arXiv 1908.10084).
 """
 
+import functools
 import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fliqs_jax.errors import ConfigError
 
@@ -21,18 +23,25 @@ class Block(nnx.Module):
   """Attention between all tokens and a perceptron, each added and normalised after."""
 
   def __init__(
-    self, hidden_size: int, num_heads: int, mlp_size: int, *, rngs: nnx.Rngs
+    self,
+    hidden_size: int,
+    num_heads: int,
+    mlp_size: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    rngs: nnx.Rngs,
   ):
     """The arguments are those of `Encoder`."""
+    linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
     self.num_heads = num_heads
-    self.query = nnx.Linear(hidden_size, hidden_size, rngs=rngs)
-    self.key = nnx.Linear(hidden_size, hidden_size, rngs=rngs)
-    self.value = nnx.Linear(hidden_size, hidden_size, rngs=rngs)
-    self.out = nnx.Linear(hidden_size, hidden_size, rngs=rngs)
-    self.norm_attention = _norm(hidden_size, rngs)
-    self.up = nnx.Linear(hidden_size, mlp_size, rngs=rngs)
-    self.down = nnx.Linear(mlp_size, hidden_size, rngs=rngs)
-    self.norm_mlp = _norm(hidden_size, rngs)
+    self.query = linear(hidden_size, hidden_size)
+    self.key = linear(hidden_size, hidden_size)
+    self.value = linear(hidden_size, hidden_size)
+    self.out = linear(hidden_size, hidden_size)
+    self.norm_attention = _norm(hidden_size, dtype, rngs)
+    self.up = linear(hidden_size, mlp_size)
+    self.down = linear(mlp_size, hidden_size)
+    self.norm_mlp = _norm(hidden_size, dtype, rngs)
 
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     """`[B, T, hidden_size] -> [B, T, hidden_size]`, with the mask `[B, T]`."""
@@ -68,6 +77,7 @@ class Encoder(nnx.Module):
     mlp_size: int = 1536,
     max_tokens: int = 512,
     num_types: int = 2,
+    dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     """Draws the weights.
@@ -80,6 +90,7 @@ class Encoder(nnx.Module):
       mlp_size: channels within the perceptron.
       max_tokens: the longest text.
       num_types: of the segments that a text may have.
+      dtype: of the computation.
       rngs: for the weights.
 
     Raises:
@@ -89,12 +100,13 @@ class Encoder(nnx.Module):
       raise ConfigError(
         f'hidden size {hidden_size}: expected a multiple of the {num_heads} heads'
       )
-    self.tokens = nnx.Embed(vocabulary_size, hidden_size, rngs=rngs)
-    self.positions = nnx.Embed(max_tokens, hidden_size, rngs=rngs)
-    self.types = nnx.Embed(num_types, hidden_size, rngs=rngs)
-    self.norm = _norm(hidden_size, rngs)
+    embed = functools.partial(nnx.Embed, dtype=dtype, rngs=rngs)
+    self.tokens = embed(vocabulary_size, hidden_size)
+    self.positions = embed(max_tokens, hidden_size)
+    self.types = embed(num_types, hidden_size)
+    self.norm = _norm(hidden_size, dtype, rngs)
     self.blocks = nnx.List(
-      Block(hidden_size, num_heads, mlp_size, rngs=rngs) for _ in range(depth)
+      Block(hidden_size, num_heads, mlp_size, dtype, rngs=rngs) for _ in range(depth)
     )
 
   def __call__(
@@ -146,6 +158,51 @@ class SentenceEncoder(nnx.Module):
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 
-def _norm(size, rngs):
+class MaskedLanguageModel(nnx.Module):
+  """An encoder that tells what is hidden in a text, as BERT is trained.
+
+  The last product is that of the embeddings, and a bias.
+
+  Args:
+    width: multiplies the hidden and the MLP's size.
+    rngs: for the weights.
+    **sizes: the other arguments of `Encoder`.
+  """
+
+  def __init__(
+    self,
+    *,
+    width: float = 1.0,
+    hidden_size: int = 384,
+    mlp_size: int = 1536,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+    **sizes: int,
+  ):
+    """Draws the weights, float32; the class describes the arguments."""
+    hidden_size, mlp_size = round(width * hidden_size), round(width * mlp_size)
+    self.encoder = Encoder(
+      hidden_size=hidden_size, mlp_size=mlp_size, dtype=dtype, rngs=rngs, **sizes
+    )
+    self.transform = nnx.Linear(hidden_size, hidden_size, dtype=dtype, rngs=rngs)
+    self.norm = _norm(hidden_size, dtype, rngs)
+    self.bias = nnx.Param(jnp.zeros(self.encoder.tokens.num_embeddings))
+
+  def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+    """Returns the logits of each token, float32[B, T, vocabulary_size].
+
+    Args:
+      tokens: int32[B, T], 0 for those that only fill up a text.
+      train: of no effect, since nothing differs in training.
+    """
+    del train
+    x = self.encoder(tokens, tokens != 0)
+    x = self.norm(jax.nn.gelu(self.transform(x), approximate=False))
+    return self.encoder.tokens.attend(x).astype(jnp.float32) + self.bias[...]
+
+
+def _norm(size, dtype, rngs):
   # A fast variance, a difference of squares, would lose digits against others' code.
-  return nnx.LayerNorm(size, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
+  return nnx.LayerNorm(
+    size, epsilon=_EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs
+  )

@@ -7,8 +7,9 @@ from etils import epath
 import ml_collections
 
 from fliqs_jax.errors import ConfigError
-from fliqs_jax.models import llama_checkpoint
+from fliqs_jax.models import bert_checkpoint, llama_checkpoint
 from fliqs_jax.models.decoder import Decoder
+from fliqs_jax.models.encoder import Encoder
 from fliqs_jax.runs import files
 
 _CONFIG, _WEIGHTS = 'config.json', '*.safetensors'
@@ -20,7 +21,7 @@ def is_checkpoint(folder: epath.Path) -> bool:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-  """Returns the parameters of the decoder that a folder holds.
+  """Returns the parameters of the network that a folder holds.
 
   Raises:
     ConfigError: where its files cannot be read, or are of another network.
@@ -38,25 +39,26 @@ def read(folder: epath.Path) -> dict[str, Any]:
       tensors |= load(path.read_bytes())
     except (OSError, SafetensorError) as error:
       raise ConfigError(f'{str(path)!r} cannot be read: {error}') from None
-  return _named(folder, llama_checkpoint.params, tensors)
+  return _named(folder, 'params', tensors)
 
 
-def check_sizes(config: ml_collections.ConfigDict) -> None:
-  """Checks that a config's network is the one of the folder in `init_from`, if any.
+def check_sizes(config: ml_collections.ConfigDict) -> bool:
+  """Returns True where a config's network is that of the folder in `init_from`, if any.
 
   Raises:
     ConfigError: where it is another one, in one line that names what differs.
   """
   folder = files.to_path(config.init_from) if config.init_from else None
   if folder is None or not is_checkpoint(folder):
-    return
-  expected = _named(folder, llama_checkpoint.sizes)
-  if config.model.name != 'decoder':
+    return True
+  expected = _named(folder, 'sizes')
+  name, network = _network(files.read_json(folder / _CONFIG))
+  if config.model.name != name:
     raise ConfigError(
-      f'init_from={str(folder)!r}: expected model.name=decoder, found '
+      f'init_from={str(folder)!r}: expected model.name={name}, found '
       f'{config.model.name!r}'
     )
-  defaults = inspect.signature(Decoder.__init__).parameters
+  defaults = inspect.signature(network.__init__).parameters
   vocabulary = expected.pop('vocabulary_size')
   differing = [
     f'model.{name}={value!r} where it has {size!r}'
@@ -69,13 +71,28 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'init_from={str(folder)!r} is of another network: {", ".join(differing)}'
     )
+  return True
+
+
+def _family(content):
+  return bert_checkpoint if content.get('model_type') == 'bert' else llama_checkpoint
+
+
+def _network(content):
+  """Returns the name of the network of a checkpoint, and what has its sizes."""
+  if _family(content) is bert_checkpoint:
+    return 'encoder', Encoder
+  return 'decoder', Decoder
 
 
 def _named(folder, function, *arguments):
-  """Returns what a function makes of the config; its problems name the folder."""
+  """Returns what a function of the family's module makes of the config.
+
+  Its problems name the folder.
+  """
   content = files.read_json(folder / _CONFIG)
   try:
-    return function(content, *arguments)
+    return getattr(_family(content), function)(content, *arguments)
   except ConfigError as error:
     raise ConfigError(
       f'init_from={str(folder)!r}: {"; ".join(error.problems)}'

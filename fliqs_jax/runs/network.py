@@ -21,6 +21,7 @@ from fliqs_jax.nnx import Searchable
 from fliqs_jax.training import preprocessing
 from fliqs_jax.training.classification import classification
 from fliqs_jax.training.language_modelling import language_modelling
+from fliqs_jax.training.masked_language_modelling import masked_language_modelling
 from fliqs_jax.training.task import Batch, Task
 from fliqs_jax.training.train_state import Arguments
 
@@ -121,7 +122,9 @@ def _example(config):
 def build_task(config: ml_collections.ConfigDict) -> Task:
   """Returns the task that a config describes: of images in 0 … 255, or of bytes."""
   if _takes_text(config):
-    return language_modelling(config.reward.quality)
+    predicts_hidden = config.model.name in models.OF_HIDDEN_TOKENS
+    make = masked_language_modelling if predicts_hidden else language_modelling
+    return make(config.reward.quality)
   return _build_classification(config)
 
 

@@ -84,11 +84,12 @@ def attempt_start(
   """Returns the variables to start from: given ones, or those that the config names."""
   if given is not None and config.init_from:
     problems.add(f'variables and init_from={config.init_from!r}: expected one of them')
-  start = given
+  start, of_its_sizes = given, True
   if given is None:
     start = problems.attempt(pretrained.read, config.init_from)
-    problems.attempt(hugging_face.check_sizes, config)
-  if setup and start is not None:
+    of_its_sizes = problems.attempt(hugging_face.check_sizes, config)
+  # Of another network, each leaf would be named.
+  if setup and start is not None and of_its_sizes:
     problems.attempt(pretrained.check, setup.model, setup.example, start)
   named = given is not None or config.init_from
   without = not named and setup and own_variables(setup.model, setup.example) is None

@@ -1,7 +1,7 @@
 """Training: the task, the train state, and the compiled steps on any mesh.
 
 task           the record of what a network is trained for
-classification, language_modelling, user_task   tasks
+classification, language_modelling, masked_language_modelling, user_task   tasks
 train_state    all that a step reads and writes
 steps          search, fixed formats, statistics, evaluation
 post_training  the steps of a search without training

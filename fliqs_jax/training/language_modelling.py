@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fliqs_jax.training.task import Batch, Metrics, Task
+from fliqs_jax.training.task import Batch, Score, Task
 from fliqs_jax.training.train_state import Arguments
 
 PADDING = 0  # the byte that stands for those that a short text lacks; not predicted
@@ -26,17 +26,7 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
   return jnp.sum(losses * counted, axis=-1) / num_counted
 
 
-def bits_per_byte(logits: jax.Array, batch: Batch) -> jax.Array:
-  """Returns the mean cross entropy of each window's bytes in bits, float32[B]."""
-  return cross_entropy(logits, batch) / math.log(2)
-
-
-def minus_bits_per_byte(logits: jax.Array, batch: Batch) -> jax.Array:
-  """Returns minus the mean cross entropy of each window's bytes in bits, float32[B]."""
-  return -bits_per_byte(logits, batch)
-
-
-QUALITIES = {'minus_bits_per_byte': minus_bits_per_byte}
+QUALITIES = ('minus_bits_per_byte',)
 
 
 def language_modelling(quality: str = 'minus_bits_per_byte') -> Task:
@@ -45,11 +35,26 @@ def language_modelling(quality: str = 'minus_bits_per_byte') -> Task:
   Args:
     quality: one of `QUALITIES`.
   """
+  return of_bytes(cross_entropy, quality)
+
+
+def of_bytes(loss: Score, quality: str) -> Task:
+  """Returns the task of predicting bytes, those after each unless it is replaced.
+
+  Args:
+    loss: the mean cross entropy of the predicted bytes of each text, in nats.
+    quality: one of `QUALITIES`.
+  """
+  bits = lambda logits, batch: loss(logits, batch) / math.log(2)
+  qualities = {'minus_bits_per_byte': lambda logits, batch: -bits(logits, batch)}
   return Task(
-    loss=cross_entropy,
-    quality=QUALITIES[quality],
-    metrics=_metrics,
-    evaluation=_evaluation,
+    loss=loss,
+    quality=qualities[quality],
+    metrics=lambda logits, batch: {'bits_per_byte': bits(logits, batch)},
+    evaluation=lambda logits, batch: {
+      'bits_per_byte': bits(logits, batch),
+      'loss': loss(logits, batch),
+    },
     arguments=_arguments,
     mask=lambda batch: batch['mask'],
   )
@@ -58,14 +63,3 @@ def language_modelling(quality: str = 'minus_bits_per_byte') -> Task:
 def _arguments(batch, train):
   # Each window's last byte has nothing after it to predict.
   return Arguments((batch['tokens'][:, :-1].astype(jnp.int32),), {'train': train})
-
-
-def _metrics(logits, batch) -> Metrics:
-  return {'bits_per_byte': bits_per_byte(logits, batch)}
-
-
-def _evaluation(logits, batch) -> Metrics:
-  return {
-    'bits_per_byte': bits_per_byte(logits, batch),
-    'loss': cross_entropy(logits, batch),
-  }

@@ -155,7 +155,6 @@ def test_leaves_that_do_not_fit_are_named(run_config, data_dir, tmp_path):
   'changed, message',
   [
     ({'model_type': 'gpt2'}, "model_type is 'gpt2', expected one of llama, gemma"),
-    ({'model_type': 'bert'}, 'llama, gemma (bert_checkpoint, in Python, is for that)'),
     ({'rope_scaling': {'factor': 8}}, "rope_scaling is {'factor': 8}, expected None"),
     ({'attention_bias': True}, 'attention_bias is True, expected False'),
   ],
