@@ -147,6 +147,24 @@ def test_convolutions_and_batch_norm(monkeypatch):
   np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-6)
 
 
+class WithProduct(nn.Module):
+  """Two layers, and a product of a parameter that goes through none."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    del train
+    x = nn.Dense(4, name='second')(nn.relu(nn.Dense(5, name='first')(x)))
+    return x @ self.param('table', nn.initializers.normal(), (4, 3))
+
+
+def test_layers_of_a_network_with_a_product_of_its_own(monkeypatch):
+  model = WithProduct()
+  variables = model.init(jax.random.key(0), ROWS[0]['image'], False)
+  result, found = search(model, ROWS, monkeypatch, variables=variables)
+  assert set(result.formats) == {'first', 'second', 'table'}
+  assert found == {'first': ['second']}
+
+
 def two_layers():
   """Two layers with ReLU between them, and the weights of both."""
   model = nnx.Sequential(
