@@ -153,10 +153,11 @@ class Table:
 
   def one_shot(self, steps, **fields):
     """Returns the result of the one-shot search from the weights."""
-    # What is not quantized yet has nothing to learn of the float network.
+    # What is not quantized yet has nothing to learn of the float network. Weights that
+    # are trained already leave more steps to those under the formats found.
     return self._trained(
       fliqs_jax.search, num_steps=steps, num_samples=4, policy_delay=0,
-      activation_delay=0, **fields,
+      commit_step=steps // 4, activation_delay=0, **fields,
     )  # fmt: skip
 
   def _trained(self, run, **fields):
