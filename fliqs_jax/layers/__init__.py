@@ -9,6 +9,7 @@ product_statistics  moving averages of the inputs of these products
 attention     products inside attention, found and replaced
 replacement   layers that compute by another function, or show their inputs
 moments       second moments of layers' inputs, kernels as matrices
+channels      how large their inputs are; kernels with channels scaled
 architecture  sizes that are functions of decisions
 variants      the layers that those of a supernet can become
 call_counts   how often a layer computes, counted in a traced network

@@ -75,7 +75,8 @@ def smooth(
   if not pairs:
     raise ConfigError(
       f'search.smoothing={strength}: no channels of a norm or a layer reach only '
-      'layers that are searched, scaled alike; expected search.smoothing=None'
+      'layers that are searched, scaled alike in float32; expected '
+      'search.smoothing=None'
     )
   for pair in pairs:
     factors = _factors(flat, known, pair, magnitudes, strength)
@@ -189,7 +190,7 @@ def _scaled(params, known, pair, factors):
 
 def _factors(params, known, pair, magnitudes, strength):
   """Returns what the channels of a pair are divided by, float32[c]."""
-  count = 1 + max(found.max() for found in pair.readers.values())
+  count = _producers(params, known)[pair.producer]
   inputs, weights = np.zeros(count), np.zeros(count)
   for path, found in pair.readers.items():
     own = channels.weight_magnitudes(
