@@ -6,7 +6,7 @@ preparation                   checks before anything is written
 loop, evaluation              the steps, and what they are worth
 post_training, calibration    the search of given weights without a step
 reconstruction                weights rounded to every format by reconstruction
-smoothing                     channels scaled where they arise, weights that read them back
+smoothing                     channels scaled, and the weights that read them back
 batch_norm                    its statistics under given formats
 checkpoints, pretrained       variables that are saved, and started from
 hugging_face                  checkpoints of other programs, started from
