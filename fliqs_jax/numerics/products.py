@@ -366,14 +366,18 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
 
 
 def _computing_anew(quantizer):
-  """Returns the quantizer, whose codes XLA computes again, not knowing the scale.
+  """Returns the quantizer, whose codes XLA for TPUs computes again in this pass.
 
-  Otherwise it finds that the forward pass has computed them, and where they follow from
-  more than a ReLU, as from a GELU, it keeps them in memory until the backward pass.
+  It finds otherwise that the forward pass has computed them, and where they follow from
+  more than a ReLU, as from a GELU, it keeps them in memory until the backward pass. CPUs
+  write them to memory in any case, and are faster where they do so once.
   """
   if quantizer.blocks is not None:  # of which both passes read the same codes
     return quantizer
-  return quantizer._replace(scale=lax.optimization_barrier(quantizer.scale))
+  scale = lax.platform_dependent(
+    quantizer.scale, tpu=lax.optimization_barrier, default=lambda scale: scale
+  )
+  return quantizer._replace(scale=scale)
 
 
 quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
