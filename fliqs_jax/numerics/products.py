@@ -368,9 +368,9 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
 def _computing_anew(quantizer):
   """Returns the quantizer, whose codes XLA for TPUs computes again in this pass.
 
-  It finds otherwise that the forward pass has computed them, and where they follow from
-  more than a ReLU, as from a GELU, it keeps them in memory until the backward pass. CPUs
-  write them to memory in any case, and are faster where they do so once.
+  Otherwise it takes those of the forward pass, and where they follow from more than a
+  ReLU, as from a GELU, keeps them in memory until then. On CPUs codes are written to
+  memory in any case, and once is faster.
   """
   if quantizer.blocks is not None:  # of which both passes read the same codes
     return quantizer
