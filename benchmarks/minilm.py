@@ -22,7 +22,6 @@ import argparse
 import ast
 import functools
 import importlib.util
-import itertools
 import json
 import pathlib
 import platform
@@ -54,7 +53,6 @@ TARGETS = ('int5', 'int4', 'int3')  # what floats of so many bits cost as well
 BATCH_SIZE = 32
 COMPARED = 8  # sentences, with NumPy
 LEARNING_RATE = 3e-4
-DEVELOPMENT = 512  # the first sentence that --development takes
 
 
 def read_package():
@@ -70,8 +68,8 @@ def read_package():
     return config, load(files.read('model.safetensors')), tokenizer
 
 
-def sentences(count):
-  """Returns so many different first paragraphs of documentation strings."""
+def sentences():
+  """Returns the first paragraphs of documentation strings, once each, shuffled."""
   kinds = ast.Module | ast.ClassDef | ast.FunctionDef
   found = set()
   for path in sorted(pathlib.Path(sysconfig.get_path('stdlib')).glob('*.py')):
@@ -80,7 +78,22 @@ def sentences(count):
     found |= {' '.join(text.split('\n\n')[0].split()) for text in texts}
   # Shorter ones say little, as "Return self".
   found = sorted(text for text in found if len(text) >= 40)
-  return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:count]]
+  return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+def split(texts, args):
+  """Returns the sentences to evaluate, to calibrate, and to train on.
+
+  The last ones are evaluated, on which no setting was chosen, or the first.
+  """
+  first = args.evaluation + args.calibration
+  if len(texts) < first + args.training + args.evaluation:
+    raise SystemExit(f'there are {len(texts)} sentences: ask for fewer')
+  return (
+    texts[: args.evaluation] if args.development else texts[-args.evaluation :],
+    texts[args.evaluation : first],
+    texts[first : first + args.training] if args.steps or args.finish else [],
+  )
 
 
 def make_batches(texts, tokenizer, length):
@@ -248,26 +261,22 @@ def main():
   encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
   bert_checkpoint.load(encoder, tensors)
   model = SentenceEncoder(encoder)
-  counts = [args.evaluation, args.calibration]
-  if args.steps or args.finish:
-    counts.append(args.training)
-  texts = iter(sentences(DEVELOPMENT + sum(counts)))
-  if args.development:
-    texts = itertools.islice(texts, DEVELOPMENT, None)
   parts = []
-  for count, tokens in zip(counts, (args.tokens, args.short, args.short)):
-    part = make_batches(list(itertools.islice(texts, count)), tokenizer, tokens)
+  for texts, tokens in zip(
+    split(sentences(), args), (args.tokens, args.short, args.short), strict=True
+  ):
+    part = make_batches(texts, tokenizer, tokens)
     for batch in part:
       batch['expected'] = np.asarray(embed(model, *inputs(batch)))
     parts.append(part)
-  evaluation, calibration, *training = parts
+  evaluation, calibration, training = parts
   difference = compare_with_numpy(tensors, sizes['num_heads'], evaluation[0])
   print(f'{COMPARED} embeddings differ from those of NumPy by {difference:.1e}')
   print(
     f'Python {platform.python_version()}: {args.calibration} sentences of '
     f'{args.short} tokens to calibrate, {args.evaluation} of {args.tokens} to evaluate'
   )
-  table = Table(model, calibration, *training or [None], evaluation, quantizer)
+  table = Table(model, calibration, training, evaluation, quantizer)
   print_table(table, args)
 
 
