@@ -1,7 +1,5 @@
 """Runs that are killed or told to stop, and started again."""
 
-from concurrent import futures
-import functools
 import random
 import signal
 import time
@@ -60,25 +58,13 @@ def kill_at(moment, process, workdir, rng):
   assert whole_runs.finish(process) in (-signal.SIGKILL, 255)
 
 
-def kill_again_and_again(start, workdir, seed):
-  rng = random.Random(seed)
+def test_killed_at_six_moments(start, uninterrupted, tmp_path):
+  workdir, rng = tmp_path / 'run', random.Random(0)
   for moment in rng.sample(MOMENTS, len(MOMENTS)):
     kill_at(moment, start(workdir), workdir, rng)
-  return whole_runs.finish(start(workdir))
-
-
-def test_killed_at_six_moments(start, uninterrupted, tmp_path):
-  workdirs = [tmp_path / 'first', tmp_path / 'second']
-  with futures.ThreadPoolExecutor() as pool:
-    seeds = range(len(workdirs))
-    statuses = list(
-      pool.map(functools.partial(kill_again_and_again, start), workdirs, seeds)
-    )
-  assert statuses == [0, 0]
-  expected = whole_runs.read_history(uninterrupted)
-  for workdir in workdirs:
-    assert whole_runs.read_result(workdir) == whole_runs.read_result(uninterrupted)
-    assert whole_runs.read_history(workdir) == expected
+  assert whole_runs.finish(start(workdir)) == 0
+  assert whole_runs.read_result(workdir) == whole_runs.read_result(uninterrupted)
+  assert whole_runs.read_history(workdir) == whole_runs.read_history(uninterrupted)
 
 
 def test_stopped_by_sigterm_goes_on(start, uninterrupted, cache, tmp_path):
