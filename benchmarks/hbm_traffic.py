@@ -1,7 +1,8 @@
 """Bytes that a program compiled for a TPU moves to and from HBM, read from its text.
 
 XLA's own figure, `cost_analysis()['bytes accessed']`, counts an array that is copied to
-the chip's vector memory ahead of its use twice: in the copy, and when it is used.
+the chip's vector memory ahead of its use more than once: in the copy, and when it is
+used.
 """
 
 import math

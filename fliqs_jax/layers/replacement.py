@@ -47,7 +47,7 @@ def observed_layers(observe: Observe) -> contextlib.AbstractContextManager[None]
 
 
 class Observations:
-  """What layers have shown within a trace, of which `arrays` are to come out.
+  """Inputs and kernels that layers have shown within a trace, to be shown outside.
 
   Attributes:
     arrays: (x, w) of each layer.
@@ -63,7 +63,7 @@ class Observations:
     self.arrays.append((x, w))
 
   def show(self, arrays: Sequence[tuple[jax.Array, jax.Array]]) -> None:
-    """Shows it to the observer outside of the trace, if there is one.
+    """Shows what was added to the observer outside of the trace, if there is one.
 
     Args:
       arrays: the attribute's, as they came out of the trace.
