@@ -6,7 +6,8 @@
 XLA compiles the float step, the step with fixed formats and the search step ahead of
 time for the named topology. The figures are those of the compiled programs, per chip,
 and deterministic. `bytes` is XLA's own figure, in which what is copied to the vector
-memory ahead of its use counts more than once; `from HBM` is what moves to or from HBM alone.
+memory ahead of its use counts more than once; `from HBM` is what moves to or from HBM
+alone.
 ResNet-18 takes one to two minutes a step on two cores, ResNet-50 ten.
 """
 

@@ -289,8 +289,8 @@ def quantized_product(
   bfloat16 for scales that are powers of two and for e2m1 with scales in E4M3, else
   rounded to it. The backward pass
   is the clipped straight-through estimator. It saves `x` and `w`, and recomputes the
-  codes, which would cost as much memory as the activations again. On TPUs, codes in
-  blocks are written to memory once, and read by both passes.
+  codes, which would cost as much memory as the activations again. Codes in
+  blocks are written to memory, where XLA for TPUs has both passes read them.
 
   Args:
     product: `(x, w, preferred_element_type) -> y`, bilinear.
