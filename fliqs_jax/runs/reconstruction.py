@@ -13,6 +13,7 @@ from fliqs_jax.layers import products
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.numerics.reconstruction import inverse_factor, reconstruct
+from fliqs_jax.search import options
 from fliqs_jax.search.space import SearchSpace
 from fliqs_jax.training.train_state import TrainState
 
@@ -67,10 +68,11 @@ def _path(layer):
 
 def _rounded_formats(space, weights) -> Sequence[str]:
   """Returns the formats of a layer's weights that round them, without blocks."""
-  names = (
+  given = (
     (weights,) if isinstance(weights, str) else space.format_decisions[weights].options
   )
-  formats = map(find_format, names)
+  # Several pairs may have the same format of weights.
+  formats = map(find_format, dict.fromkeys(options.split(o).weights for o in given))
   return [f.name for f in formats if f.family != 'unscaled' and f.block is None]
 
 

@@ -184,6 +184,20 @@ def test_reconstruction_keeps_more_and_is_evaluated_as_it_was_rounded(tmp_path):
   assert report['examples'] == 24
 
 
+def test_reconstruction_of_pairs_rounds_to_the_formats_of_weights():
+  result = search(
+    rounding='reconstruction',
+    calibration='rms_absmax',
+    formats='int2:int8,int2:int4,int3:int2,int8',
+    target_format='int2:int4',
+  )
+  largest = {'int2': 1, 'int3': 3, 'int8': 127}
+  for layer, formats in result.formats.items():
+    kernel = result.variables['params'][layer]['kernel']
+    codes = largest[formats['weights']] * kernel / np.abs(kernel).max(0, keepdims=True)
+    np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
+
+
 def test_reconstruction_of_convolutions_from_a_checkpoint(config, trained, tmp_path):
   config.quantizer.calibration = 'rms_absmax'
   config.search.rounding = 'reconstruction'
