@@ -48,11 +48,17 @@ import bert_reference  # noqa: E402
 # What is searched at the cost of a uniform model: pairs of formats of weights and of
 # activations which cost about as much.
 SEARCHED = {
-  'int8': ('e2m3:e2m4', 'e2m4', 'int8', 'e2m5', 'e3m4', 'e2m4:e2m5', 'e2m5:bf16'),
-  'int5': ('e2m1', 'e2m0:e2m2', 'e2m1:e2m2', 'e2m1:e2m3', 'e2m2', 'e3m1', 'e2m2:e2m3'),
-  'int4': ('int2:e2m2', 'e2m0:e2m1', 'e2m0:e2m2', 'e2m1', 'e3m0', 'e2m1:e2m2', 'e2m2'),
+  'int8': (
+    'e2m3:e3m4', 'e2m3:bf16', 'e2m4:e3m4', 'e2m4:bf16', 'e2m5', 'e2m5:e3m4', 'e3m4'
+  ),
+  'int5': (
+    'e2m0:e3m1', 'e2m0:e3m2', 'e2m1:e3m1', 'e2m1:e3m2', 'e2m1:e3m3', 'e2m2', 'e2m2:e3m2'
+  ),
+  'int4': (
+    'e2m0:e2m1', 'e2m0:e3m1', 'e2m0:e3m2', 'e2m1', 'e2m1:e3m1', 'e2m1:e3m2', 'int2:e3m1'
+  ),
   'int3': (
-    'int2:e2m0', 'int2:e2m1', 'int2:e2m2', 'e2m0', 'e2m0:e2m1', 'e2m0:e2m2', 'e2m1'
+    'int2:e2m0', 'int2:e2m1', 'int2:e2m2', 'int2:e3m1', 'e2m0', 'e2m0:e2m1', 'e2m0:e3m1'
   ),
 }  # fmt: skip
 UNIFORM = (

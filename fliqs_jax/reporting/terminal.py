@@ -14,7 +14,6 @@ from rich.text import Text
 from fliqs_jax.reporting import quality_budget, sensitivities, units
 from fliqs_jax.reporting.recorded_run import decisions_by_layer
 from fliqs_jax.runs import exports, quality
-from fliqs_jax.runs.config import default_config
 from fliqs_jax.search import devices
 from fliqs_jax.search.quantities import counted_bits
 from fliqs_jax.search.space import OPERANDS
@@ -265,20 +264,9 @@ def _post_training_lines(result):
 
 
 def _emulation_lines(result):
-  """Returns a warning for each pair of formats that the device only emulates.
-
-  Of runs for a device: those whose costs are times on it, whose options are its pairs,
-  and those that name another than the default one.
-  """
-  search, default = result['config']['search'], default_config().search.device
-  is_for_device = (
-    'roofline' in (result['cost_model'], search.get('cap_cost_model'))
-    or search.get('weights_and_activations') == 'pairs'
-    or search.get('device', default) != default
-  )
-  if not is_for_device:
-    return []
-  pairs = devices.emulated_pairs(search['device'], result['formats'])
+  """Returns a warning for each pair of formats that the named device only emulates."""
+  device = result['config']['search'].get('device')
+  pairs = devices.emulated_pairs(device, result['formats']) if device else {}
   return [f'Warning: {line}' for line in pairs.values()]
 
 

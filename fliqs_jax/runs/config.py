@@ -125,7 +125,9 @@ def default_config() -> ml_collections.ConfigDict:
         'cap': config_dict.placeholder(float),  # absolute; wins where given
         'cap_format': 'int4',  # or this multiple of a uniform model's cost
         'cap_scale': 1.0,
-        'device': 'tpu_v5e',  # of the cost roofline, formats=device and pairs
+        # Formats that it only emulates are warned of. Of the cost roofline,
+        # formats=device and pairs; tpu_v5e where these need one and none is named.
+        'device': config_dict.placeholder(str),
         'latency_table': '',  # path, of the cost model latency_table
         # First steps with quantized weights, with quantized activations, and of the
         # policy, and that of the commitment; the defaults are the strategy's.
@@ -181,6 +183,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   search, controller = config.search, config.controller
   if search.targets:
     _resolve_target(search)
+  if search.device is None and _needs_device(search):
+    search.device = devices.DEFAULT
   if search.formats == 'device':
     search.formats = ','.join(devices.fast_formats(search.device))
   if search.weights_and_activations == 'pairs':
@@ -198,6 +202,14 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if controller.baseline is None:
     controller.baseline = 'leave_one_out' if search.num_samples > 1 else 'moving'
   return config
+
+
+def _needs_device(search):
+  return (
+    'roofline' in (search.cost_model, search.cap_cost_model)
+    or search.formats == 'device'
+    or search.weights_and_activations == 'pairs'
+  )
 
 
 def _resolve_target(search):

@@ -65,7 +65,7 @@ def _names(config):
     'search.decide': ('formats', 'architecture', 'both'),
     'search.cost_model': tuple(cost_models.COST_MODELS),
     'search.cap_cost_model': ('', *cost_models.COST_MODELS),
-    'search.device': tuple(devices.DEVICES),
+    'search.device': (None, *devices.DEVICES),
     'reward.name': tuple(REWARDS),
     'reward.quality': tuple(task.QUALITIES),
     'reward.split': ('train', 'validation'),

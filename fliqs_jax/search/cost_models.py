@@ -148,7 +148,7 @@ def kv_cache(layers: LayerQuantities) -> Array:
 
 
 @register('roofline', unit='ms')
-def roofline(layers: LayerQuantities, device: str = 'tpu_v5e') -> Array:
+def roofline(layers: LayerQuantities, device: str = devices.DEFAULT) -> Array:
   """Time on a device, `max(2 · MACs / peak rate, bytes / bandwidth)`, for one example.
 
   Bytes are those of the weights, the input and the output, each once, at the widths

@@ -137,9 +137,9 @@ def test_a_whole_search(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert '4.5 × 4.5' in printed or '8.25 × 8.25' in printed
   assert 'is emulated on h100: multiplied in bf16, at 989 TFLOPS' in printed
-  # Whatever the cost, of a search for a device: not of one that names none.
+  # Whatever the cost, where a device is named.
   search = result.content['config']['search']
-  for device, warned in ('h100', True), ('tpu_v5e', False):
+  for device, warned in ('h100', True), ('tpu_v5e', True), (None, False):
     config = result.content['config'] | {'search': search | {'device': device}}
     content = result.content | {'cost_model': 'bops', 'config': config}
     terminal.print_result(content, 'DIR')
