@@ -40,6 +40,7 @@ from tokenizers import Tokenizer
 import fliqs_jax
 from fliqs_jax.models import bert_checkpoint
 from fliqs_jax.models.encoder import Encoder, SentenceEncoder
+from fliqs_jax.numerics.formats import find_format
 from fliqs_jax.runs.validation import ROUNDINGS
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests'))
@@ -66,6 +67,7 @@ UNIFORM = (
 )  # fmt: skip
 BATCH_SIZE = 32
 COMPARED = 8  # sentences, with NumPy
+# At the cost of 4 bits; half of it for each bit more, as the steps between values are.
 LEARNING_RATE = 3e-4
 
 
@@ -166,11 +168,12 @@ class Table:
       **fields,
     )  # fmt: skip
 
-  def finish(self, result, steps):
+  def finish(self, result, steps, target):
     """Returns the result of a training in the formats of another result."""
     return self._trained(
-      fliqs_jax.train, formats=result, num_steps=steps, activation_delay=0
-    )
+      fliqs_jax.train, target, formats=result, variables=result.variables,
+      num_steps=steps, activation_delay=0,
+    )  # fmt: skip
 
   def uniform(self, name, **fields):
     """Returns the result of the uniform model, as a search among one assignment."""
@@ -178,20 +181,22 @@ class Table:
     others = {'formats': (name, 'bf16'), 'target_format': name, 'refinement_rounds': 0}
     return self.search(**others, **fields)
 
-  def one_shot(self, steps, **fields):
+  def one_shot(self, steps, target):
     """Returns the result of the one-shot search from the weights."""
     # What is not quantized yet has nothing to learn of the float network. Weights that
     # are trained already leave more steps to those under the formats found.
     return self._trained(
-      fliqs_jax.search, num_steps=steps, num_samples=4, policy_delay=0,
-      commit_step=steps // 4, activation_delay=0, **fields,
+      fliqs_jax.search, target, formats=SEARCHED[target], target_format=target,
+      num_steps=steps, num_samples=4, policy_delay=0, commit_step=steps // 4,
+      activation_delay=0,
     )  # fmt: skip
 
-  def _trained(self, run, **fields):
+  def _trained(self, run, target, **fields):
+    bits = find_format(target).bits
     return run(
       self._model, self._training, self._evaluation, inputs=inputs, loss=loss,
-      optimizer='adamw', learning_rate=LEARNING_RATE, weight_decay=0.0, weight_delay=0,
-      **self._quantizer, **fields,
+      optimizer='adamw', learning_rate=LEARNING_RATE * 2.0 ** (4 - bits),
+      weight_decay=0.0, weight_delay=0, **self._quantizer, **fields,
     )  # fmt: skip
 
   def show(self, name, run):
@@ -244,10 +249,10 @@ def print_table(table, args):
       )
       found = table.show(f'without training at the cost of {target}, {way}', run)
       if args.finish:
-        run = functools.partial(table.finish, found, args.finish)
+        run = functools.partial(table.finish, found, args.finish, target)
         table.show(f'these formats, then {args.finish} steps', run)
     if args.steps:
-      run = functools.partial(table.one_shot, args.steps, **of_target)
+      run = functools.partial(table.one_shot, args.steps, target)
       table.show(f'one-shot, {args.steps} steps, at the cost of {target}', run)
 
 

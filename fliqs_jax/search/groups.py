@@ -6,9 +6,10 @@ format, for all layers that write into it.
 """
 
 from collections.abc import Sequence
+import difflib
 import re
 
-from fliqs_jax.errors import ConfigError
+from fliqs_jax.errors import ConfigError, not_among
 from fliqs_jax.layers.layer import Layer
 
 # The names that layers of one parent have, as networks call them.
@@ -55,9 +56,22 @@ def expand(groups: Sequence[str], layers: Sequence[Layer]) -> list[str]:
   for group in groups:
     if group == RESIDUAL:
       regexes += _residual(layers)
+    elif group in GROUPS:
+      regexes += _regexes(group, layers)
     else:
-      regexes += _regexes(group, layers) if group in GROUPS else [group]
+      _check_is_regex(group, layers)
+      regexes.append(group)
   return regexes
+
+
+def _check_is_regex(group, layers):
+  """Checks that a group which matches nothing is no name with a mistake in it."""
+  if not difflib.get_close_matches(group, NAMES) or any(
+    group in layer.path for layer in layers
+  ):
+    return
+  expected = f'{", ".join(NAMES)} or a regex on whole module paths'
+  raise ConfigError(not_among(f'search.groups={group!r}', group, NAMES, expected))
 
 
 def _residual(layers):

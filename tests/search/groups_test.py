@@ -112,3 +112,14 @@ def test_a_name_that_ties_nothing_is_refused(group, paths):
   ) as e:
     decisions(named(*paths), group)
   assert len(e.value.problems) == 1
+
+
+@pytest.mark.parametrize('name', ['residua', 'gate-up', 'qkvs', 'residuals'])
+def test_a_name_with_a_mistake_is_told_what_is_meant(name):
+  with pytest.raises(ConfigError, match=f"{name}': expected qkv, gate_up, residual or"):
+    decisions(named('a/query', 'a/key'), name)
+
+
+def test_what_is_part_of_a_path_is_a_regex():
+  with pytest.raises(ConfigError, match="'residual1' matches the whole path of no"):
+    decisions(named('residual1/a'), 'residual1')
