@@ -214,11 +214,11 @@ class Table:
     correlation = stats.spearmanr(*similarities).statistic
     record = result.content.get('post_training', {})
     predicted, measured = (
-      f'{1 + record[key]:.4f}' if key in record else '–'
+      f'{1 + record[key]:.5f}' if key in record else '–'
       for key in ('predicted', 'measured')
     )
     print(
-      f'| {name} | {result.cost:.1f} | {cosine:.4f} | {correlation:.4f} | {predicted} '
+      f'| {name} | {result.cost:.1f} | {cosine:.5f} | {correlation:.5f} | {predicted} '
       f'| {measured} | {seconds:.0f} | {process:.0f} |',
       flush=True,
     )
