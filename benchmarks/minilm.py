@@ -11,9 +11,9 @@ sentence is 1 - the cosine between its embedding and that of the float network, 
 training distils that one. At the cost of uniform models: searches without training,
 with weights rounded to nearest and by reconstruction, and with --smoothing with
 smoother channels; with --finish a training of so many steps in the formats of each;
-with --steps the one-shot search from the weights of each. Printed are, on the sentences of
-the evaluation, the mean cosine, and Spearman's correlation between the similarities of
-all pairs of sentences in the quantized and in the float network. The float network
+with --steps the one-shot search from the weights of each. Printed are, on the sentences
+of the evaluation, the mean cosine, and Spearman's correlation between the similarities
+of all pairs of sentences in the quantized and in the float network. The float network
 itself is compared with a forward pass in NumPy first. --development evaluates other
 sentences, on which settings are chosen.
 """
@@ -169,9 +169,9 @@ class Table:
     # What is not quantized yet has nothing to learn of the float network. Weights that
     # are trained already leave more steps to those under the formats found.
     return self._trained(
-      fliqs_jax.search, target, variables=result.variables,
-      formats=SEARCHED[target], target_format=target, num_steps=steps, num_samples=4, policy_delay=0, commit_step=steps // 4,
-      activation_delay=0,
+      fliqs_jax.search, target, variables=result.variables, formats=SEARCHED[target],
+      target_format=target, num_steps=steps, num_samples=4, policy_delay=0,
+      commit_step=steps // 4, activation_delay=0,
     )  # fmt: skip
 
   def _trained(self, run, target, **fields):
