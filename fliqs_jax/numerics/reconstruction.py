@@ -26,25 +26,7 @@ from fliqs_jax.numerics.rounding import is_scaled
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it, as in the paper
 _BLOCK = 128  # rows, after which those that follow are updated at once
 # Clipping thresholds that are tried, relative to the largest magnitude of a channel.
-_RATIOS = (
-  1.0,
-  0.95,
-  0.9,
-  0.85,
-  0.8,
-  0.75,
-  0.7,
-  0.65,
-  0.6,
-  0.55,
-  0.5,
-  0.45,
-  0.4,
-  0.35,
-  0.3,
-  0.25,
-  0.2,
-)
+_RATIOS = tuple(i / 20 for i in range(20, 3, -1))  # 1 … 0.2
 
 
 def inverse_factor(moments: jax.Array) -> jax.Array:
