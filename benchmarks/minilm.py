@@ -11,7 +11,7 @@ sentence is 1 - the cosine between its embedding and that of the float network, 
 training distils that one. At the cost of uniform models: searches without training,
 with weights rounded to nearest and by reconstruction, and with --smoothing with
 smoother channels; with --finish a training of so many steps in the formats of each;
-with --steps the one-shot search from the weights of each. Printed are, on the sentences
+with --steps the one-shot search from the float weights. Printed are, on the sentences
 of the evaluation, the mean cosine, and Spearman's correlation between the similarities
 of all pairs of sentences in the quantized and in the float network. The float network
 itself is compared with a forward pass in NumPy first. --development evaluates other
@@ -63,7 +63,7 @@ UNIFORM = (
 BATCH_SIZE = 32
 COMPARED = 8  # sentences, with NumPy
 # At the cost of each: what is quantized more has farther to go.
-LEARNING_RATES = {'int8': 4e-6, 'int5': 1e-4, 'int4': 3e-4, 'int3': 6e-4}
+LEARNING_RATES = {'int8': 2e-5, 'int5': 1.5e-4, 'int4': 3e-4, 'int3': 6e-4}
 
 
 def sentences():
@@ -163,15 +163,14 @@ class Table:
     others = {'formats': (name, 'bf16'), 'target_format': name, 'refinement_rounds': 0}
     return self.search(**others, **fields)
 
-  def one_shot(self, result, steps, target):
-    """Returns the result of the one-shot search from the weights of another result."""
+  def one_shot(self, steps, target):
+    """Returns the result of the one-shot search from the float weights."""
     # What is not quantized yet has nothing to learn of the float network. Weights that
-    # are trained already leave more steps to those under the formats found, and shall
-    # change little while formats are drawn.
+    # are trained already leave more steps to those under the formats found.
     return self._trained(
-      fliqs_jax.search, target, variables=result.variables, formats=SEARCHED[target],
-      target_format=target, num_steps=steps, num_samples=4, policy_delay=0,
-      commit_step=steps // 4, warmup_steps=steps // 4, activation_delay=0,
+      fliqs_jax.search, target, formats=SEARCHED[target], target_format=target,
+      num_steps=steps, num_samples=4, policy_delay=0,
+      commit_step=steps // 4, activation_delay=0,
     )  # fmt: skip
 
   def _trained(self, run, target, **fields):
@@ -233,9 +232,9 @@ def print_table(table, args):
       if args.finish:
         run = functools.partial(table.finish, found, args.finish, target)
         table.show(f'these formats, then {args.finish} steps', run)
-      if args.steps:
-        run = functools.partial(table.one_shot, found, args.steps, target)
-        table.show(f'one-shot from these weights, {args.steps} steps', run)
+    if args.steps:
+      run = functools.partial(table.one_shot, args.steps, target)
+      table.show(f'one-shot, {args.steps} steps, at the cost of {target}', run)
 
 
 def main():
