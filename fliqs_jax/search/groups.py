@@ -35,6 +35,7 @@ RESIDUAL_LAYERS = (
   ('o', 'wo'),  # T5
 )
 NAMES = (*GROUPS, RESIDUAL)
+_NOT_IN_NAMES = re.compile(r'[^\w-]')  # but in regexes, as `gate.*`
 # The first module with a number is a block, or one of a list of them.
 _BLOCK = re.compile(r'((?:[^/\d]+/)*)[^/]*\d[^/]*/(?:.*/)?([^/]+)')
 
@@ -66,9 +67,9 @@ def expand(groups: Sequence[str], layers: Sequence[Layer]) -> list[str]:
 
 def _check_is_regex(group, layers):
   """Checks that a group which matches nothing is no name with a mistake in it."""
-  if not difflib.get_close_matches(group, NAMES) or any(
-    group in layer.path for layer in layers
-  ):
+  if not difflib.get_close_matches(group, NAMES) or _NOT_IN_NAMES.search(group):
+    return
+  if any(group in layer.path for layer in layers):
     return
   expected = f'{", ".join(NAMES)} or a regex on whole module paths'
   raise ConfigError(not_among(f'search.groups={group!r}', group, NAMES, expected))

@@ -120,6 +120,12 @@ def test_a_name_with_a_mistake_is_told_what_is_meant(name):
     decisions(named('a/query', 'a/key'), name)
 
 
+@pytest.mark.parametrize('regex', ['gate.*', 'residual.*', '(qkv)s', 'gate_up[12]'])
+def test_a_regex_like_a_name_is_one(regex):
+  paths = ('gate_up1', 'gate_up2') if regex[0] == 'g' else ('qkvs', 'residual1')
+  assert decisions(named(*paths), regex)
+
+
 def test_what_is_part_of_a_path_is_a_regex():
   with pytest.raises(ConfigError, match="'residual1' matches the whole path of no"):
     decisions(named('residual1/a'), 'residual1')
