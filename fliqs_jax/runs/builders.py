@@ -11,7 +11,7 @@ import optax
 from fliqs_jax.errors import ConfigError
 from fliqs_jax.layers.layer import Layer
 from fliqs_jax.runs import files
-from fliqs_jax.search import assignments, cost_models, options, rewards
+from fliqs_jax.search import assignments, cost_models, devices, options, rewards
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import space as search_space
 from fliqs_jax.search.assignments import Assignment
@@ -39,7 +39,7 @@ def build_cost_model(
   """
   search = config.search
   name = name or search.cost_model
-  settings = {'device': search.device}
+  settings = {'device': search.device or devices.DEFAULT}
   if name == 'latency_table':
     settings['table'] = files.read_latency_table(search.latency_table)
   return cost_models.get_cost_model(name, **settings)

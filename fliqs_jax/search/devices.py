@@ -80,7 +80,6 @@ class FormatTables(NamedTuple):
 # GPUs are the SXM variants; fp4 is NVFP4 and MXFP4. Hopper and Blackwell have no int4.
 _MX = {Block(32, 'e8m0'): ('fp4', 'fp6', 'fp8')}
 _MX_AND_NVFP4 = _MX | {Block(16, 'e4m3'): ('fp4',)}
-DEFAULT = 'tpu_v5e'  # where a device is needed and none is named
 DEVICES = {
   # [TPU v4] 275 teraflops (bf16 or int8), 1200 GBps; [v5p] 1228 GB/s; [JAX] 1.23e12.
   'tpu_v4': Device({'int8': 275e12, 'bf16': 275e12}, 1228e9),
@@ -153,6 +152,7 @@ DEVICES = {
   # eight channels of DDR5-4800 (Intel's product page); [AMX].
   'xeon_8480': Device({'int8': 229e12, 'bf16': 115e12}, 307e9),
 }
+DEFAULT = 'tpu_v5e'  # where a device is needed and none is named
 
 
 _TPU_KINDS = {

@@ -156,6 +156,24 @@ def test_a_model_takes_the_settings_that_it_names(monkeypatch):
   assert get_cost_model('bops', device='somewhere') is COST_MODELS['bops']
 
 
+@pytest.mark.parametrize('named, given', [(None, 'tpu_v5e'), ('h100', 'h100')])
+def test_a_registered_model_has_a_device_whether_one_is_named(
+  named, given, monkeypatch, tiny_config
+):
+  monkeypatch.setattr(cost_models, 'COST_MODELS', dict(COST_MODELS))
+  found = []
+
+  @cost_models.register('on_a_device', unit='units')
+  def on_a_device(layers, device):
+    found.append(device)
+    return layers.macs
+
+  config = tiny_config.copy_and_resolve_references()
+  config.search.update(cost_model='on_a_device', device=named)
+  setup_lib.build(resolve(config), num_devices=1)
+  assert set(found) == {given}
+
+
 # A convolution of 4 to 8 channels on 5 × 5 positions, and a classifier of 4 classes.
 SIZED = (
   Layer(
