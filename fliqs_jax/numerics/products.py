@@ -287,10 +287,9 @@ def quantized_product(
   accumulation the result is what low-precision hardware computes. Scales of blocks
   cannot be applied to the output, so codes are multiplied with them before: exact in
   bfloat16 for scales that are powers of two and for e2m1 with scales in E4M3, else
-  rounded to it. The backward pass
-  is the clipped straight-through estimator. It saves `x` and `w`, and recomputes the
-  codes, which would cost as much memory as the activations again. Codes in
-  blocks are written to memory, where XLA for TPUs has both passes read them.
+  rounded to it. The backward pass is the clipped straight-through estimator. It saves
+  `x` and `w`, and recomputes the codes, which would cost as much memory as the
+  activations again.
 
   Args:
     product: `(x, w, preferred_element_type) -> y`, bilinear.
@@ -302,23 +301,13 @@ def quantized_product(
       against `x`.
     w_quantizer: with one scale for each output channel, broadcastable against `w`.
   """
-  q_x = _codes_in_memory(x, x_quantizer)
+  q_x = x_quantizer.multiplicands(x).astype(x.dtype)
   q_w = w_quantizer.multiplicands(w).astype(x.dtype)
   accumulated = jnp.promote_types(x.dtype, jnp.float32)
   y = product(q_x, q_w, preferred_element_type=accumulated)
   x_scale = against_output(x_quantizer.scale, x_kept, y.ndim)
   scale = x_scale * w_quantizer.scale.reshape(scale_shape)
   return (y * scale).astype(x.dtype)
-
-
-def _codes_in_memory(x, quantizer):
-  """Returns what is multiplied, in the dtype of x, and where it has blocks, in memory.
-
-  XLA for TPUs cannot compute it within a convolution, and instead would write scales,
-  as long as the tensor and in float32. The backward pass reads what is in memory.
-  """
-  codes = quantizer.multiplicands(x).astype(x.dtype)
-  return codes if quantizer.blocks is None else lax.optimization_barrier(codes)
 
 
 def against_output(x_scale: jax.Array, x_kept: tuple[int, ...], ndim: int) -> jax.Array:
@@ -353,7 +342,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
   x, w, x_quantizer, w_quantizer = residuals
   x_quantizer = _computing_anew(x_quantizer)
   dtype = x.dtype
-  q_x = _codes_in_memory(x, x_quantizer)
+  q_x = x_quantizer.multiplicands(x).astype(dtype)
   w_values = w_quantizer.values(w).astype(dtype)
   x_bar = transpose(product, (q_x, w_values), 0, y_bar)
   x_scale = x_quantizer.scale
@@ -373,8 +362,6 @@ def _computing_anew(quantizer):
   ReLU, as from a GELU, keeps them in memory until then. On CPUs codes are written to
   memory in any case, and once is faster.
   """
-  if quantizer.blocks is not None:  # of which both passes read the same codes
-    return quantizer
   scale = lax.platform_dependent(
     quantizer.scale, tpu=lax.optimization_barrier, default=lambda scale: scale
   )

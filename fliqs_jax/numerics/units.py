@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.numerics.formats import BlockScaling
 
-# Of an axis that stays whole. A mask for each costs more than to split it beyond.
+# Of an axis that stays whole. Masks for more save hardly a byte, and programs grow.
 _MOST_UNITS = 16
 
 
