@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.numerics.formats import BlockScaling
 
-# Of an axis that stays whole. Masks for more save hardly a byte, and programs grow.
+# Of an axis that stays whole. Twice as many saved 1 % of a step's bytes in ResNet-18.
 _MOST_UNITS = 16
 
 
