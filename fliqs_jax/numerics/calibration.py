@@ -56,14 +56,20 @@ def tensor_statistics(
       of the whole tensor, of shape `()`.
     active: the parts of the axes of `x` that count.
   """
+  spanned = lambda axis: axes is None or axis in axes
+  shares = [share for axis, _, share in active if spanned(axis)]
+  return _statistics(x, None if axes is None else tuple(axes), shares)
+
+
+@functools.partial(jax.jit, static_argnames='axes', inline=True)
+def _statistics(x, axes, shares):
   x = lax.stop_gradient(x).astype(jnp.float32)
   keepdims = axes is not None
   mean = jnp.mean(jnp.square(x), axes, keepdims=keepdims)
   # Not the root of the largest square, which leaves float32's range long before `x`.
   absmax = jnp.max(jnp.abs(x), axes, keepdims=keepdims)
-  for axis, _, share in active:
-    if axes is None or axis in axes:
-      mean = mean / share
+  for share in shares:
+    mean = mean / share
   # An infinite mean would stay in a moving average for good.
   mean = jnp.where(jnp.isposinf(mean), jnp.finfo(jnp.float32).max, mean)
   return Statistics(mean, absmax)
@@ -182,6 +188,7 @@ def of_activations(calibration: str) -> str:
   return 'rms' if calibration == 'rms_absmax' else calibration
 
 
+@functools.partial(jax.jit, static_argnames='calibration', inline=True)
 def calibrate(
   format: NumericFormat,
   mean_square: jax.Array,

@@ -1,5 +1,7 @@
 """Rounding to a numeric format, one branch-free function for all of them."""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ _MANTISSA_BITS, _BIAS = 23, 127  # of float32
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 
 
+@functools.partial(jax.jit, inline=True)
 def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   """Rounds to the nearest value of a format, ties to even, saturating.
 

@@ -89,6 +89,9 @@ def _mean_over_samples(function, mesh, shared, *per_sample):
     *per_sample: trees of arrays `[S, ...]`.
   """
 
+  # Its shapes are asked for before the scan, which then takes the same trace.
+  function = jax.jit(function, inline=True)
+
   def on_one_device(shared, *local):
     num_local = jax.tree.leaves(local)[0].shape[0]
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)
