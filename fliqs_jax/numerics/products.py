@@ -351,15 +351,18 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
     x_scale = 1.0
   w_bar = transpose(product, (q_x, w_values), 1, y_bar)
   x_bar = jnp.where(x_quantizer.inside(x), x_bar, 0)
-  w_bar = jnp.where(w_quantizer.inside(w), w_bar * x_scale, 0)
+  # Else XLA keeps `w / s_w`, a copy of all weights, from the forward pass until devices
+  # have summed this gradient.
+  w_inside = _computing_anew(w_quantizer).inside(w)
+  w_bar = jnp.where(w_inside, w_bar * x_scale, 0)
   return x_bar, w_bar.astype(w.dtype), None, None
 
 
 def _computing_anew(quantizer):
-  """Returns the quantizer, whose codes XLA for TPUs computes again in this pass.
+  """Returns the quantizer, of which XLA for TPUs computes all again in this pass.
 
-  Otherwise it takes those of the forward pass, and where they follow from more than a
-  ReLU, as from a GELU, keeps them in memory until then. On CPUs codes are written to
+  Otherwise it takes the codes of the forward pass, and where they follow from more than
+  a ReLU, as from a GELU, keeps them in memory until then. On CPUs codes are written to
   memory in any case, and once is faster.
   """
   scale = lax.platform_dependent(
