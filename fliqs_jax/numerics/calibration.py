@@ -61,7 +61,7 @@ def tensor_statistics(
   return _statistics(x, None if axes is None else tuple(axes), shares)
 
 
-@functools.partial(jax.jit, static_argnames='axes', inline=True)
+@functools.partial(jax.jit, static_argnames='axes')
 def _statistics(x, axes, shares):
   x = lax.stop_gradient(x).astype(jnp.float32)
   keepdims = axes is not None
@@ -188,7 +188,7 @@ def of_activations(calibration: str) -> str:
   return 'rms' if calibration == 'rms_absmax' else calibration
 
 
-@functools.partial(jax.jit, static_argnames='calibration', inline=True)
+@functools.partial(jax.jit, static_argnames='calibration')
 def calibrate(
   format: NumericFormat,
   mean_square: jax.Array,

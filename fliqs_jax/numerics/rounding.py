@@ -12,7 +12,7 @@ _MANTISSA_BITS, _BIAS = 23, 127  # of float32
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   """Rounds to the nearest value of a format, ties to even, saturating.
 
