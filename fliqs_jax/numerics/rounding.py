@@ -1,7 +1,5 @@
 """Rounding to a numeric format, one branch-free function for all of them."""
 
-import functools
-
 import jax
 from jax import lax
 import jax.numpy as jnp

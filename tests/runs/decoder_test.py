@@ -15,7 +15,7 @@ from fliqs_jax.runs.validation import validate
 def decoder_config(text_config):
   """A search on Python's library that takes seconds, of one block with experts."""
   config = load_config('gemma_like', 'tiny')
-  config.input.update(data_dir=text_config.input.data_dir, context=16)
+  config.input = text_config.input
   config.model.update(
     hidden_size=16, depth=1, num_heads=2, num_kv_heads=1, head_size=8, mlp_size=16,
     num_experts=2, experts_per_token=1,
@@ -44,7 +44,7 @@ def test_search(decoder_config, tmp_path):
   config.mode = 'eval'
   config.formats, config.checkpoint = 'int8', str(tmp_path)
   evaluated = loop.run(config, tmp_path / 'evaluated')
-  assert evaluated['eval']['num_examples'] == 4_096
+  assert evaluated['eval']['num_examples'] == 256
 
 
 def test_sizes_that_do_not_fit(decoder_config):

@@ -71,11 +71,8 @@ def config(text_config):
     'num_kv_heads': 1, 'head_size': 8, 'mlp_size': 32, 'remat': True,
   }  # fmt: skip
   config.num_steps, config.checkpoint_every, config.log_every = 6, 3, 3
-  config.batch_size, config.eval_batch_size, config.input.eval_split = (
-    16,
-    64,
-    'test[:64]',
-  )
+  config.batch_size, config.eval_batch_size = 16, 64
+  config.input.eval_split = 'test[:64]'
   return config
 
 
