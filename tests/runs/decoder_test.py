@@ -44,7 +44,7 @@ def test_search(decoder_config, tmp_path):
   config.mode = 'eval'
   config.formats, config.checkpoint = 'int8', str(tmp_path)
   evaluated = loop.run(config, tmp_path / 'evaluated')
-  assert evaluated['eval']['num_examples'] == 256
+  assert evaluated['eval']['num_examples'] == 1_024
 
 
 def test_sizes_that_do_not_fit(decoder_config):

@@ -95,7 +95,7 @@ def test_logits_are_those_of_the_equations():
 
 def test_a_search_from_a_checkpoint(config, tmp_path):
   result = loop.run(config, tmp_path / 'run')
-  assert result['eval']['num_examples'] == 256
+  assert result['eval']['num_examples'] == 1_024
   assert set(result['formats']) >= {
     'encoder/blocks/0/query', 'encoder/blocks/0/down', 'transform',
     'encoder/tokens/embedding',
