@@ -16,7 +16,9 @@ from fliqs_jax.errors import ConfigError
 
 @pytest.fixture
 def config(text_config):
-  return text_config.copy_and_resolve_references()
+  config = text_config.copy_and_resolve_references()
+  config.input.eval_split = 'test'
+  return config
 
 
 @pytest.fixture
