@@ -88,7 +88,7 @@ def text_config(data_dir):
   from fliqs_jax.data import pipeline
 
   config = load_config('transformer_lm', 'stdlib')
-  config.input.update(data_dir=str(data_dir), context=16, eval_split='test[:1024]')
+  config.input.update(data_dir=str(data_dir), context=16)
   config.model.update(hidden_size=16, depth=1, num_heads=2)
   config.num_steps, config.checkpoint_every, config.log_every = 8, 4, 2
   config.batch_size, config.search.num_samples = 8, 2

@@ -359,7 +359,7 @@ def _quantized_product_backward(product, scale_shape, x_kept, residuals, y_bar):
 
 
 def _computing_anew(quantizer):
-  """Returns the quantizer, of which XLA for TPUs computes all again in this pass.
+  """Returns the quantizer, from which XLA for TPUs computes anew in the backward pass.
 
   Otherwise it takes the codes of the forward pass, and where they follow from more than
   a ReLU, as from a GELU, keeps them in memory until then. On CPUs codes are written to

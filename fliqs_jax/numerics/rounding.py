@@ -10,6 +10,8 @@ _MANTISSA_BITS, _BIAS = 23, 127  # of float32
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 
 
+# Traced and lowered once for each shape of a network, and one program where it is not
+# within another.
 @jax.jit
 def round_to_format(x: jax.Array, format: NumericFormat) -> jax.Array:
   """Rounds to the nearest value of a format, ties to even, saturating.

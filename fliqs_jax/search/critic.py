@@ -18,7 +18,6 @@ is the one with the largest evidence (MacKay, 1992, "Bayesian interpolation"), s
 nothing is tuned to the unit of the quality.
 """
 
-import functools
 from typing import NamedTuple
 
 import chex
@@ -69,7 +68,7 @@ def record(
   )
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def utilities(measurements: Measurements, errors: jax.Array) -> jax.Array:
   """Returns the posterior mean of `u`, float32[N, K], zeros before any measurement.
 

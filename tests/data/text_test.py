@@ -16,9 +16,7 @@ from fliqs_jax.errors import ConfigError
 
 @pytest.fixture
 def config(text_config):
-  config = text_config.copy_and_resolve_references()
-  config.input.eval_split = 'test'
-  return config
+  return text_config.copy_and_resolve_references()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from fliqs_jax.runs.validation import validate
 def decoder_config(text_config):
   """A search on Python's library that takes seconds, of one block with experts."""
   config = load_config('gemma_like', 'tiny')
-  config.input = text_config.input
+  config.input.update(data_dir=text_config.input.data_dir, context=16)
+  config.input.eval_split = 'test[:1024]'
   config.model.update(
     hidden_size=16, depth=1, num_heads=2, num_kv_heads=1, head_size=8, mlp_size=16,
     num_experts=2, experts_per_token=1,

@@ -47,7 +47,8 @@ def drawn():
 def config(text_config, tmp_path):
   """A search that takes seconds from a BERT in the folder `there`."""
   config = load_config('bert_like', 'tiny')
-  config.input = text_config.input
+  config.input.update(data_dir=text_config.input.data_dir, context=16)
+  config.input.eval_split = 'test[:1024]'
   config.model.update(hidden_size=16, depth=1, num_heads=2, mlp_size=24, max_tokens=20)
   config.num_steps, config.checkpoint_every, config.log_every = 6, 3, 2
   config.batch_size, config.search.num_samples = 8, 2

@@ -28,7 +28,7 @@ def finished(text_config, tmp_path_factory):
 def test_search(finished):
   _, result = finished
   assert set(result['eval']) == {'bits_per_byte', 'loss', 'num_examples'}
-  assert result['eval']['num_examples'] == 1_024
+  assert result['eval']['num_examples'] == 4_096
   assert 4 < result['eval']['bits_per_byte'] < 9  # log2(256) is 8
   assert result['cost'] <= result['target'] * (1 + 1e-6)
 
@@ -56,8 +56,8 @@ def test_resumed_run_ends_the_same(finished, text_config, tmp_path, monkeypatch)
 def test_report_says_bits_per_byte(finished, capsys):
   workdir, result = finished
   run = read_run(str(workdir))
-  assert 'bits per byte on 1,024 examples' in summary.headline(run, {})
-  assert '1024 examples' in ' '.join(terminal.summary_lines(result))
+  assert 'bits per byte on 4,096 examples' in summary.headline(run, {})
+  assert '4096 examples' in ' '.join(terminal.summary_lines(result))
   terminal.print_result(result, str(workdir))
   assert 'One-shot bits per byte: ' in capsys.readouterr().out
   better = run._replace(

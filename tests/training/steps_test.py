@@ -131,6 +131,23 @@ def take_steps(num_samples, num_devices, count=3, **options):
   return jax.device_get(state.replace(key=None)), metrics
 
 
+@pytest.mark.parametrize('num_samples', [1, 2, 4])
+def test_a_step_traces_the_network_once(num_samples, monkeypatch):
+  mesh = sharding.make_mesh(num_samples, jax.devices()[:1])
+  search, init = make_search()
+  state, calls = init(mesh), []
+  dense = nn.Dense.__call__
+  monkeypatch.setattr(
+    nn.Dense, '__call__', lambda self, x: (calls.append(self.name), dense(self, x))[1]
+  )
+  step = steps.make_search_step(
+    classification.classification(), search.space, search.cost_model,
+    search.controller, mesh, num_samples=num_samples,
+  )  # fmt: skip
+  step.trace(state, make_batch(num_samples))
+  assert calls == ['Dense_0', 'Dense_1']
+
+
 def test_qualities_are_measured_with_averaged_weights():
   mesh, num_samples = sharding.make_mesh(2, jax.devices()[:1]), 2
   search, init = make_search()
