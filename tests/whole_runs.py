@@ -3,6 +3,7 @@
 import atexit
 import faulthandler
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -186,6 +187,7 @@ def _run_module(module, arguments, log, output, num_devices, prepare, cwd):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, stream)
   faulthandler.enable()
+  gc.set_threshold(20_000, 20, 20)  # as in `conftest.py`
   os.chdir(cwd)
   sys.argv[1:] = arguments
   jax.config.update('jax_num_cpu_devices', num_devices)

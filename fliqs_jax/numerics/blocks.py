@@ -16,9 +16,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fliqs_jax.numerics import units
 from fliqs_jax.numerics.formats import BlockScaling, NumericFormat
 from fliqs_jax.numerics.rounding import round_to_format
+from fliqs_jax.numerics.units import UnitLayout, absmax_of_blocks, map_units
 
 _SIGN_AND_EXPONENT = -(1 << 23)  # a float32 without its mantissa
 
@@ -34,7 +34,7 @@ class Contraction(NamedTuple):
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=['of_units'],
-  meta_fields=['axis', 'groups', 'unit'],
+  meta_fields=['layout'],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockScales:
@@ -43,15 +43,11 @@ class BlockScales:
   Attributes:
     of_units: float32, of the tensor's shape but for the blocked axis, which is split
       into [groups, units]: the scale of the block that a unit is in.
-    axis: of the tensor, along which the blocks lie.
-    groups: parts of that axis, each with blocks of its own.
-    unit: values in a unit.
+    layout: of the tensor's units.
   """
 
   of_units: jax.Array
-  axis: int
-  groups: int
-  unit: int
+  layout: UnitLayout
 
   def map(
     self, function: Callable[..., jax.Array], x: jax.Array, scale: jax.Array
@@ -63,9 +59,7 @@ class BlockScales:
       x: the tensor.
       scale: broadcastable to `x`, of length 1 along the blocked axis.
     """
-    return units.map_units(
-      function, x, scale, self.of_units, self.axis, self.groups, self.unit
-    )
+    return map_units(function, x, scale, self.of_units, self.layout)
 
 
 def block_scales(
@@ -91,14 +85,14 @@ def block_scales(
     groups: parts of that axis, each with blocks of its own.
   """
   scaling = format.blocks
-  unit = math.gcd(*scaling.sizes)
-  absmax = units.absmax_of_blocks(lax.stop_gradient(x), scaling, axis, groups, unit)
+  layout = UnitLayout(axis, groups, math.gcd(*scaling.sizes))
+  absmax = absmax_of_blocks(lax.stop_gradient(x), scaling, layout)
   inverse = 1.0 / tensor_scale
   if inverse.ndim:
     inverse = jnp.expand_dims(inverse, axis)
   scales = _rounded_scales(absmax * inverse, format.max, scaling)
   scales = jnp.where(has_blocks(scaling), scales, 1.0)
-  return BlockScales(scales, axis, groups, unit)
+  return BlockScales(scales, layout)
 
 
 def has_blocks(scaling: BlockScaling) -> jax.Array:

@@ -10,6 +10,7 @@ before and after. Values are the same bit by bit.
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -21,25 +22,37 @@ from fliqs_jax.numerics.formats import BlockScaling
 _MOST_UNITS = 16
 
 
+class UnitLayout(NamedTuple):
+  """Where the units of a tensor lie.
+
+  Attributes:
+    axis: of the tensor, along which they lie.
+    groups: parts of that axis, each with units of its own.
+    size: values in a unit.
+  """
+
+  axis: int
+  groups: int
+  size: int
+
+
 def absmax_of_blocks(
-  x: jax.Array, scaling: BlockScaling, axis: int, groups: int, unit: int
+  x: jax.Array, scaling: BlockScaling, layout: UnitLayout
 ) -> jax.Array:
   """Returns the largest magnitude of the block that each unit is in; 0 without blocks.
 
   Args:
     x: the tensor.
     scaling: of a scalar format, which says the size of blocks.
-    axis: of `x`, along which the blocks lie.
-    groups: parts of that axis, each with blocks of its own.
-    unit: values in a unit.
+    layout: of the units of `x`.
 
   Returns:
     float32, the axis of `x` split into [groups, units].
   """
-  split = functools.partial(_absmax_split, axis=axis, groups=groups, unit=unit)
-  if not _can_stay_whole(x, axis, groups, unit):
+  split = functools.partial(_absmax_split, layout=layout)
+  if not _can_stay_whole(x, layout):
     return split(x, scaling)
-  whole = functools.partial(_absmax_whole, unit=unit)
+  whole = functools.partial(_absmax_whole, unit=layout.size)
   return lax.platform_dependent(x, scaling, tpu=whole, default=split)
 
 
@@ -48,9 +61,7 @@ def map_units(
   x: jax.Array,
   scale: jax.Array,
   of_units: jax.Array,
-  axis: int,
-  groups: int,
-  unit: int,
+  layout: UnitLayout,
 ) -> jax.Array:
   """Returns `function(x, scale, number of the unit)`, elementwise, in the shape of `x`.
 
@@ -60,13 +71,12 @@ def map_units(
     x: the tensor.
     scale: broadcastable to `x`, of length 1 along the axis.
     of_units: float32, not negative, in the shape of `absmax_of_blocks`.
-    axis: of `x`.
-    groups: parts of that axis, each with units of its own.
-    unit: values in a unit.
+    layout: of the units of `x`.
   """
+  axis, groups, size = layout
 
   def split(x, scale, of_units):
-    values = _split_units(x, axis, groups, unit)
+    values = _split_units(x, layout)
     if scale.ndim:
       scale = jnp.expand_dims(scale, (axis + 1, axis + 2))
     y = function(values, scale, jnp.expand_dims(of_units, axis + 2))
@@ -75,16 +85,17 @@ def map_units(
     return _merge(y, axis)
 
   def whole(x, scale, of_units):
-    spread = _spread(jnp.squeeze(of_units, axis), x.shape[axis], unit)
+    spread = _spread(jnp.squeeze(of_units, axis), x.shape[axis], size)
     return function(x, scale, spread)
 
-  if not _can_stay_whole(x, axis, groups, unit):
+  if not _can_stay_whole(x, layout):
     return split(x, scale, of_units)
   return lax.platform_dependent(x, scale, of_units, tpu=whole, default=split)
 
 
-def _can_stay_whole(x, axis, groups, unit):
-  return axis == x.ndim - 1 and groups == 1 and x.shape[axis] <= _MOST_UNITS * unit
+def _can_stay_whole(x, layout):
+  axis, groups, size = layout
+  return axis == x.ndim - 1 and groups == 1 and x.shape[axis] <= _MOST_UNITS * size
 
 
 def _absmax_whole(x, scaling, unit):
@@ -115,8 +126,9 @@ def _spread(of_units, length, unit):
   return spread
 
 
-def _absmax_split(x, scaling, axis, groups, unit):
-  values = _split_units(x, axis, groups, unit)
+def _absmax_split(x, scaling, layout):
+  axis, unit = layout.axis, layout.size
+  values = _split_units(x, layout)
   absmax = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=axis + 2)
   return sum(
     jnp.where(has_size, _largest_of_every(size // unit, absmax, axis + 1), 0.0)
@@ -124,8 +136,9 @@ def _absmax_split(x, scaling, axis, groups, unit):
   )
 
 
-def _split_units(x, axis, groups, unit):
-  """Splits an axis into [groups, units, unit], last units filled with zeros."""
+def _split_units(x, layout):
+  """Splits the axis into [groups, units, unit], last units filled with zeros."""
+  axis, groups, unit = layout
   shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
   # XLA for TPUs would move the reshape behind what is computed of its result, and then
   # write magnitudes and scales to memory, as long as the tensor and in float32, and
