@@ -23,7 +23,7 @@ _MOST_UNITS = 16
 
 
 class UnitLayout(NamedTuple):
-  """Where the units of a tensor lie.
+  """Axis, groups and size of the units of a tensor.
 
   Attributes:
     axis: of the tensor, along which they lie.
