@@ -24,7 +24,7 @@ from fliqs_jax.search.controller import entropy_weight, policy_gradient_controll
 from fliqs_jax.search.space import build_space, uniform_space
 from fliqs_jax.search.strategies.actor_critic import actor_critic
 from fliqs_jax.search.strategies.problem import Problem
-from fliqs_jax.training import steps, train_state
+from fliqs_jax.training import preprocessing, steps, train_state
 from fliqs_jax.training.classification import classification
 from fliqs_jax.training.language_modelling import language_modelling
 from fliqs_jax.training.task import Task
@@ -36,6 +36,7 @@ DEFAULT_STRATEGY = ('search_default', 'search_measuring')
 BLOCK_FORMATS = ('nvfp4', 'mxfp8_e4m3', 'bf16')
 DECODER_BLOCK = 'decoder_block'
 NUM_CLASSES, NUM_TOKENS = 1000, 256
+MEAN, STDDEV = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Workload(NamedTuple):
@@ -64,10 +65,18 @@ def make_workload(
     model = wrap(model)
     example = jax.ShapeDtypeStruct((1, size, size, 3), dtype)
     layers = discovery.discover(model, example, train=False)
-    task = classification(label_smoothing=0.1)
+    task = classification(label_smoothing=0.1)._replace(arguments=_image_arguments)
   return Workload(
     model, train_state.Arguments((example,), {'train': False}), task, layers
   )
+
+
+def _image_arguments(batch, train):
+  """Returns the network's arguments; uint8 images are normalized, as in a run."""
+  image = batch['image']
+  if image.dtype == jnp.uint8:
+    image = preprocessing.normalize(image, MEAN, STDDEV)
+  return train_state.Arguments((image,), {'train': train})
 
 
 def make_step(
@@ -167,7 +176,7 @@ def _has_blocks(name):
 def batch_shapes(
   batch_size: int, size: int, dtype, num_samples: int = 1, network: str = 'resnet18'
 ):
-  """Returns the shapes and dtypes of a batch `[S, B / S, ...]`."""
+  """Returns the shapes and dtypes of a batch `[S, B / S, ...]`; `dtype` is the images'."""
   leading = num_samples, batch_size // num_samples
   if network == DECODER_BLOCK:
     return {'tokens': jax.ShapeDtypeStruct((*leading, size + 1), jnp.int32)}

@@ -33,7 +33,10 @@ from fliqs_jax.training import sharding
 def compile_step(
   variant, network, topology, image_size, batch_per_chip, num_samples, formats
 ):
-  """Returns the compiled step of a variant, for all chips of the topology."""
+  """Returns the compiled step of a variant, for all chips of the topology.
+
+  Images are uint8, as in a run, and normalized by the step.
+  """
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = sharding.make_mesh(num_samples, devices)
   step, init = compared_steps.make_step(
@@ -41,7 +44,7 @@ def compile_step(
   )
   state = jax.eval_shape(init, jax.random.key(0))
   batch = compared_steps.batch_shapes(
-    batch_per_chip * len(devices), image_size, jnp.bfloat16, num_samples
+    batch_per_chip * len(devices), image_size, jnp.uint8, num_samples
   )
   return step.lower(state, batch).compile()
 

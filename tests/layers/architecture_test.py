@@ -47,7 +47,7 @@ def mobilenet(choose, **changes):
 def resnet_of(block, choose):
   conv = functools.partial(nn.Conv, **layers.conv_hooks())
   dense = functools.partial(nn.Dense, **layers.dense_hooks())
-  return resnet.ResNet((2, 2), block, choose=choose, conv=conv, dense=dense, **RESNET)
+  return resnet.ResNet((1, 2), block, choose=choose, conv=conv, dense=dense, **RESNET)
 
 
 NETWORKS = {

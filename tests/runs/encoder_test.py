@@ -52,6 +52,7 @@ def config(text_config, tmp_path):
   config.model.update(hidden_size=16, depth=1, num_heads=2, mlp_size=24, max_tokens=20)
   config.num_steps, config.checkpoint_every, config.log_every = 6, 3, 2
   config.batch_size, config.search.num_samples = 8, 2
+  config.search.strategy = 'policy_gradient'
   config.init_from = str(write(tmp_path / 'there', drawn()))
   return config
 

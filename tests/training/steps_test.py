@@ -321,13 +321,15 @@ def reestimate(search, state, mesh, seeds):
   variables = {
       'params': state.params, FORMATS: bound(search, choices), **state.model_stats,
   }  # fmt: skip
+  apply = jax.jit(
+    functools.partial(
+      state.apply_fn, train=False, capture_intermediates=True, mutable=['intermediates']
+    )
+  )
   outputs = [
-    state.apply_fn(
-        variables, batch['image'].reshape(EXAMPLES, FEATURES), train=False,
-        capture_intermediates=True, mutable=['intermediates'],
-    )[1]['intermediates']
+    apply(variables, batch['image'].reshape(EXAMPLES, FEATURES))[1]['intermediates']
     for batch in batches
-  ]  # fmt: skip
+  ]
   return new, kept, outputs
 
 
@@ -387,12 +389,12 @@ def test_eval_step_counts_what_is_not_padding():
     choices,
     jax.device_put({**batch, 'mask': mask}, sharding.eval_sharding(mesh)),
   )
-  logits = state.apply_fn(
+  logits = jax.jit(functools.partial(state.apply_fn, train=False))(
       {
           'params': state.params, FORMATS: bound(search, choices),
           **state.model_stats,
       },
-      batch['image'][:5], train=False,
+      batch['image'][:5],
   )  # fmt: skip
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'][:5])
   assert sums['num_examples'] == 5
