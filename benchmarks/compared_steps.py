@@ -176,7 +176,7 @@ def _has_blocks(name):
 def batch_shapes(
   batch_size: int, size: int, dtype, num_samples: int = 1, network: str = 'resnet18'
 ):
-  """Returns the shapes and dtypes of a batch `[S, B / S, ...]`; `dtype` is the images'."""
+  """Returns the shapes and dtypes of a batch `[S, B / S, ...]`, images in `dtype`."""
   leading = num_samples, batch_size // num_samples
   if network == DECODER_BLOCK:
     return {'tokens': jax.ShapeDtypeStruct((*leading, size + 1), jnp.int32)}

@@ -6,13 +6,16 @@ The run has no end within that time, writes a line every 100 steps and a checkpo
 about every minute, is then stopped by SIGTERM, and its checkpoint evaluated. Resident
 memory, open files, threads and the processor time of a step, which other work on the
 machine hardly changes, are sampled every 5 seconds on Linux. Exit status 1 where, past
-a warm-up of 5 minutes (a third of the time, where that is less), memory grew by more
-than 2 %, the fewest open files or threads of the last third are more than those of the
-middle one, or its median step is more than 1.1 times that one's.
+a warm-up of 5 minutes (a third of the time, where that is less), the median memory of
+the last twelfth of the time is more than 2 % above that of the first, the fewest open
+files or threads of the last third are more than those of the middle one, or its median
+step is more than 1.1 times that one's.
 
 Every checkpoint leaves about 0.8 kB an array in the process: TensorStore 0.1.86 and
 before it keep the strings of each spec that Orbax converts to JSON. So
-`--checkpoint_every=100`, which is every few seconds here, fails by its memory.
+`--checkpoint_every=100`, which is every few seconds here, fails by its memory. With
+`--arenas` glibc's allocator has so many heaps for the run's threads, as by
+MALLOC_ARENA_MAX; without, eight for each core.
 """
 
 import argparse
@@ -82,10 +85,14 @@ def problems_of(samples):
   middle = [s for s in warm if s.seconds < 2 * total / 3]
   last = [s for s in warm if s.seconds >= 2 * total / 3]
   problems = []
-  rss = warm[0].rss, max(s.rss for s in last)
-  print(f'memory: {rss[0]} bytes after the warm-up, at most {rss[1]} in the last third')
-  if rss[1] > 1.02 * rss[0]:
-    problems.append(f'memory grew from {rss[0]} to {rss[1]} bytes')
+  memory = [
+    statistics.median(s.rss for s in warm if begin <= s.seconds < begin + total / 12)
+    for begin in (warm[0].seconds, total * 11 / 12)
+  ]
+  grown = f'{memory[0] / 1e6:.1f} to {memory[1] / 1e6:.1f} MB'
+  print(f'memory: {grown} ({memory[1] / memory[0] - 1:+.1%}), medians of a twelfth')
+  if memory[1] > 1.02 * memory[0]:
+    problems.append(f'memory grew from {grown}')
   for name in ('files', 'threads'):
     # Some come and go with a checkpoint. What leaks stays, so it raises the fewest.
     before, after = (sorted(getattr(s, name) for s in part) for part in (middle, last))
@@ -100,12 +107,13 @@ def problems_of(samples):
   return problems
 
 
-def watch(workdir, minutes, checkpoint_every):
+def watch(workdir, minutes, checkpoint_every, arenas):
   """Runs the search for so long and returns its samples."""
+  environment = os.environ | ({'MALLOC_ARENA_MAX': str(arenas)} if arenas else {})
   process = subprocess.Popen(
       [*COMMAND, f'--workdir={workdir}', '--config.num_steps=100000000',
        f'--config.checkpoint_every={checkpoint_every}', '--config.log_every=100'],
-      cwd=ROOT, stderr=subprocess.DEVNULL,
+      cwd=ROOT, stderr=subprocess.DEVNULL, env=environment,
   )  # fmt: skip
   samples = []
   try:
@@ -127,10 +135,11 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--minutes', type=float, default=60)
   parser.add_argument('--checkpoint_every', type=int, default=2_000, help='steps')
+  parser.add_argument('--arenas', type=int, help='heaps of the allocator')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder) / 'run'
-    samples = watch(workdir, args.minutes, args.checkpoint_every)
+    samples = watch(workdir, args.minutes, args.checkpoint_every, args.arenas)
     subprocess.run(
         [*COMMAND, f'--workdir={folder}/eval', '--config.mode=eval',
          f'--config.checkpoint={workdir}', '--config.formats=int4'],
