@@ -23,4 +23,5 @@ def get_config(variant='imagenet'):
   config = runpy.run_path(CONFIG)['get_config'](variant)
   # In the config, so that commands that read a run have the same network.
   config.model.stage_sizes = STAGE_SIZES
+  config.search.statistics_batches = 1
   return config
