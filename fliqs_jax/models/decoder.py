@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     query = rotate(query, positions, self.rotary_base)
     key = rotate(key, positions, self.rotary_base)
     y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    # Else XLA for TPUs multiplies by the inverse of a scale of `out` here, in float32.
+    # Else XLA for TPUs applies the scale of `out` here, and writes this in float32.
     return self.out(jax.lax.optimization_barrier(y.reshape(batch, tokens, -1)))
 
 

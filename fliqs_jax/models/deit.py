@@ -34,7 +34,7 @@ class Attention(nn.Module):
     # A softmax of bfloat16 would lose the small weights of many tokens.
     weights = nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
     y = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
-    # Else XLA for TPUs multiplies by the inverse of a scale of `out` here, in float32.
+    # Else XLA for TPUs applies the scale of `out` here, and writes this in float32.
     y = jax.lax.optimization_barrier(y.reshape(x.shape))
     return self.dense(hidden, name='out')(y)
 

@@ -61,7 +61,7 @@ class Block(nnx.Module):
     hidden_from_view = jnp.where(mask, 0.0, -1e9)[:, None, None, :]
     weights = jax.nn.softmax(scores + hidden_from_view)
     y = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
-    # Else XLA for TPUs multiplies by the inverse of a scale of `out` here, in float32.
+    # Else XLA for TPUs applies the scale of `out` here, and writes this in float32.
     return self.out(jax.lax.optimization_barrier(y.reshape(x.shape)))
 
 
