@@ -27,7 +27,7 @@ from fliqs_jax.search.strategies.problem import Problem
 from fliqs_jax.training import preprocessing, steps, train_state
 from fliqs_jax.training.classification import classification
 from fliqs_jax.training.language_modelling import language_modelling
-from fliqs_jax.training.task import Task
+from fliqs_jax.training.task import Task, image_arguments
 
 VARIANTS = ('float', 'fixed_int8', 'search', 'search_blocks')
 # The default strategy's step, and one of those, up to 128 in a run, that measure its
@@ -76,7 +76,7 @@ def _image_arguments(batch, train):
   image = batch['image']
   if image.dtype == jnp.uint8:
     image = preprocessing.normalize(image, MEAN, STDDEV)
-  return train_state.Arguments((image,), {'train': train})
+  return image_arguments({'image': image}, train)
 
 
 def make_step(

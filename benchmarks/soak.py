@@ -7,9 +7,9 @@ about every minute, is then stopped by SIGTERM, and its checkpoint evaluated. Re
 memory, open files, threads and the processor time of a step, which other work on the
 machine hardly changes, are sampled every 5 seconds on Linux. Exit status 1 where, past
 a warm-up of 5 minutes (a third of the time, where that is less), the median memory of
-the last twelfth of the time is more than 2 % above that of the first, the fewest open
-files or threads of the last third are more than those of the middle one, or its median
-step is more than 1.1 times that one's.
+the last samples, a twelfth of all, is more than 2 % above that of as many first ones,
+the fewest open files or threads of the last third are more than those of the middle
+one, or its median step is more than 1.1 times that one's.
 
 Every checkpoint leaves about 0.8 kB an array in the process: TensorStore 0.1.86 and
 before it keep the strings of each spec that Orbax converts to JSON. So
@@ -85,9 +85,9 @@ def problems_of(samples):
   middle = [s for s in warm if s.seconds < 2 * total / 3]
   last = [s for s in warm if s.seconds >= 2 * total / 3]
   problems = []
+  share = max(1, len(samples) // 12)
   memory = [
-    statistics.median(s.rss for s in warm if begin <= s.seconds < begin + total / 12)
-    for begin in (warm[0].seconds, total * 11 / 12)
+    statistics.median(s.rss for s in part) for part in (warm[:share], warm[-share:])
   ]
   grown = f'{memory[0] / 1e6:.1f} to {memory[1] / 1e6:.1f} MB'
   print(f'memory: {grown} ({memory[1] / memory[0] - 1:+.1%}), medians of a twelfth')
